@@ -1,0 +1,308 @@
+"""The transformer that every stage trains: a Llama-style decoder, its KV cache, sampling, and the three readings of it.
+
+    x = x + Attention(RMSNorm(x))          causal, rotary positions, grouped key/value heads
+    x = x + SwiGLU(RMSNorm(x))             down(silu(gate x) * up x)
+    logits = lm_head(RMSNorm(x))           or, with num_labels = 1, one score a token: score(RMSNorm(x))
+
+Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA).
+Modules carry the names of transformers' LlamaModel, so a checkpoint's tensors need no renaming.
+Tensors are batch first: B rows, T tokens, D hidden, V vocabulary. Masks are bool, True on what counts.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """The shape of a model, in config.json's own words."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    num_labels: int = 0  # 0: a language model; 1: a reward model or critic, one score a token
+    reward_mean: float = 0.0  # of the scores of reference answers: PPO works with (score - mean) / std
+    reward_std: float = 1.0
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_angles(positions, head_dim: int, theta: float):
+    """Angles of the rotary embedding: positions (B,T) → cos, sin (B,1,T,head_dim), each half the same head_dim/2 frequencies."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = positions[:, None, :, None].float() * frequency
+    angle = torch.cat((angle, angle), -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) by its angle. x (B,H,T,head_dim)."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, cos, sin, allowed, cache, layer):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        groups = self.heads // self.kv_heads  # query head h reads key/value head h // groups
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, *attention):
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Cache:
+    """Keys and values of the tokens read so far, (rows, kv_heads, room, head_dim) a layer, and which columns are real tokens."""
+
+    def __init__(self, model, rows: int, room: int):
+        c, like = model.config, model.embed_tokens.weight
+        shape = (rows, c.num_key_value_heads, room, c.head_dim)
+        self.kv = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(c.num_hidden_layers)]
+        self.mask = torch.zeros(rows, room, dtype=torch.bool, device=like.device)
+        self.length = 0
+
+    def append(self, layer: int, k, v):
+        """Stores a layer's new keys and values behind the old ones and returns both."""
+        new, end = self.length, self.length + k.shape[2]
+        for store, fresh in zip(self.kv[layer], (k, v), strict=True):
+            store[:, :, new:end] = fresh
+        return tuple(store[:, :, :end] for store in self.kv[layer])
+
+    def keep(self, rows):
+        """Drops every row but these (bool or index): an answer that has ended costs nothing more."""
+        self.kv = [(k[rows], v[rows]) for k, v in self.kv]
+        self.mask = self.mask[rows]
+
+
+class Transformer(nn.Module):
+    """A decoder with a language-model head (num_labels 0) or a scalar head (num_labels 1)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if c.num_labels:
+            self.score = nn.Linear(c.hidden_size, 1, bias=False)
+        else:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+            if c.tie_word_embeddings:
+                self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def hidden(self, tokens, mask=None, segments=None, cache=None):
+        """Hidden states after the last norm.
+
+        tokens (B,T); mask (B,T): real tokens, padding on either side or none; segments (B,T): which packed example a token
+        belongs to, -1 on padding: a token sees its own example only and positions count from its start; cache: the past. → (B,T,D)
+        """
+        positions, allowed = (_packed if segments is not None else _padded)(tokens, segments if segments is not None else mask, cache)
+        x = self.embed_tokens(tokens)
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, allowed, cache, i)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def forward(self, tokens, mask=None, segments=None, cache=None):
+        """Logits (B,T,V); with a scalar head the score at every token (B,T)."""
+        h = self.hidden(tokens, mask, segments, cache)
+        return self.score(h).squeeze(-1) if self.config.num_labels else self.lm_head(h)
+
+
+def _padded(tokens, mask, cache):
+    """Positions (B,T) and who sees whom (B,1,T,S; None: everyone before) for rows padded on the left or right."""
+    B, T = tokens.shape
+    if cache is None and (mask is None or bool(mask[:, 0].all())):  # right padding: no real token sees it, causality is enough
+        return torch.arange(T, device=tokens.device).expand(B, T), None
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    start = 0
+    if cache is not None:
+        start = cache.length
+        cache.mask[:, start : start + T] = mask
+        mask = cache.mask[:, : start + T]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+    if T == 1:  # one new token sees all real ones; it is real itself
+        return positions, mask[:, None, None]
+    here = torch.arange(mask.shape[1], device=tokens.device)
+    before, itself = here <= here[start:, None], here == here[start:, None]
+    return positions, (before & mask[:, None, None] | itself)  # padding sees itself, or its softmax would be 0/0
+
+
+def _packed(tokens, segments, cache):
+    """The same for packed rows: block-diagonal and causal, positions counted from each example's first token."""
+    here = torch.arange(tokens.shape[1], device=tokens.device)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    positions = here - torch.where(first, here, 0).cummax(1).values
+    return positions, ((segments[:, :, None] == segments[:, None]) & (here <= here[:, None]))[:, None]
+
+
+def init_weights(model: Transformer, generator: torch.Generator):
+    """Normal 0.02 everywhere; the projections that write into the residual stream smaller by sqrt(2 L) (GPT-2)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, 0.0, 0.02 / (2 * model.config.num_hidden_layers) ** 0.5 if residual else 0.02, generator=generator)
+
+
+def scalar_model(model: Transformer, generator: torch.Generator | None = None) -> Transformer:
+    """A copy of the model whose language-model head is replaced by a scalar one, started from N(0, 1/(D+1)) (Stiennon et al. 2020)."""
+    config = copy.copy(model.config)
+    config.num_labels = 1
+    config.tie_word_embeddings = False
+    new = Transformer(config).to(model.device)
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("lm_head")}
+    new.load_state_dict(kept, strict=False)
+    nn.init.normal_(new.score.weight.data, std=(config.hidden_size + 1) ** -0.5, generator=generator)
+    return new
+
+
+def pad(rows, fill=0, left=False, device="cpu"):
+    """Ragged lists of ids → tokens (B,T) and mask (B,T), padded on one side with `fill` (its value never matters)."""
+    width = max(map(len, rows))
+    tokens = torch.full((len(rows), width), fill)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, at], mask[i, at] = torch.tensor(row, dtype=torch.long), True
+    return tokens.to(device), mask.to(device)
+
+
+def logprobs(model, tokens, mask, where, temperature: float = 1.0):
+    """log p(token t | tokens before t) where `where`, exactly 0 elsewhere; all (B,T). The head runs on the wanted rows only."""
+    row, column = where[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
+    target = tokens[row, column + 1]
+    logits = model.lm_head(model.hidden(tokens, mask)[row, column]).float() / temperature
+    values = -F.cross_entropy(logits, target, reduction="none")
+    return torch.zeros(tokens.shape, device=tokens.device, dtype=values.dtype).index_put((row, column + 1), values)
+
+
+def last_score(model, tokens, mask):
+    """A scalar model's score of each row (B,): the one at its last real token."""
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    last = torch.where(mask, column, 0).amax(1)
+    h = model.hidden(tokens, mask)[torch.arange(len(tokens), device=tokens.device), last]
+    return model.score(h).squeeze(-1).float()
+
+
+def sample(logits, temperature: float, top_p: float, uniform):
+    """One token id a row. logits (B,V), uniform (B,) in [0,1): temperature 0 takes the likeliest; else the inverse of the
+    cumulative distribution at `uniform`, cut to the smallest set of tokens that holds top_p (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        order = p.argsort(-1, descending=True)
+        ranked = p.gather(-1, order)
+        p = torch.zeros_like(p).scatter(-1, order, torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0))
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+@torch.no_grad()
+def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0):
+    """Yields (rows, ids) a step: the next token of every answer that has not ended. Prompts are ragged lists of ids.
+
+    Each answer draws its own uniforms, fixed by seed, row and step: what one row says does not depend on when others end.
+    Raises ValueError where a prompt is empty or prompt and answer exceed the model's context.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    if min(map(len, prompts)) == 0:
+        raise ValueError("generate: a prompt is empty; give at least one token")
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"generate: prompt + answer = {longest} tokens exceed the model's context of {model.config.max_position_embeddings}")
+    uniform = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    tokens, mask = pad(prompts, left=True, device=model.device)
+    rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)
+    for step in range(max_new_tokens):
+        h = model.hidden(tokens, mask, cache=cache)[:, -1]
+        ids = sample(model.lm_head(h), temperature, top_p, uniform[step, rows])
+        yield rows, ids
+        going = ids != eos_id if eos_id is not None else torch.ones_like(ids, dtype=torch.bool)
+        if not going.all():
+            rows, ids = rows[going], ids[going]
+            cache.keep(going)
+        if not len(rows):
+            return
+        tokens, mask = ids[:, None], None
+
+
+def generate(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0) -> list[list[int]]:
+    """The answers' ids, with the end token where it was reached. Arguments and errors as in `decode`."""
+    out = torch.full((len(prompts), max_new_tokens), -1, device=model.device)
+    for step, (rows, ids) in enumerate(decode(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed)):
+        out[rows, step] = ids
+    return [[i for i in row if i >= 0] for row in out.tolist()]
