@@ -1,0 +1,272 @@
+"""Byte-level BPE: train one, read and write a Hugging Face tokenizer.json, encode and decode through tiktoken.
+
+A text is cut into pieces (words with their leading space, runs of digits or signs), each piece into bytes, and in each piece
+the neighbouring pair that was learnt first is merged, again and again (Sennrich et al. 2016; GPT-2 for bytes). tiktoken's
+rank of a merge is the id of the token it makes, so the ids must rise in the order of the merges: true of every file that a
+BPE trainer wrote, and checked here.
+"""
+import heapq
+import json
+import re
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import tiktoken
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2 takes each digit out first: no piece crosses one, and spaces before one are at the end of theirs.
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"      # \s of tiktoken's regex; Python's has four more
+
+# GPT-2 spells each byte as a printable character: itself where it is one, else the next from U+0100 on.
+_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_others = [b for b in range(256) if b not in _printable]
+CHAR = {b: chr(b) for b in _printable} | {b: chr(256 + i) for i, b in enumerate(_others)}
+BYTE = {c: b for b, c in CHAR.items()}
+
+
+class Tokenizer:
+    """A tokenizer.json of byte-level BPE (GPT-2's or SmolLM2's kind) with its tokenizer_config.json.
+
+    json: the tokenizer.json as it was read, character by character; config: the tokenizer_config.json as a dict;
+    special: {text: id}; vocab_size: the highest id + 1. Raises ValueError for a kind of file that tiktoken would read otherwise.
+    """
+
+    def __init__(self, json_text, config=None, name="tokenizer.json"):
+        try:
+            spec = json.loads(json_text)
+        except ValueError as e:
+            raise ValueError(f"{name}: not JSON ({e})") from None
+        self.json, self.config, self.special, self.warned = json_text, dict(config or {}), {}, False
+        pattern, ranks = _read(spec, name, self.special)
+        self.missing = frozenset(range(256)) - {t[0] for t in ranks if len(t) == 1}
+        self.vocab_size = max([*ranks.values(), *self.special.values()]) + 1
+        spare = {bytes([b]): self.vocab_size + i for i, b in enumerate(sorted(self.missing))}    # tiktoken wants all 256
+        self.split = _python_regex(pattern) if self.missing else None
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=self.special)
+
+    def encode(self, text):
+        """str -> ids. Special tokens written in the text stay text; lone surrogates become U+FFFD, as a file would hold them."""
+        if self.missing:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if not self.missing.isdisjoint(text.encode()):
+                return self._encode_without_missing(text)
+        return self.encoding.encode_ordinary(text)
+
+    def _encode_without_missing(self, text):
+        """Drops the bytes that the vocabulary lacks, inside their piece, as Hugging Face's tokenizers do."""
+        lost, ids = set(), []
+        for piece in self.split.findall(text):
+            data = piece.encode()
+            lost |= self.missing.intersection(data)
+            data = bytes(b for b in data if b not in self.missing)
+            ids += self.encoding._encode_single_piece(data) if data else []
+        if not self.warned:
+            warnings.warn(f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they are dropped", stacklevel=3)
+            self.warned = True
+        return ids
+
+    def decode(self, ids, skip_special=False):
+        """ids -> str; bytes that are no UTF-8 become U+FFFD. Special tokens come out as their text, or not at all."""
+        drop = set(self.special.values()) if skip_special else ()
+        ids = [i for i in ids if i not in drop]
+        bad = [i for i in ids if not 0 <= i < self.vocab_size]
+        if bad:
+            raise ValueError(f"cannot decode token {bad[0]}: the tokenizer has the ids 0 to {self.vocab_size - 1}")
+        return self.encoding.decode(ids, errors="replace")
+
+    def _named(self, key):
+        token = self.config.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else self.special.get(token)
+
+    bos_id = property(lambda self: self._named("bos_token"))
+    eos_id = property(lambda self: self._named("eos_token"))
+    pad_id = property(lambda self: self._named("pad_token"))
+
+    @property
+    def chat_template(self):
+        """The jinja text of the chat template, or None; of several named ones the default."""
+        template = self.config.get("chat_template")
+        return {t["name"]: t["template"] for t in template}.get("default") if isinstance(template, list) else template
+
+    @chat_template.setter
+    def chat_template(self, text):
+        self.config["chat_template"] = text
+
+    @classmethod
+    def load(cls, folder):
+        """Reads FOLDER/tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins, as in transformers)."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was expected")
+        config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        try:
+            config = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        except ValueError as e:
+            raise ValueError(f"{config}: not JSON ({e})") from None
+        if jinja.is_file():
+            config["chat_template"] = jinja.read_text("utf-8")
+        return cls((folder / "tokenizer.json").read_text("utf-8"), config, str(folder / "tokenizer.json"))
+
+    def save(self, folder):
+        """Writes FOLDER/tokenizer.json, as it was read, and tokenizer_config.json, with the chat template in it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.json, "utf-8", newline="")
+        (folder / "tokenizer_config.json").write_text(json.dumps(self.config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
+    """Learns a Tokenizer of `vocab_size` tokens from an iterable of str: 256 bytes, merges in their order, `special` last.
+
+    The first special token is beginning, end and padding of a base model. The most frequent pair is merged first, of equally
+    frequent ones the pair of lowest ids: the same texts give the same tokenizer on every machine.
+    """
+    n_merges = vocab_size - 256 - len(special)
+    if n_merges < 0 or not special:
+        raise ValueError(f"vocab_size {vocab_size} leaves no room: 256 bytes and at least one special token are needed")
+    split = _python_regex(GPT2)
+    words = Counter()
+    for text in texts:
+        words.update(split.findall(text))
+    tokens = list(CHAR.values())
+    ids = {b: i for i, b in enumerate(CHAR)}
+    merges = _merges([[ids[b] for b in w.encode("utf-8", "replace")] for w in words], list(words.values()), n_merges)
+    for a, b in merges:
+        tokens.append(tokens[a] + tokens[b])
+    vocab = {t: i for i, t in enumerate([*tokens, *special])}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added = [dict(id=vocab[s], content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True) for s in special]
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab,
+             "merges": [f"{tokens[a]} {tokens[b]}" for a, b in merges]}
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[0], "pad_token": special[0],
+              "clean_up_tokenization_spaces": False}
+    return Tokenizer(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", config)
+
+
+def _merges(words, counts, n):
+    """words: lists of ids; counts: how often each occurs -> n pairs of ids, the k-th makes id 256 + k. Only changed pairs are recounted."""
+    totals, where = Counter(), defaultdict(set)
+    for w, (word, count) in enumerate(zip(words, counts, strict=True)):
+        for pair in zip(word, word[1:]):
+            totals[pair] += count
+            where[pair].add(w)
+    heap = [(-c, pair) for pair, c in totals.items()]
+    heapq.heapify(heap)
+    merges = []
+    while len(merges) < n:
+        if not heap:
+            raise ValueError(f"the text is too short for {n} merges: after {len(merges)} every piece is one token")
+        count, best = heapq.heappop(heap)
+        if -count != totals[best]:                                     # an entry from before the pair's count changed
+            continue
+        changed = set()
+        for w in where.pop(best):
+            old, new = words[w], _merge(words[w], best, 256 + len(merges))
+            for pairs, sign in ((zip(old, old[1:]), -1), (zip(new, new[1:]), 1)):
+                for pair in pairs:
+                    totals[pair] += sign * counts[w]
+                    changed.add(pair)
+            for pair in zip(new, new[1:]):
+                where[pair].add(w)
+            words[w] = new
+        merges.append(best)
+        for pair in changed:
+            if totals[pair] > 0:
+                heapq.heappush(heap, (-totals[pair], pair))
+    return merges
+
+
+def _merge(word, pair, new):
+    """[1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]: from the left, no overlap."""
+    out, i = [], 0
+    while i < len(word):
+        hit = tuple(word[i:i + 2]) == pair
+        out.append(new if hit else word[i])
+        i += 1 + hit
+    return out
+
+
+def _python_regex(pattern):
+    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and another \\s."""
+    found = {"L": [], "N": []}
+    for i in range(0x110000):
+        ranges = found.get(unicodedata.category(chr(i))[0])
+        if ranges is None:
+            continue
+        if ranges and ranges[-1][1] == i - 1:
+            ranges[-1][1] = i
+        else:
+            ranges.append([i, i])
+    for name, ranges in found.items():
+        text = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in ranges)
+        pattern = pattern.replace(f"[^\\s\\p{{{name}}}", f"[^\\s{text}").replace(f"\\p{{{name}}}]", f"{text}]")
+        pattern = pattern.replace(f"\\p{{{name}}}", f"[{text}]")
+    pattern = pattern.replace("[^\\s", f"[^{SPACES}").replace("\\S", f"[^{SPACES}]").replace("\\s", f"[{SPACES}]")
+    return re.compile(pattern)
+
+
+def _read(spec, name, special):
+    """A tokenizer.json's dict -> (split pattern, {bytes: id}); fills special {text: id}. Refuses by name what would give other ids."""
+    def refuse(field, value, expected):
+        raise ValueError(f"{name}: {field} is {json.dumps(value)[:120]}, this reader knows {expected} only")
+
+    model = spec.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
+        refuse("model.type", model.get("type"), "BPE")
+    for key in ("byte_fallback", "ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            refuse(f"model.{key}", model[key], "byte-level BPE without it")
+    if spec.get("normalizer"):
+        refuse("normalizer", spec["normalizer"], "null")
+    for key in ("decoder", "post_processor"):
+        part = spec.get(key)
+        if (part or key == "decoder") and (part or {}).get("type") != "ByteLevel":
+            refuse(key, part, "ByteLevel")
+    for token in spec.get("added_tokens") or []:
+        if not token.get("special"):
+            refuse(f"added token {token.get('content')!r}: special", False, "added tokens that are special")
+        special[token["content"]] = token["id"]
+    pattern = _pattern(spec.get("pre_tokenizer"), refuse)
+    return pattern, _ranks(model, special, name)
+
+
+def _pattern(pre, refuse):
+    """GPT-2's ByteLevel, or SmolLM2's Sequence of Digits and ByteLevel -> the split pattern for tiktoken."""
+    parts = (pre or {}).get("pretokenizers") if (pre or {}).get("type") == "Sequence" else [pre or {}]
+    kinds, last = [p.get("type") for p in parts], parts[-1]
+    digits = kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits")
+    if not (digits or kinds == ["ByteLevel"]) or last.get("add_prefix_space", True) or not last.get("use_regex", True):
+        refuse("pre_tokenizer", pre, "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits (individual_digits true),")
+    return DIGITS if digits else GPT2
+
+
+def _ranks(model, special, name):
+    """The model's vocab and merges -> {bytes: id}, without the special tokens."""
+    try:
+        ranks = {bytes(BYTE[c] for c in t): i for t, i in model["vocab"].items() if t not in special}
+    except KeyError as e:
+        raise ValueError(f"{name}: model.vocab has the character {e}, which is none of byte-level BPE's") from None
+    made, last = set(), -1
+    for k, merge in enumerate(model["merges"]):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        parts = [bytes(BYTE.get(c, 0) for c in t) for t in pair]
+        token = b"".join(parts)
+        if len(parts) != 2 or any(t not in ranks for t in (*parts, token)):
+            raise ValueError(f"{name}: merge {k} {merge!r} does not join two tokens of the vocabulary to a third")
+        if ranks[token] <= last:
+            raise ValueError(f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: ids must rise with the merges")
+        last = ranks[token]
+        made.add(token)
+    lost = [t for t in ranks if len(t) != 1 and t not in made]
+    if lost:
+        raise ValueError(f"{name}: no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a single byte or a special token")
+    if model.get("unk_token") and sum(len(t) == 1 for t in ranks) < 256:
+        raise ValueError(f"{name}: model.unk_token is {model['unk_token']!r} and single bytes are missing: they would be dropped here")
+    return ranks
