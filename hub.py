@@ -1,0 +1,267 @@
+"""Hugging Face folders ↔ our weights: config.json, model.safetensors, the tokenizer's files.
+
+What is written here transformers, vLLM and llama.cpp's converter open as it is; what they write is read here when it is a
+Llama: `LlamaForCausalLM`, or `LlamaForSequenceClassification` with one label (the reward model, the critic). Whatever else
+a config asks for is refused by name, never ignored. Pickled weights are not read: they may run code.
+"""
+
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data.tokenizer import Tokenizer
+from model import Config, Transformer
+
+CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DEFAULTS = {"rms_norm_eps": 1e-6}  # transformers' own, where ours differs: a config may leave out what is the default
+# What a config may say beside our own fields: a value that changes nothing here, or the model is another one.
+HARMLESS = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0,),
+    "sliding_window": (),
+    "quantization_config": (),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`.
+
+    FileNotFoundError where something is missing, ValueError where it is there and cannot be used; one sentence each.
+    """
+    path = Path(path)
+    config = read_config(path)
+    with torch.device("meta"):  # shapes only: the weights below are the first to take memory
+        model = Transformer(config)
+    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}: they are not a pair")
+    weights = read_weights(path, model, device, dtype)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings and not config.num_labels:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model, tokenizer
+
+
+def save(path, model, tokenizer=None, dtype=None):
+    """Writes the folder: weights in `dtype` (None: the embedding's), config, generation_config and the tokenizer's files."""
+    path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
+    path.mkdir(parents=True, exist_ok=True)
+    ids = token_ids(model.config, tokenizer)
+    weights = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
+    weights = {hub_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    write_json(path / "generation_config.json", generation_config(ids, tokenizer))
+    if tokenizer is not None:
+        tokenizer.save(path)
+        if model.config.num_labels:  # transformers pads with the tokenizer's token and looks for the config's
+            names = {i: text for text, i in tokenizer.special.items()}
+            told = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+            write_json(path / "tokenizer_config.json", told | {"pad_token": names[ids["pad_token_id"]]})
+    write_json(path / "config.json", config_json(model.config, dtype) | ids)
+
+
+def hub_name(name: str) -> str:
+    """Our parameter's name as transformers spells it: the backbone lies under "model."."""
+    return name if name.startswith(("lm_head.", "score.")) else "model." + name
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}); get the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, an object was expected; get the file again")
+    return content
+
+
+# -- config.json
+
+
+def read_config(path: Path) -> Config:
+    """config.json → Config. Refuses by name whatever it asks for and we lack."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(no_checkpoint(path))
+    where, said = path / "config.json", read_json(path / "config.json")
+    said = {k: v for k, v in said.items() if v is not None}  # null is the default, as in transformers
+    for key, allowed in HARMLESS.items():
+        if key in said and said[key] not in allowed:
+            raise ValueError(f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {_only(key, allowed)}")
+    theta = rope_theta(where, said)
+    missing = [k for k in SHAPE if k not in said]
+    if missing:
+        raise ValueError(f"{where} does not say {missing[0]}; get the checkpoint's own config.json")
+    heads = said["num_attention_heads"]
+    values = {"num_key_value_heads": heads, "head_dim": said["hidden_size"] // max(heads, 1)} | DEFAULTS | said
+    values |= {"rope_theta": theta, "num_labels": labels(where, said)}
+    return checked(where, Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values}))
+
+
+def _only(key, allowed):
+    return f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
+
+
+def rope_theta(where: Path, said: dict) -> float:
+    """RoPE's base, from rope_parameters (transformers 5), else rope_theta; scaled and partial RoPE are refused."""
+    rope = said.get("rope_parameters") or {}
+    for key in ("rope_scaling", "rope_parameters"):
+        for name, value in (said.get(key) or {}).items():
+            plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": value}
+            if value != plain.get(name):
+                raise ValueError(f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not know: only plain RoPE is")
+    return rope.get("rope_theta", said.get("rope_theta", 10000.0))
+
+
+def labels(where: Path, said: dict) -> int:
+    """0 for a language model, 1 for a scalar head. transformers stores the number of labels as the length of id2label."""
+    kind = (said.get("architectures") or [CAUSAL])[0]
+    if kind == CAUSAL:
+        return 0
+    count = len(said["id2label"]) if "id2label" in said else said.get("num_labels", 2)
+    if kind != SCALAR:
+        raise ValueError(f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and {SCALAR} are")
+    if count != 1:
+        raise ValueError(f"{where} asks for {count} labels (id2label): a reward model with one label was expected")
+    return 1
+
+
+def checked(where: Path, c: Config) -> Config:
+    """The config whose numbers fit each other."""
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        kind = bool if isinstance(f.default, bool) else (int, float) if isinstance(f.default, float) else int
+        if f.default is not None and (not isinstance(value, kind) or (f.default is MISSING and value < 1)):
+            raise ValueError(f"{where}: {f.name} is {json.dumps(value)}, {'true or false' if kind is bool else 'a number'} was expected")
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ValueError(f"{where}: num_attention_heads ({c.num_attention_heads}) is no multiple of num_key_value_heads ({c.num_key_value_heads})")
+    if c.head_dim % 2:
+        raise ValueError(f"{where}: head_dim is {c.head_dim}, RoPE turns pairs and needs an even one")
+    return c
+
+
+def config_json(c: Config, dtype) -> dict:
+    """Config → config.json, read alike by transformers 4 and 5: each spelling that one of them needs."""
+    said = {f.name: getattr(c, f.name) for f in fields(Config) if f.name not in ("num_labels", "reward_mean", "reward_std")}
+    said = {"architectures": [SCALAR if c.num_labels else CAUSAL], "model_type": "llama", "hidden_act": "silu"} | said
+    said |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    said |= {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
+    if c.num_labels:
+        said |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        said |= {"reward_mean": c.reward_mean, "reward_std": c.reward_std}
+    return said
+
+
+def token_ids(c: Config, tokenizer) -> dict:
+    """The ids of beginning, end and padding: the config's, else the tokenizer's.
+
+    transformers takes a sequence's score at its last token that is not padding: a reward model's padding must be a token
+    that occurs in no text, least of all the end token, whose score is the one wanted.
+    """
+    ids = {}
+    for key in ("bos", "eos", "pad"):
+        own = getattr(c, f"{key}_token_id")
+        ids[f"{key}_token_id"] = own if own is not None or tokenizer is None else getattr(tokenizer, f"{key}_id")
+    if not c.num_labels:
+        return ids
+    special = tokenizer.special if tokenizer is not None else {}
+    inside = {special.get("<|im_start|>"), special.get("<|im_end|>"), ids["eos_token_id"]}
+    free = [i for i in (special.get("<|endoftext|>"), ids["pad_token_id"], *special.values()) if i is not None and i not in inside]
+    if not free:
+        raise ValueError("a reward model needs a padding token that is not the end token: set pad_token_id in its config")
+    return ids | {"pad_token_id": free[0]}
+
+
+def generation_config(ids: dict, tokenizer) -> dict:
+    """Sampling as the stages do it: the whole distribution at temperature 1, up to the end of the text or of the turn."""
+    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    if tokenizer is not None and tokenizer.chat_template:
+        ends = [*ends, tokenizer.special.get("<|im_end|>")]
+    ends = sorted({i for i in ends if i is not None})
+    ids = ids | {"eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
+    return ids | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+# -- weights
+
+
+def read_weights(path: Path, model, device, dtype) -> dict:
+    """The model's tensors, read one by one. Missing, unexpected and mis-shaped ones are refused before anything is used."""
+    wanted = {hub_name(k): (k, tuple(v.shape)) for k, v in model.state_dict().items()}
+    tied = model.config.tie_word_embeddings and not model.config.num_labels
+    weights, extra = {}, []
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as f:
+                for name in f.keys():
+                    shape = tuple(f.get_slice(name).get_shape())
+                    if name not in wanted:
+                        extra += [name] if not name.endswith("rotary_emb.inv_freq") else []  # old folders: computed here
+                        continue
+                    key, expected = wanted[name]
+                    if shape != expected:
+                        raise ValueError(f"{file}: {name} has the shape {shape}, config.json asks for {expected}")
+                    tensor = f.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not read; get the 16-bit checkpoint")
+                    weights[key] = tensor.to(device, dtype, copy=True)  # a copy: the file's memory map is not kept
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
+    if tied:
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and "embed_tokens.weight" in weights and not torch.equal(head, weights["embed_tokens.weight"]):
+            raise ValueError(f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding; set it to false")
+        wanted.pop("lm_head.weight")
+    missing = [name for name, (key, _) in wanted.items() if key not in weights]
+    for what, names in (("lacks", missing), ("has, and config.json does not ask for,", extra)):
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            raise ValueError(f"{path}: the checkpoint {what} {names[0]}{more}; config.json and weights are not a pair")
+    return weights | ({"lm_head.weight": weights["embed_tokens.weight"]} if tied else {})
+
+
+def weight_files(path: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        raise FileNotFoundError(no_weights(path))
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} has no weight_map; get the file again")
+    files = [path / name for name in sorted(set(map(str, shards.values())))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, {index.name} names it; get the whole checkpoint")
+    return files
+
+
+def no_checkpoint(path: Path) -> str:
+    if not path.is_dir():
+        return f"{path} is no folder: a checkpoint (config.json, model.safetensors, tokenizer.json) was expected"
+    if (path / "adapter_config.json").exists():
+        return f"{path} is an adapter without its model: give the merged checkpoint, the folder above it"
+    if (path / "state").exists():
+        return f"{path} has no config.json yet: its run has not finished; call the stage again and it goes on"
+    return f"{path} has no config.json: a checkpoint (config.json, model.safetensors, tokenizer.json) was expected"
+
+
+def no_weights(path: Path) -> str:
+    pickled = sorted(f.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in path.glob(suffix))
+    if pickled:
+        return f"{path} has pickled weights only ({pickled[0]}): open it with transformers and save_pretrained() it as safetensors"
+    return f"{path} has no model.safetensors: get the whole checkpoint, or make it again"
