@@ -4,7 +4,8 @@
     x = x + SwiGLU(RMSNorm(x))             down(silu(gate x) * up x)
     logits = lm_head(RMSNorm(x))           or, with num_labels = 1, one score a token: score(RMSNorm(x))
 
-Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA).
+Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU),
+Ainslie et al. 2023 (GQA).
 Modules carry the names of transformers' LlamaModel, so a checkpoint's tensors need no renaming.
 Tensors are batch first: B rows, T tokens, D hidden, V vocabulary. Masks are bool, True on what counts.
 """
@@ -241,21 +242,51 @@ def pad(rows, fill=0, left=False, device="cpu"):
     return tokens.to(device), mask.to(device)
 
 
+def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
+    """Where each example goes when packed into rows of `width`: (row, column of its first token); the longest are placed first."""
+    used, place = [], [(0, 0)] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, u in enumerate(used) if u + lengths[i] <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        place[i] = row, used[row]
+        used[row] += lengths[i]
+    return place
+
+
+def dense_hidden(model, tokens, mask):
+    """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, without computing the padding: the rows'
+    real tokens are laid end to end in fewer, fuller rows, each seeing only itself. (B,T) → (B,T,D)"""
+    lengths = mask.sum(1).tolist()
+    width = max(128, *lengths)  # short rows keep the attention matrix small
+    place = torch.tensor(first_fit(lengths, width), device=tokens.device)
+    row, column = mask.nonzero(as_tuple=True)
+    at = place[row, 0], place[row, 1] + (mask.long().cumsum(1) - 1)[row, column]
+    packed = tokens.new_zeros(int(place[:, 0].max()) + 1, width)
+    segments = torch.full_like(packed, -1)
+    packed[at], segments[at] = tokens[row, column], row
+    h = model.hidden(packed, segments=segments)
+    return h.new_zeros(*tokens.shape, h.shape[-1]).index_put((row, column), h[at])
+
+
 def logprobs(model, tokens, mask, where, temperature: float = 1.0):
     """log p(token t | tokens before t) where `where`, exactly 0 elsewhere; all (B,T). The head runs on the wanted rows only."""
     row, column = where[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     target = tokens[row, column + 1]
-    logits = model.lm_head(model.hidden(tokens, mask)[row, column]).float() / temperature
+    logits = model.lm_head(dense_hidden(model, tokens, mask)[row, column]).float() / temperature
     values = -F.cross_entropy(logits, target, reduction="none")
     return torch.zeros(tokens.shape, device=tokens.device, dtype=values.dtype).index_put((row, column + 1), values)
 
 
+def scores(model, tokens, mask):
+    """A scalar model's score at every real token, 0 on padding (B,T)."""
+    return model.score(dense_hidden(model, tokens, mask)).squeeze(-1).float() * mask
+
+
 def last_score(model, tokens, mask):
     """A scalar model's score of each row (B,): the one at its last real token."""
-    column = torch.arange(tokens.shape[1], device=tokens.device)
-    last = torch.where(mask, column, 0).amax(1)
-    h = model.hidden(tokens, mask)[torch.arange(len(tokens), device=tokens.device), last]
-    return model.score(h).squeeze(-1).float()
+    last = torch.where(mask, torch.arange(tokens.shape[1], device=tokens.device), 0).amax(1, keepdim=True)
+    return scores(model, tokens, mask).gather(1, last).squeeze(1)
 
 
 def sample(logits, temperature: float, top_p: float, uniform):
@@ -279,11 +310,11 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     Each answer draws its own uniforms, fixed by seed, row and step: what one row says does not depend on when others end.
     Raises ValueError where a prompt is empty or prompt and answer exceed the model's context.
     """
-    longest = max(map(len, prompts)) + max_new_tokens
+    longest, room = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
     if min(map(len, prompts)) == 0:
         raise ValueError("generate: a prompt is empty; give at least one token")
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(f"generate: prompt + answer = {longest} tokens exceed the model's context of {model.config.max_position_embeddings}")
+    if longest > room:
+        raise ValueError(f"generate: prompt + answer = {longest} tokens exceed the model's context of {room}")
     uniform = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)).to(model.device)
     tokens, mask = pad(prompts, left=True, device=model.device)
     rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)

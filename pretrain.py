@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import hub
 from data import corpus, tokenizer
 from model import Config, Transformer, init_weights
-from train import Run, adamw, autocast, main, opt, pick_device, set_lr
+from train import Run, autocast, main, opt, pick_device, set_lr
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -79,11 +79,8 @@ def pretrain(o: Options):
     model.to(device)
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     muon = torch.optim.Muon(matrices, lr=o.lr, weight_decay=0.0, momentum=0.95)
-    for p in matrices:
-        p.requires_grad_(False)
-    adam = adamw(model, o.lr / 5)
-    for p in matrices:
-        p.requires_grad_(True)
+    others = [model.embed_tokens.weight, *(p for p in model.parameters() if p.dim() < 2)]
+    adam = torch.optim.AdamW(others, lr=o.lr / 5, betas=(0.9, 0.95), weight_decay=0.0)
     run.resume(model=model, muon=muon, adam=adam)
     forward = torch.compile(model) if o.fast else model
     precision = torch.autocast(device.type, torch.bfloat16) if o.fast else autocast(device)

@@ -219,7 +219,11 @@ def difference(old: dict, new: dict) -> str:
         a, b = old.get(part, {}), new[part]
         for k in sorted(a.keys() | b.keys()):
             if a.get(k) != b.get(k):
-                words.append(f"{k} was {a.get(k)}, is {b.get(k)}" if part == "options" else f"{k} {'has changed' if k in a and k in b else 'is another input'}")
+                words.append(
+                    f"{k} was {a.get(k)}, is {b.get(k)}"
+                    if part == "options"
+                    else f"{k} {'has changed' if k in a and k in b else 'is another input'}"
+                )
     return "; ".join(words)
 
 
