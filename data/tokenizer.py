@@ -19,6 +19,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 # SmolLM2 takes each digit out first: no piece crosses one, and spaces before one are at the end of theirs.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"      # \s of tiktoken's regex; Python's has four more
+LONGEST = 100_000
 
 # GPT-2 spells each byte as a printable character: itself where it is one, else the next from U+0100 on.
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -49,6 +50,8 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> ids. Special tokens written in the text stay text; lone surrogates become U+FFFD, as a file would hold them."""
+        if len(text) > LONGEST and re.search(rf"[{SPACES}]{{{LONGEST}}}", text):
+            raise ValueError(f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them")
         if self.missing:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             if not self.missing.isdisjoint(text.encode()):
