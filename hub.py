@@ -6,6 +6,7 @@ a config asks for is refused by name, never ignored. Pickled weights are not rea
 """
 
 import json
+import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -18,19 +19,10 @@ from model import Config, Transformer
 
 CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-DEFAULTS = {"rms_norm_eps": 1e-6}  # transformers' own, where ours differs: a config may leave out what is the default
 # What a config may say beside our own fields: a value that changes nothing here, or the model is another one.
-HARMLESS = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0,),
-    "sliding_window": (),
-    "quantization_config": (),
-    "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-}
+HARMLESS = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "partial_rotary_factor": (1,)}
+HARMLESS |= {"sliding_window": (), "quantization_config": ()}
+HARMLESS |= dict.fromkeys(("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,))
 
 
 def load(path, device="cpu", dtype=torch.float32):
@@ -60,13 +52,14 @@ def save(path, model, tokenizer=None, dtype=None):
     weights = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
     weights = {hub_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    write_json(path / "generation_config.json", generation_config(ids, tokenizer))
+    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # as the stages sample; transformers' top_k is 50
+    write_json(path / "generation_config.json", ids | whole)
+    shutil.copymode(path / "generation_config.json", path / "model.safetensors")  # safetensors makes it the owner's alone
     if tokenizer is not None:
         tokenizer.save(path)
         if model.config.num_labels:  # transformers pads with the tokenizer's token and looks for the config's
-            names = {i: text for text, i in tokenizer.special.items()}
-            told = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
-            write_json(path / "tokenizer_config.json", told | {"pad_token": names[ids["pad_token_id"]]})
+            pad = next(text for text, i in tokenizer.special.items() if i == ids["pad_token_id"])
+            write_json(path / "tokenizer_config.json", read_json(path / "tokenizer_config.json") | {"pad_token": pad})
     write_json(path / "config.json", config_json(model.config, dtype) | ids)
 
 
@@ -97,33 +90,32 @@ def read_config(path: Path) -> Config:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(no_checkpoint(path))
     where, said = path / "config.json", read_json(path / "config.json")
-    said = {k: v for k, v in said.items() if v is not None}  # null is the default, as in transformers
+    said = {"model_type": None} | {k: v for k, v in said.items() if v is not None}  # null is the default, as in transformers
     for key, allowed in HARMLESS.items():
         if key in said and said[key] not in allowed:
-            raise ValueError(f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {_only(key, allowed)}")
+            known = f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
+            raise ValueError(f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {known}")
     theta = rope_theta(where, said)
-    missing = [k for k in SHAPE if k not in said]
-    if missing:
-        raise ValueError(f"{where} does not say {missing[0]}; get the checkpoint's own config.json")
-    heads = said["num_attention_heads"]
-    values = {"num_key_value_heads": heads, "head_dim": said["hidden_size"] // max(heads, 1)} | DEFAULTS | said
-    values |= {"rope_theta": theta, "num_labels": labels(where, said)}
+    for key in SHAPE:
+        if type(said.get(key)) is not int or said[key] < 1:
+            raise ValueError(f"{where}: {key} is {json.dumps(said.get(key))}, a number was expected; get the checkpoint's own config.json")
+    heads = said["num_attention_heads"]  # transformers' defaults, where ours are others or none:
+    values = {"num_key_value_heads": heads, "head_dim": said["hidden_size"] // heads, "rms_norm_eps": 1e-6}
+    values |= said | {"rope_theta": theta, "num_labels": labels(where, said)}
     return checked(where, Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values}))
 
 
-def _only(key, allowed):
-    return f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
-
-
 def rope_theta(where: Path, said: dict) -> float:
-    """RoPE's base, from rope_parameters (transformers 5), else rope_theta; scaled and partial RoPE are refused."""
-    rope = said.get("rope_parameters") or {}
-    for key in ("rope_scaling", "rope_parameters"):
-        for name, value in (said.get(key) or {}).items():
+    """RoPE's base: rope_parameters' (transformers 5), else rope_theta. Scaled and partial RoPE are refused."""
+    theta = said.get("rope_theta", 10000.0)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = said.get(key) or {}
+        for name, value in rope.items() if isinstance(rope, dict) else [("rope_type", rope)]:
             plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": value}
             if value != plain.get(name):
                 raise ValueError(f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not know: only plain RoPE is")
-    return rope.get("rope_theta", said.get("rope_theta", 10000.0))
+            theta = value if name == "rope_theta" else theta
+    return theta
 
 
 def labels(where: Path, said: dict) -> int:
@@ -131,25 +123,23 @@ def labels(where: Path, said: dict) -> int:
     kind = (said.get("architectures") or [CAUSAL])[0]
     if kind == CAUSAL:
         return 0
-    count = len(said["id2label"]) if "id2label" in said else said.get("num_labels", 2)
     if kind != SCALAR:
         raise ValueError(f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and {SCALAR} are")
+    count = len(said["id2label"]) if "id2label" in said else said.get("num_labels", 2)
     if count != 1:
         raise ValueError(f"{where} asks for {count} labels (id2label): a reward model with one label was expected")
     return 1
 
 
 def checked(where: Path, c: Config) -> Config:
-    """The config whose numbers fit each other."""
+    """The config whose values are of their kind and fit each other."""
     for f in fields(Config):
-        value = getattr(c, f.name)
-        kind = bool if isinstance(f.default, bool) else (int, float) if isinstance(f.default, float) else int
-        if f.default is not None and (not isinstance(value, kind) or (f.default is MISSING and value < 1)):
-            raise ValueError(f"{where}: {f.name} is {json.dumps(value)}, {'true or false' if kind is bool else 'a number'} was expected")
-    if c.num_attention_heads % c.num_key_value_heads:
-        raise ValueError(f"{where}: num_attention_heads ({c.num_attention_heads}) is no multiple of num_key_value_heads ({c.num_key_value_heads})")
-    if c.head_dim % 2:
-        raise ValueError(f"{where}: head_dim is {c.head_dim}, RoPE turns pairs and needs an even one")
+        value, kind = getattr(c, f.name), f.type | int if f.type is float else f.type
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or (f.default is MISSING and value < 1):
+            raise ValueError(f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)} was expected")
+    heads, kv = c.num_attention_heads, c.num_key_value_heads
+    if heads % kv or c.head_dim % 2:
+        raise ValueError(f"{where}: {heads} heads must be a multiple of {kv} key/value heads, and head_dim = {c.head_dim} even")
     return c
 
 
@@ -158,7 +148,7 @@ def config_json(c: Config, dtype) -> dict:
     said = {f.name: getattr(c, f.name) for f in fields(Config) if f.name not in ("num_labels", "reward_mean", "reward_std")}
     said = {"architectures": [SCALAR if c.num_labels else CAUSAL], "model_type": "llama", "hidden_act": "silu"} | said
     said |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
-    said |= {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
+    said |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     if c.num_labels:
         said |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         said |= {"reward_mean": c.reward_mean, "reward_std": c.reward_std}
@@ -169,30 +159,20 @@ def token_ids(c: Config, tokenizer) -> dict:
     """The ids of beginning, end and padding: the config's, else the tokenizer's.
 
     transformers takes a sequence's score at its last token that is not padding: a reward model's padding must be a token
-    that occurs in no text, least of all the end token, whose score is the one wanted.
+    that ends no text, least of all the end token, whose score is the one wanted.
     """
-    ids = {}
-    for key in ("bos", "eos", "pad"):
-        own = getattr(c, f"{key}_token_id")
-        ids[f"{key}_token_id"] = own if own is not None or tokenizer is None else getattr(tokenizer, f"{key}_id")
-    if not c.num_labels:
-        return ids
     special = tokenizer.special if tokenizer is not None else {}
-    inside = {special.get("<|im_start|>"), special.get("<|im_end|>"), ids["eos_token_id"]}
-    free = [i for i in (special.get("<|endoftext|>"), ids["pad_token_id"], *special.values()) if i is not None and i not in inside]
-    if not free:
-        raise ValueError("a reward model needs a padding token that is not the end token: set pad_token_id in its config")
-    return ids | {"pad_token_id": free[0]}
-
-
-def generation_config(ids: dict, tokenizer) -> dict:
-    """Sampling as the stages do it: the whole distribution at temperature 1, up to the end of the text or of the turn."""
-    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-    if tokenizer is not None and tokenizer.chat_template:
-        ends = [*ends, tokenizer.special.get("<|im_end|>")]
-    ends = sorted({i for i in ends if i is not None})
-    ids = ids | {"eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
-    return ids | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    ids = {f"{k}_token_id": getattr(c, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    if tokenizer is not None:
+        ids = {k: getattr(tokenizer, k.replace("token_", "")) if i is None else i for k, i in ids.items()}
+    if c.num_labels:
+        ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+        inside = {special.get("<|im_start|>"), special.get("<|im_end|>"), *ends}
+        choice = [special.get("<|endoftext|>"), *special.values()] if special else [ids["pad_token_id"]]
+        ids["pad_token_id"] = next((i for i in choice if i is not None and i not in inside), None)
+        if ids["pad_token_id"] is None:
+            raise ValueError("a reward model needs a padding token that is not the end token: set pad_token_id in its config")
+    return ids
 
 
 # -- weights
@@ -238,19 +218,21 @@ def weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
+    pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if not index.is_file():
-        raise FileNotFoundError(no_weights(path))
+        there = f"pickled weights only ({pickled[0]})" if pickled else "no weights"
+        raise FileNotFoundError(f"{path} has {there}: model.safetensors was expected, as transformers' save_pretrained() writes it")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map; get the file again")
     files = [path / name for name in sorted(set(map(str, shards.values())))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, {index.name} names it; get the whole checkpoint")
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} is missing, {index.name} names it; get the whole checkpoint")
     return files
 
 
 def no_checkpoint(path: Path) -> str:
+    """Why a path without config.json is no checkpoint, and what to do."""
     if not path.is_dir():
         return f"{path} is no folder: a checkpoint (config.json, model.safetensors, tokenizer.json) was expected"
     if (path / "adapter_config.json").exists():
@@ -258,10 +240,3 @@ def no_checkpoint(path: Path) -> str:
     if (path / "state").exists():
         return f"{path} has no config.json yet: its run has not finished; call the stage again and it goes on"
     return f"{path} has no config.json: a checkpoint (config.json, model.safetensors, tokenizer.json) was expected"
-
-
-def no_weights(path: Path) -> str:
-    pickled = sorted(f.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in path.glob(suffix))
-    if pickled:
-        return f"{path} has pickled weights only ({pickled[0]}): open it with transformers and save_pretrained() it as safetensors"
-    return f"{path} has no model.safetensors: get the whole checkpoint, or make it again"

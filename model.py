@@ -36,7 +36,7 @@ class Config:
     attention_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list | None = None  # a list where the hub's config names several
     pad_token_id: int | None = None
     num_labels: int = 0  # 0: a language model; 1: a reward model or critic, one score a token
     reward_mean: float = 0.0  # of the scores of reference answers: PPO works with (score - mean) / std
