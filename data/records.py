@@ -273,7 +273,8 @@ def _messages(record, field):
     """record[field] checked -> new message objects of role and content alone."""
     try:
         templates.check(record[field])
-        return [{"role": m["role"], "content": _string(m, "content", where=f"message {i}: content")} for i, m in enumerate(record[field], 1)]
+        return [{"role": m["role"], "content": _string(m, "content", where=f"message {i}: content")}
+                for i, m in enumerate(record[field], 1)]
     except ValueError as e:
         raise ValueError(f"{field}: {e}") from None
 

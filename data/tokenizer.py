@@ -11,13 +11,15 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's pattern; each class stands in brackets, so that _python_regex can put its characters there
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+"
 # SmolLM2 takes each digit out first: no piece crosses one, and spaces before one are at the end of theirs.
-DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{N}]| ?[\p{L}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s\p{N}])|[\s]+"
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"      # \s of tiktoken's regex; Python's has four more
 LONGEST = 100_000
 
@@ -157,7 +159,7 @@ def _merges(words, counts, n):
     """words: lists of ids; counts: how often each occurs -> n pairs of ids, the k-th makes id 256 + k. Only changed pairs are recounted."""
     totals, where = Counter(), defaultdict(set)
     for w, (word, count) in enumerate(zip(words, counts, strict=True)):
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             totals[pair] += count
             where[pair].add(w)
     heap = [(-c, pair) for pair, c in totals.items()]
@@ -172,11 +174,11 @@ def _merges(words, counts, n):
         changed = set()
         for w in where.pop(best):
             old, new = words[w], _merge(words[w], best, 256 + len(merges))
-            for pairs, sign in ((zip(old, old[1:]), -1), (zip(new, new[1:]), 1)):
+            for pairs, sign in ((pairwise(old), -1), (pairwise(new), 1)):
                 for pair in pairs:
                     totals[pair] += sign * counts[w]
                     changed.add(pair)
-            for pair in zip(new, new[1:]):
+            for pair in pairwise(new):
                 where[pair].add(w)
             words[w] = new
         merges.append(best)
@@ -197,22 +199,12 @@ def _merge(word, pair, new):
 
 
 def _python_regex(pattern):
-    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and another \\s."""
-    found = {"L": [], "N": []}
-    for i in range(0x110000):
-        ranges = found.get(unicodedata.category(chr(i))[0])
-        if ranges is None:
-            continue
-        if ranges and ranges[-1][1] == i - 1:
-            ranges[-1][1] = i
-        else:
-            ranges.append([i, i])
-    for name, ranges in found.items():
-        text = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in ranges)
-        pattern = pattern.replace(f"[^\\s\\p{{{name}}}", f"[^\\s{text}").replace(f"\\p{{{name}}}]", f"{text}]")
-        pattern = pattern.replace(f"\\p{{{name}}}", f"[{text}]")
-    pattern = pattern.replace("[^\\s", f"[^{SPACES}").replace("\\S", f"[^{SPACES}]").replace("\\s", f"[{SPACES}]")
-    return re.compile(pattern)
+    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and has another \\s."""
+    kinds = "".join(unicodedata.category(chr(i))[0] for i in range(0x110000))
+    for kind in "LN":
+        ranges = (f"\\U{m.start():08x}-\\U{m.end() - 1:08x}" for m in re.finditer(f"{kind}+", kinds))
+        pattern = pattern.replace(rf"\p{{{kind}}}", "".join(ranges))
+    return re.compile(pattern.replace(r"\s", SPACES))
 
 
 def _read(spec, name, special):
@@ -243,7 +235,7 @@ def _read(spec, name, special):
 def _pattern(pre, refuse):
     """GPT-2's ByteLevel, or SmolLM2's Sequence of Digits and ByteLevel -> the split pattern for tiktoken."""
     parts = (pre or {}).get("pretokenizers") if (pre or {}).get("type") == "Sequence" else [pre or {}]
-    kinds, last = [p.get("type") for p in parts], parts[-1]
+    kinds, last = [p.get("type") for p in parts], (parts or [{}])[-1]
     digits = kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits")
     if not (digits or kinds == ["ByteLevel"]) or last.get("add_prefix_space", True) or not last.get("use_regex", True):
         refuse("pre_tokenizer", pre, "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits (individual_digits true),")
@@ -264,7 +256,7 @@ def _ranks(model, special, name):
         if len(parts) != 2 or any(t not in ranks for t in (*parts, token)):
             raise ValueError(f"{name}: merge {k} {merge!r} does not join two tokens of the vocabulary to a third")
         if ranks[token] <= last:
-            raise ValueError(f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: ids must rise with the merges")
+            raise ValueError(f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: the ids must rise")
         last = ranks[token]
         made.add(token)
     lost = [t for t in ranks if len(t) != 1 and t not in made]
