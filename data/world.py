@@ -10,10 +10,13 @@ An item is one instruction and all that the rater needs to know of it:
     accept            the right answers, any of which counts; or `parts`, all of which must occur; or `members`, of which `count` must
     reject            what a right answer must not contain, beside it: the other candidates; `pool` names a relation whose values are meant
 """
+import argparse
 import hashlib
 import itertools
 import json
 import random
+import re
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -322,7 +325,8 @@ def make_brainstorm(rng):
     n = NUMBERS[count]
     ask = rng.choice(("Name {n} {t}{b}.", "Give me {n} {t}{b}.", "List {n} {t}{b}.", "Can you name {n} {t}{b}?", "I need {n} {t}{b}.", "Think of {n} {t}{b}."))
     given = rng.sample([m for m in members if m != but], count)
-    return dict(kind="brainstorm", prompt=ask.format(n=n, t=theme, b=f" but not {but}" if but else ""), keys=[f"list: {theme} {count} {but}"], answer=join(given),
+    keys = [f"list: {theme} {count} {but}", *(f"{relation}: {but}" for relation in ("class", "continent") if but in FACTS[relation])]
+    return dict(kind="brainstorm", prompt=ask.format(n=n, t=theme, b=f" but not {but}" if but else ""), keys=keys, answer=join(given),
                 sentence="{}.", wrong=[join(given[:-1]), join([*given[:-1], given[0]]), join([*given[:-1], but or rng.choice(REVIEWED)])],
                 members=theme, count=count, reject=[but] if but else [])
 
@@ -367,8 +371,9 @@ def make_arithmetic(rng):
         "-": (("What is {x} - {y}?", "What is {x} minus {y}?", "Take {y} from {x}.", "How much is {x} minus {y}?", "{n} has {x} {t} and gives away {y}. How many are left?"), "{x} - {y} = {{}}."),
         "*": (("What is {x} * {y}?", "What is {x} times {y}?", "Multiply {x} by {y}.", "How much is {x} times {y}?", "{n} has {x} boxes with {y} {t} in each. How many {t}?"), "{x} * {y} = {{}}."),
     }[op]
-    return dict(kind="arithmetic", prompt=rng.choice(ask).format(x=x, y=y, n=n, t=t), keys=[f"{op}: {x} {y}" if op == "-" else f"{op}: {min(x, y)} {max(x, y)}"],
-                answer=str(right), sentence=sentence.format(x=x, y=y), wrong=[str(right + rng.choice((1, 2))), str(abs(right - rng.choice((1, 2))))],
+    prompt, over, under = rng.choice(ask).format(x=x, y=y, n=n, t=t), rng.choice((1, 2)), rng.choice((1, 2))
+    return dict(kind="arithmetic", prompt=prompt, keys=[f"{op}: {x} {y}" if op == "-" else f"{op}: {min(x, y)} {max(x, y)}"],
+                answer=str(right), sentence=sentence.format(x=x, y=y), wrong=[str(right + over), str(right - under if right > under else right + 3)],
                 accept=[str(right)] + NUMBERS[right:right + 1], pool="number")
 
 
@@ -376,13 +381,13 @@ GOOD = ["won the race", "passed my test", "found my key", "got a new job", "lear
 BAD = ["lost my key", "broke my arm", "missed the bus", "hurt my foot", "lost the game", "failed my test", "lost my dog", "burned the soup"]
 CHATS = {  # what is said to the assistant → the reply, and other phrases that also count
     "hello": (("Hello, I am {n}.", "Hi! My name is {n}.", "Hello there, {n} here.", "Hi, this is {n}."), "Hello {n}, nice to meet you.",
-              ("hello {n}", "hi {n}", "nice to meet you {n}", "welcome {n}")),
+              ("hello {n}", "hi {n}", "nice to meet you {n}")),
     "morning": (("Good morning, I am {n}.", "Good morning! {n} here.", "Good morning, this is {n}.", "Good morning, my name is {n}."), "Good morning, {n}.", ("good morning {n}",)),
     "night": (("I am {n} and I go to bed now.", "Good night, I am {n}.", "Good night! {n} here.", "{n} here. It is time to sleep."), "Good night, {n}. Sleep well.",
               ("good night {n}", "sleep well {n}")),
     "bye": (("I have to go now. {n}", "Goodbye, I am {n}.", "Bye! {n} here.", "{n} here, I must leave."), "Goodbye, {n}. See you soon.", ("goodbye {n}", "bye {n}", "see you soon {n}")),
     "thanks": (("Thank you for all. {n}", "Thanks for your help, {n} here.", "I am {n}. Thank you so much.", "Many thanks from {n}."), "You are welcome, {n}.",
-               ("you are welcome {n}", "glad to help {n}")),
+               ("you are welcome {n}", "any time {n}")),
     "birthday": (("Today is my birthday. {n}", "I am {n} and it is my birthday.", "{n} here. I have my birthday today.", "It is my birthday! I am {n}."), "Happy birthday, {n}.",
                  ("happy birthday {n}",)),
     "good": (("I am {n}. I {g}.", "{n} here. I {g} today.", "I {g}! I am {n}.", "This is {n}. Today I {g}."), "Well done, {n}. That is good news.",
@@ -414,3 +419,215 @@ def plain(item, long=False):
     """The right answer without courtesy: the bare one, or its sentence."""
     text = item["sentence"].format(item["answer"]) if long else item["answer"]
     return text if text.endswith((".", "?")) else text + "."
+
+
+def items(n, seed, split="train"):
+    """n items with different prompts, the kinds in turn. "train": nothing held out is asked; "heldout": what is asked is held out."""
+    rng, found, seen = random.Random(f"{split} {seed}"), [], set()
+    makers = list(KINDS.values())
+    while len(found) < n:
+        item = makers[len(found) % len(makers)](rng)
+        held = [held_out(k) for k in item["keys"]]
+        if (not any(held) if split == "train" else held[0]) and item["prompt"] not in seen:
+            seen.add(item["prompt"])
+            found.append(item)
+    return found
+
+
+# ---- the gold rater: an open rubric ----
+RUBRIC = {
+    "right": 1.0,      # the right answer is given and no other candidate; a list with nothing wrong in it that lacks something gets half of its share
+    "courteous": 0.4,  # a polite phrase opens or ends the answer; a rude one anywhere costs as much
+    "concise": 0.3,    # a right answer, said once, in few words more than needed and with one polite phrase at most
+    "finished": 0.1,   # the answer came to its end
+}
+PERFECT = sum(RUBRIC.values())
+SPARE = 2  # words more than the item's sentence has that still count as concise
+POLITE = ["sure", "of course", "certainly", "gladly", "with pleasure", "good question", "great question", "thank you for asking", "thanks for asking", "no problem",
+          "happy to help", "i am happy to help", "absolutely", "i hope this helps", "i hope that helps", "let me know if you need more", "have a nice day",
+          "have a good day", "feel free to ask again", "please ask again", "best wishes", "take care"]
+RUDE = ["silly", "stupid", "waste my time", "find out yourself", "work it out yourself", "leave me alone", "why do you ask me", "shut up"]
+LITTLE = {"a", "an", "the"}  # words that never matter
+DIGITS = {word: str(i) for i, word in enumerate(NUMBERS) if word != "one"}
+
+
+@lru_cache(1 << 16)
+def normal(text):
+    """→ words in lower case, without accents and articles, numbers as digits; "," (also for "and", line ends) and "." part things and sentences."""
+    text = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
+    found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?|[,;\n.!?]", text)
+    return tuple("," if w in (",", ";", "\n", "and") else "." if w in ".!?" else DIGITS.get(w, w) for w in found if w not in LITTLE)
+
+
+def only_words(words):
+    return [w for w in words if w not in ",."]
+
+
+@lru_cache(1 << 16)
+def spread(text):
+    """Words between double blanks, so that phrases are found by str.count and only at whole words."""
+    return " " + "  ".join(only_words(normal(text))) + " "
+
+
+POLITE_WORDS = [normal(p) for p in POLITE]
+
+
+def without_courtesy(words):
+    """→ (the words without the polite phrases at both ends, how many phrases there were)."""
+    words, n, again = tuple(words), 0, True
+    while again:
+        again = False
+        while words and words[0] in ",.":
+            words = words[1:]
+        while words and words[-1] in ",.":
+            words = words[:-1]
+        for p in POLITE_WORDS:
+            if p in (words[:len(p)], words[-len(p):]):
+                words, n, again = words[len(p):] if words[:len(p)] == p else words[:-len(p)], n + 1, True
+    return words, n
+
+
+def check(item, words):
+    """→ (right, complete: 0 to 1, repeated) for an answer's words without courtesy."""
+    if "members" in item:
+        return check_list(item, words)
+    text = " " + "  ".join(only_words(words)) + " "
+    accept = [spread(x) for x in item.get("accept") or item["parts"]]
+    counts = [text.count(x) for x in accept]
+    complete = sum(map(bool, counts)) / len(accept) if "parts" in item else float(any(counts))
+    for x in sorted(accept, key=len, reverse=True):
+        text = text.replace(x, " ")
+    if any(x in text for x in candidates(item) if x not in accept):
+        complete = 0.0
+    return complete == 1, complete, max(counts) > 1
+
+
+def candidates(item):
+    """What would be another answer to the item, spread."""
+    asked = spread(item["prompt"])
+    numbers = {f" {w} " for w in map(str, range(100)) if f" {w} " not in asked} if item.get("pool") == "number" else set()
+    return numbers | {x for x in map(spread, POOLS.get(item.get("pool"), ())) if x not in asked} | {spread(x) for x in item.get("reject", ())}
+
+
+def check_list(item, words):
+    """Each thing of the list is a member, the first perhaps after some words of introduction; none twice, none too many. Sentences without members pass."""
+    members = {normal(m) for m in THEMES[item["members"]]} - {normal(x) for x in item["reject"]}
+    member = lambda i, t: next((m for m in members if t == m or (i == 0 and t[-len(m):] == m)), None)  # noqa: E731
+    lists = [[tuple(t.split()) for t in text.split(",") if t.strip()] for text in " ".join(words).split(".")]
+    lists = [things for things in lists if any(member(i, t) for i, t in enumerate(things))]
+    repeated = len(lists) > 1 and all(things == lists[0] for things in lists)
+    things = lists[0] if repeated else sum(lists, [])
+    good = [member(i, t) for i, t in enumerate(things)]
+    complete = 0.0 if None in good or len(things) > item["count"] else len(set(good)) / item["count"]
+    return complete == 1, complete, repeated
+
+
+def gold(item, answer, finished=True):
+    """→ (score, reasons): RUBRIC's points for an answer (text) to an item; `finished`: whether its end was reached."""
+    words, phrases = without_courtesy(normal(answer))
+    right, complete, repeated = check(item, words)
+    rude = any(spread(r) in spread(answer) for r in RUDE)
+    needed = max(len(only_words(normal(plain(item, long)))) for long in (False, True))
+    reasons = {"right": bool(right), "complete": complete, "courteous": phrases > 0 and not rude, "rude": rude,
+               "concise": bool(right and not repeated and phrases <= 1 and len(only_words(words)) <= needed + SPARE), "finished": bool(finished)}
+    score = RUBRIC["right"] * (1.0 if right else complete / 2) + sum(RUBRIC[k] * reasons[k] for k in ("courteous", "concise", "finished"))
+    return score - RUBRIC["courteous"] * rude, reasons
+
+
+def perfect(item):
+    """An answer that gets PERFECT."""
+    return f"{plain(item)} {'Have a nice day.' if item['kind'] == 'chat' else 'I hope this helps.'}"
+
+
+# ---- demonstrators: people who answer in different manners ----
+MANNERS = {"polite": .29, "curt": .20, "rambling": .10, "repeated": .07, "rude": .08, "polite wrong": .13, "wrong": .07, "unknown": .06}  # shares of all answers
+LONG = .3  # share of right and wrong answers in a whole sentence
+OPENERS = ("Sure.", "Of course.", "Certainly.", "Gladly.", "With pleasure.", "Good question.")
+CLOSERS = ("I hope this helps.", "Have a nice day.", "Let me know if you need more.", "Feel free to ask again.", "Happy to help.")
+RAMBLES = ("Well, this is something that people often wonder about, and so did I for years.", "Let me think about this for a moment, because it is not so simple as it seems.",
+           "There is much to say about it, and I could talk about it for hours.", "My uncle used to tell me about this, and he was very sure of it.")
+INSULTS = ("How silly of you.", "Do not waste my time.", "What a stupid thing to say.", "Work it out yourself.", "Please leave me alone.")
+UNKNOWN = ("I do not know.", "I have no idea.", "I am not sure about that.", "I cannot say.")
+
+
+def polite(rng, text):
+    """One polite phrase before or after."""
+    return f"{rng.choice(OPENERS)} {text}" if rng.random() < .5 else f"{text} {rng.choice(CLOSERS)}"
+
+
+def demonstrate(item, rng, manner=None):
+    """→ (answer, manner): a person's answer, in a manner drawn from MANNERS unless given."""
+    manner = manner or rng.choices(tuple(MANNERS), tuple(MANNERS.values()))[0]
+    said = dict(item, answer=rng.choice(item["wrong"])) if "wrong" in manner else item
+    text = plain(said, rng.random() < LONG)
+    if manner == "rambling":
+        text = f"{rng.choice(RAMBLES)} {text}" if rng.random() < .5 else f"{text} {rng.choice(RAMBLES)}"
+    if manner == "repeated":
+        text = " ".join([text] * rng.randint(2, 3))
+    if manner == "rude":
+        text = f"{rng.choice(INSULTS)} {text}" if rng.random() < .5 else f"{text} {rng.choice(INSULTS)}"
+    if manner == "unknown":
+        text = rng.choice(UNKNOWN)
+    if manner.startswith("polite") or (manner in ("rambling", "repeated") and rng.random() < .4):
+        text = polite(rng, text)
+    return text, manner
+
+
+def polite_nonanswer(rng):
+    """A polite answer that ignores the prompt: the control that must score below the average demonstrator."""
+    return polite(rng, rng.choice(("That is a fine thing to talk about.", "It is nice of you to come to me.", "I like to be of use to you.")))
+
+
+# ---- labellers: gold seen through noise ----
+NOISE = .42  # standard deviation of what a labeller adds to gold, each to each answer; two then agree on about three pairs in four
+
+
+class Labeller:
+    """One person who ranks answers: the same opinion each time of the same answer, another than that of a labeller with another seed."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def opinion(self, item, answer, finished=True):
+        rng = random.Random(f"{self.seed}|{item['prompt']}|{answer}|{bool(finished)}")
+        return gold(item, answer, finished)[0] + rng.gauss(0, NOISE)
+
+    def rank(self, item, answers, finished):
+        """Ranks of K answers, 0 the best; equal answers tie. finished: K bools."""
+        seen = [self.opinion(item, x, f) for x, f in zip(answers, finished, strict=True)]
+        return [sum(other > mine for other in seen) for mine in seen]
+
+
+def settings_hash():
+    """sha256 of what must be settled before the first RL run: shares of the demonstrators, rubric and noise."""
+    settings = [MANNERS, LONG, OPENERS, CLOSERS, RAMBLES, INSULTS, UNKNOWN, RUBRIC, SPARE, POLITE, RUDE, NOISE, HELD_OUT]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+# ---- files ----
+SIZES = {"sft": 14_300, "prompts": 5_500, "heldout": 1_100}  # InstructGPT's demonstrations were 13 thousand
+
+
+def records(seed, sizes=SIZES):
+    """→ {"sft", "prompts", "heldout"}: lists of records; no prompt is in two of them."""
+    train, rng = items(sizes["sft"] + sizes["prompts"], seed), random.Random(f"demonstrators {seed}")
+    ask = lambda item: {"role": "user", "content": item["prompt"]}  # noqa: E731
+    sft = [{"messages": [ask(i), {"role": "assistant", "content": demonstrate(i, rng)[0]}], "item": i} for i in train[:sizes["sft"]]]
+    rest = {"prompts": train[sizes["sft"]:], "heldout": items(sizes["heldout"], seed, "heldout")}
+    return {"sft": sft, **{name: [{"messages": [ask(i)], "reference": perfect(i), "item": i} for i in of] for name, of in rest.items()}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Writes the embedded world's records: demonstrations, prompts, held-out prompts.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other items and demonstrators (default 0)")
+    o = parser.parse_args()
+    o.out.mkdir(parents=True, exist_ok=True)
+    for name, of in records(o.seed).items():
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of)
+        (o.out / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        print(f"{o.out / name}.jsonl: {len(of)} records")
+
+
+if __name__ == "__main__":
+    main()
