@@ -195,7 +195,7 @@ def _padded(tokens, mask, cache):
         cache.mask[:, start : start + T] = mask
         mask = cache.mask[:, : start + T]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
-    if T == 1:  # one new token sees all real ones; it is real itself
+    if T == 1 and cache is not None:  # one new token sees all real ones; it is real itself
         return positions, mask[:, None, None]
     here = torch.arange(mask.shape[1], device=tokens.device)
     before, itself = here <= here[start:, None], here == here[start:, None]
