@@ -1,19 +1,21 @@
 """The embedded world as text to pre-train on: a seeded generator of short documents.
 
-documents(seed, characters, phase) mixes, by characters (SHARES): question-and-answer pages over all facts and all kinds of instructions; copying
-(summaries, extraction, lists, sorting, choosing, rewriting); prose, fact lists, arithmetic, stories and Python. Held-out content is here, as for every
-fact a model is asked: what is held out is held out of fine-tuning. No page has the chat template or its manners; most answers begin a line, as the template's do.
+documents(seed, characters, phase) mixes, by characters (SHARES): question-and-answer pages over all facts and all kinds of instructions;
+copying (summaries, extraction, lists, sorting, choosing, rewriting); prose, fact lists, arithmetic, stories and Python. Held-out content is
+here too: it is held out of fine-tuning. No page has the chat template or the demonstrators' manners, but answers begin a line, as the
+template's do.
 """
 import random
 
-from data import world
-from data.world import ACTIONS, ANIMALS, CITIES, COLOURS, DAYS, FACT_LIST, FACTS, KINDS, NAMES, PLACES, SORTED, TAILS, THEMES, THINGS, WEATHER, a, first, join, past, plain, told
+from data import kinds
+from data.kinds import FACT_LIST, FACTS, KINDS, NAMES, SORTED, THEMES, THINGS, a, first, join, past, plain, told
 
 SHARES = {  # of the characters
     "main": {"questions": .46, "copying": .24, "prose": .07, "lists": .07, "arithmetic": .07, "stories": .06, "python": .03},
     "decay": {"questions": .44, "copying": .31, "prose": .03, "lists": .05, "arithmetic": .12, "stories": .03, "python": .02},
 }
-ASKED = dict(open=34, choosing=14, summary=4, rewriting=4, classification=10, extraction=4, sorting=4, brainstorm=7, translation=10, arithmetic=5, chat=4)
+ASKED = dict(open=34, choosing=14, summary=4, rewriting=4, classification=10, extraction=4, sorting=4, brainstorm=7, translation=10,
+             arithmetic=5, chat=4)
 COPIED = dict(choosing=22, summary=16, rewriting=15, extraction=16, sorting=20, brainstorm=6, classification=5)
 OPENERS = ("Sure.", "Of course.", "Certainly.", "Gladly.", "With pleasure.", "Good question.")
 CLOSERS = ("I hope this helps.", "Have a nice day.", "Let me know if you need more.", "Feel free to ask again.", "Happy to help.")
@@ -29,14 +31,14 @@ ASKED, COPIED = weighted(ASKED), weighted(COPIED)
 
 
 # ---- questions and answers, in several page styles ----
-def question_page(rng, kinds=ASKED):
+def question_page(rng, asked=ASKED):
     """An endless page of questions and answers, piece by piece."""
     style = rng.choice(STYLES)
-    kinds = kinds if rng.random() < .7 else [rng.choice(kinds)]
+    asked = asked if rng.random() < .7 else [rng.choice(asked)]
     long = rng.choice((0, 0, .3, 1))
     n, m = rng.sample(NAMES, 2)
     while True:
-        item = KINDS[rng.choice(kinds)](rng)
+        item = KINDS[rng.choice(asked)](rng)
         yield style(rng, item["prompt"], plain(item, rng.random() < long), n, m)
 
 
@@ -95,8 +97,9 @@ def say_again(rng):
 
 def shopping(rng):
     n, things = rng.choice(NAMES), rng.sample(THINGS, rng.randint(2, 3))
-    text = f"{n} went to {rng.choice(CITIES)} and bought {join(things)}."
-    return text + rng.choice((f"\nWhat did {n} buy?\n{join(things)}.", f"\nWho bought {join(things)}?\n{n}.", f"\nThe list of {n}\n" + "\n".join(things)))
+    text = f"{n} went to {rng.choice(kinds.CITIES)} and bought {join(things)}."
+    return text + rng.choice((f"\nWhat did {n} buy?\n{join(things)}.", f"\nWho bought {join(things)}?\n{n}.",
+                              f"\nThe list of {n}\n" + "\n".join(things)))
 
 
 def places(rng):
@@ -119,7 +122,7 @@ def which_one(rng):
 
 def who_did(rng):
     n, m = rng.sample(NAMES, 2)
-    x, y = rng.sample(ACTIONS, 2)
+    x, y = rng.sample(kinds.ACTIONS, 2)
     k = rng.random() < .5
     return f"{n} {past(x)}. {m} {past(y)}.\nWho {past(x) if k else past(y)}?\n{n if k else m}."
 
@@ -130,25 +133,25 @@ GAMES = (say_again, shopping, places, without, which_one, which_one, who_did)
 # ---- the rest ----
 def prose(rng):
     """Facts told one after the other, about anything or about one relation."""
-    relation = rng.choice(tuple(world.RELATIONS)) if rng.random() < .4 else None
+    relation = rng.choice(tuple(kinds.RELATIONS)) if rng.random() < .4 else None
     while True:
-        r, s = (relation, rng.choice(world.SUBJECTS[relation])) if relation else rng.choice(FACT_LIST)
-        yield told(r, s, first(r, s)) + " " if rng.random() < .8 else SAID[rng.randrange(len(SAID))](rng)
+        r, s = (relation, rng.choice(kinds.SUBJECTS[relation])) if relation else rng.choice(FACT_LIST)
+        yield told(r, s) + " " if rng.random() < .8 else SAID[rng.randrange(len(SAID))](rng)
 
 
 def said_class(rng):
-    x = rng.choice(world.SUBJECTS["class"])
+    x = rng.choice(kinds.SUBJECTS["class"])
     return f"The class of {x} is {first('class', x)}. "
 
 
 def said_size(rng):
-    x, y = rng.sample(world.SUBJECTS["size"], 2)
+    x, y = rng.sample(kinds.SUBJECTS["size"], 2)
     i, j = int(FACTS["size"][x]), int(FACTS["size"][y])
     return "" if abs(i - j) < 2 else f"{a(x).capitalize()} is {'bigger' if i > j else 'smaller'} than {a(y)}. "
 
 
 def said_spanish(rng):
-    x = rng.choice(world.SUBJECTS["spanish"])
+    x = rng.choice(kinds.SUBJECTS["spanish"])
     return f"The Spanish for {x} is {first('spanish', x)}. "
 
 
@@ -166,9 +169,10 @@ def fact_list(rng):
         while True:
             theme = rng.choice(tuple(THEMES))
             things = rng.sample(THEMES[theme], min(len(THEMES[theme]), rng.randint(4, 8)))
-            yield rng.choice((f"{theme}: {', '.join(things)}.\n", f"{theme}\n\n" + "\n".join(things) + "\n\n", f"Some {theme} are {join(things)}.\n"))
+            yield rng.choice((f"{theme}: {', '.join(things)}.\n", f"{theme}\n\n" + "\n".join(things) + "\n\n",
+                              f"Some {theme} are {join(things)}.\n"))
     relation = rng.choice([r for r in FACTS if r != "size"])
-    subjects = rng.sample(world.SUBJECTS[relation], len(FACTS[relation]))
+    subjects = rng.sample(kinds.SUBJECTS[relation], len(FACTS[relation]))
     while True:
         yield f"Table: {relation}\n\n"
         yield from (f"{s}: {first(relation, s)}\n" for s in subjects)
@@ -180,46 +184,68 @@ def sums(rng):
     x, op = rng.randint(2, 20), rng.choice("+-*")
     while True:
         if how == 0:
-            yield from (world.number_fact(op, x if op != "*" else 2 + x % 8, y) + "\n" for y in range(2, 21 if op != "*" else 10))
+            yield from (kinds.number_fact(op, x if op != "*" else 2 + x % 8, y) + "\n" for y in range(2, 21 if op != "*" else 10))
             x, op = rng.randint(2, 20), rng.choice("+-*")
         elif how == 1:
-            yield world.number_fact(rng.choice("+-*"), rng.randint(2, 20), rng.randint(2, 20)) + "\n"
+            yield kinds.number_fact(rng.choice("+-*"), rng.randint(2, 20), rng.randint(2, 20)) + "\n"
         elif how == 2:
             item = KINDS["arithmetic"](rng)
             yield f"{item['prompt']}\n{plain(item, rng.random() < .3)}\n\n"
         else:
             x, y = sorted(rng.sample(range(1, 41), 2))
-            yield rng.choice((f"{x} is smaller than {y}.\n", f"{y} is larger than {x}.\n", f"{x}, {y}: the larger number is {y}.\n", ", ".join(map(str, range(x, min(y, x + 8)))) + "\n"))
+            counted = ", ".join(map(str, range(x, min(y, x + 8))))
+            yield rng.choice((f"{x} is smaller than {y}.\n", f"{y} is larger than {x}.\n", f"{x}, {y}: the larger number is {y}.\n",
+                              counted + "\n"))
 
 
 def story(rng):
     """Two people, a few things that happen, small talk."""
     n, m = rng.sample(NAMES, 2)
-    where = rng.choice(PLACES)
-    yield f"{n} and {m} went to the {where}. {rng.choice(WEATHER)}. "
+    where = rng.choice(kinds.PLACES)
+    yield f"{n} and {m} went to the {where}. {rng.choice(kinds.WEATHER)}. "
     while True:
-        act, x = rng.choice(ACTIONS), rng.random()
-        animal = rng.choice(ANIMALS)
-        yield (f"{n} {past(act)}. " if x < .3 else f"{m} did not {act}. " if x < .4 else f"They saw {a(animal)}. " if x < .5 else
-               f'"{rng.choice(KINDS["chat"](rng)["prompt"].split(". "))}" ' if x < .52 else
-               f'"Thank you, {m}," said {n}. "You are welcome," said {m}. ' if x < .6 else f"On {rng.choice(DAYS)} {m} came with a {rng.choice(COLOURS)} hat. " if x < .7 else
-               f"Then {n} {past(act)} with {m}. " if x < .85 else f"{rng.choice(TAILS)}.\n\n{m} went to the {rng.choice(PLACES)}. {rng.choice(WEATHER)}. ")
+        act, x = rng.choice(kinds.ACTIONS), rng.random()
+        animal = rng.choice(kinds.ANIMALS)
+        if x < .3:
+            yield f"{n} {past(act)}. "
+        elif x < .4:
+            yield f"{m} did not {act}. "
+        elif x < .5:
+            yield f"They saw {a(animal)}. "
+        elif x < .52:
+            yield f'"{rng.choice(KINDS["chat"](rng)["prompt"].split(". "))}" '
+        elif x < .6:
+            yield f'"Thank you, {m}," said {n}. "You are welcome," said {m}. '
+        elif x < .7:
+            yield f"On {rng.choice(kinds.DAYS)} {m} came with a {rng.choice(kinds.COLOURS)} hat. "
+        elif x < .85:
+            yield f"Then {n} {past(act)} with {m}. "
+        else:
+            yield f"{rng.choice(kinds.TAILS)}.\n\n{m} went to the {rng.choice(kinds.PLACES)}. {rng.choice(kinds.WEATHER)}. "
+
+
+FUNCTIONS = (  # body, and the call's arguments and value, from numbers x, y, z and a list t
+    ("(x, y):\n    return x + y", lambda x, y, z, t: (f"{x}, {y}", x + y)),
+    ("(x):\n    if x > {y}:\n        return 'larger'\n    return 'not larger'", lambda x, y, z, t: (x, ('not ' * (x <= y)) + 'larger')),
+    ("(things):\n    return things[0]", lambda x, y, z, t: (t, t[0])),
+    ("(things):\n    return sorted(things)", lambda x, y, z, t: (t, sorted(t))),
+    ("(things):\n    n = 0\n    for thing in things:\n        n = n + 1\n    return n", lambda x, y, z, t: (t, len(t))),
+    ("(x):\n    return x * {z}", lambda x, y, z, t: (x % 8 + 2, (x % 8 + 2) * z)),
+)
 
 
 def python(rng):
-    """Short functions with a call and its value."""
+    """Short functions, each with a call and what it prints."""
     while True:
         f, x, y = rng.choice(("add", "total", "f", "get", "count")), rng.randint(2, 20), rng.randint(2, 20)
         things = rng.sample(THINGS, 3)
-        yield rng.choice((f"def {f}(x, y):\n    return x + y\n\nprint({f}({x}, {y}))\n# {x + y}\n\n",
-                          f"def {f}(x):\n    if x > {y}:\n        return 'larger'\n    return 'not larger'\n\nprint({f}({x}))\n# {'larger' if x > y else 'not larger'}\n\n",
-                          f"def {f}(things):\n    return things[0]\n\nprint({f}({things}))\n# {things[0]}\n\n",
-                          f"def {f}(things):\n    return sorted(things)\n\nprint({f}({things}))\n# {sorted(things)}\n\n",
-                          f"def {f}(things):\n    n = 0\n    for thing in things:\n        n = n + 1\n    return n\n\nprint({f}({things}))\n# 3\n\n",
-                          f"def {f}(x):\n    return x * {y % 8 + 2}\n\nprint({f}({x % 8 + 2}))\n# {(x % 8 + 2) * (y % 8 + 2)}\n\n"))
+        body, call = rng.choice(FUNCTIONS)
+        given, printed = call(x, y, y % 8 + 2, things)
+        yield f"def {f}{body.format(y=y, z=y % 8 + 2)}\n\nprint({f}({given}))\n# {printed}\n\n"
 
 
-MAKERS = {"questions": question_page, "copying": copy_page, "prose": prose, "lists": fact_list, "arithmetic": sums, "stories": story, "python": python}
+MAKERS = {"questions": question_page, "copying": copy_page, "prose": prose, "lists": fact_list, "arithmetic": sums, "stories": story,
+          "python": python}
 
 
 def document(rng, kind):
@@ -233,7 +259,7 @@ def document(rng, kind):
 
 
 def documents(seed, characters, phase="main"):
-    """Documents until `characters` are reached; the same on every machine for a seed. phase: "main", or "decay" for the learning rate's decay."""
+    """Documents until `characters` are reached; the same on every machine for a seed. phase: "main" or "decay"."""
     rng, shares = random.Random(seed), SHARES[phase]
     made = dict.fromkeys(shares, 0.0)
     while sum(made.values()) < characters:
