@@ -188,7 +188,8 @@ def test_encodings(write, tmp_path):
 
 
 def test_what_is_of_no_use_is_dropped_and_counted(write, capsys):
-    blank = [{"messages": [Q, {"role": "assistant", "content": " \n"}]}, {"instruction": " ", "output": "A."}, {"instruction": "Q?", "output": ""}]
+    blank = [{"messages": [Q, {"role": "assistant", "content": " \n"}]}, {"instruction": " ", "output": "A."},
+             {"instruction": "Q?", "output": ""}]
     assert records.conversations(write(CHAT, *blank, CHAT)) == [CHAT, CHAT]
     assert capsys.readouterr().err.endswith("x.jsonl: 2 records used, dropped 3 with an empty turn\n")
     same = {**PAIR, "rejected": "good"}

@@ -78,7 +78,7 @@ def test_missing_bytes_are_dropped_with_one_warning():
     with pytest.warns(UserWarning, match="bytes 04 f1: they are dropped") as caught:
         assert t.encode("a\x04!\x04!\U00040000") == t.encode("a") + t.encode("!!") + t.encode("\U00040000")
     assert len(caught) == 1 and max(t.encode("\x04\x06 a")) < t.vocab_size
-    assert t.decode(t.encode("no such byte here")) == "no such byte here"
+    assert t.decode(t.encode("a\ud800b")) == "a�b"
 
 
 def test_too_long_a_run_of_spaces_is_refused():
@@ -134,6 +134,14 @@ def test_a_piece_never_crosses_words_or_joins_digits_in_smollm2():
     assert all(" " not in t.decode([i])[1:] for i in range(256, 263))
     digits = Tokenizer.load(GOLDEN / "smollm2_kind")
     assert len(digits.encode("2024")) == 4
+
+
+def test_pieces_are_those_of_tiktokens_regex():
+    """Its \\s has no U+001C, and its \\p{N} is more than Python's \\d."""
+    split = tokenizer._python_regex(tokenizer.GPT2)
+    pieces = ["It", "'s", " ", " a", "\x1c", "b", " \x1c!", "\u3000", " 12²", "x", "_", "\n"]
+    assert split.findall("".join(pieces)) == pieces
+    assert tokenizer._python_regex(tokenizer.DIGITS).findall("a  12  b") == ["a", "  ", "1", "2", " ", " b"]
 
 
 @pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])
