@@ -242,6 +242,13 @@ def pad(rows, fill=0, left=False, device="cpu"):
     return tokens.to(device), mask.to(device)
 
 
+def join(prompts, answers, device="cpu"):
+    """Ids of prompts and of their answers → tokens (B,T), mask (B,T) on both, where (B,T) on the answers alone; padded on the right."""
+    tokens, mask = pad([[*p, *a] for p, a in zip(prompts, answers, strict=True)], device=device)
+    start = torch.tensor([len(p) for p in prompts], device=device)
+    return tokens, mask, mask & (torch.arange(tokens.shape[1], device=device) >= start[:, None])
+
+
 def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
     """Where each example goes when packed into rows of `width`: (row, column of its first token); the longest are placed first."""
     used, place = [], [(0, 0)] * len(lengths)

@@ -23,7 +23,7 @@ END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 @dataclass
 class Options:
     out: str = opt("data/base", "folder for the checkpoint")
-    steps: int = opt(2400, "optimizer steps", at_least=1)
+    steps: int = opt(2800, "optimizer steps", at_least=1)
     batch: int = opt(32, "rows a step", at_least=1)
     context: int = opt(256, "tokens a row", at_least=8)
     vocabulary: int = opt(1024, "tokens of the tokenizer", at_least=300)

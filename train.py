@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -82,6 +83,18 @@ def autocast(device: torch.device):
     """bf16 on a GPU that has it, float32 everywhere else."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def load_function(spec: str):
+    """FILE.py:function → the function. Raises ValueError or FileNotFoundError where there is none."""
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{spec}: no file {file or spec}; FILE.py:function was expected")
+    module = runpy.run_path(file)
+    if not callable(module.get(name)):
+        near = difflib.get_close_matches(name, [k for k, v in module.items() if callable(v)], 1, 0.4)
+        raise ValueError(f"{file}: has no function {name}{f' (did you mean {near[0]}?)' if near else ''}")
+    return module[name]
 
 
 def adamw(model, lr: float, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):

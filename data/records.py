@@ -10,8 +10,10 @@ is of no use is dropped, counted, and said in one line.
 """
 import hashlib
 import json
+import random
 import sys
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from data import templates
@@ -82,12 +84,35 @@ def held_out(prompt):
     return int.from_bytes(digest[:8], "big") % 10 == 0
 
 
+def kind(path):
+    """What a file's first record is: "conversation", "preference pair" or "ranking"."""
+    line, record = next(_read(path), (1, None))
+    try:
+        return _kind(record)
+    except ValueError as e:
+        raise ValueError(f"{path}:{line}: {e}") from None
+
+
 def split(records):
     """records of any kind -> (train, held out), each in its order."""
     sides = [], []
     for record in records:
         sides[held_out(record["messages" if _kind(record) == "conversation" else "prompt"])].append(record)
     return sides
+
+
+def batch(records, step, size, seed):
+    """The step-th batch of an endless stream of shuffles: each record comes once an epoch, none is left out at an epoch's end."""
+    out = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, len(records))
+        out.append(records[_shuffle(len(records), seed, epoch)[place]])
+    return out
+
+
+@lru_cache(4)
+def _shuffle(n, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
 def report(path, kept, dropped, what="records"):

@@ -151,6 +151,14 @@ def render(tokenizer, messages, add_generation_prompt=False, format=None):
     return ids, labels
 
 
+def answer_ids(tokenizer, prompt, answer):
+    """messages that end in a user's turn, and an answer (str) → (ids of the prompt, ids of the answer with its end token).
+
+    The one layout that the reward model, PPO and DPO read: the last token is the answer's end.
+    """
+    return render(tokenizer, prompt, add_generation_prompt=True)[0], [*tokenizer.encode(answer), end_id(tokenizer)]
+
+
 def end_id(tokenizer, format=None):
     """The id of the token that ends an assistant's turn: what generation stops at."""
     format = format or of(tokenizer)

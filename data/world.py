@@ -66,10 +66,14 @@ def only_words(words):
     return [w for w in words if w not in ",."]
 
 
+def between(words):
+    """Words between double blanks, so that phrases are found by str.count, only at whole words and within a sentence."""
+    return " " + "  ".join(w for w in words if w != ",").strip(" .") + " "
+
+
 @lru_cache(1 << 16)
 def spread(text):
-    """Words between double blanks, so that phrases are found by str.count and only at whole words."""
-    return " " + "  ".join(only_words(normal(text))) + " "
+    return between(normal(text))
 
 
 POLITE_WORDS = [normal(p) for p in POLITE]
@@ -94,7 +98,7 @@ def check(item, words):
     """→ (right, complete: 0 to 1, repeated) for an answer's words without courtesy."""
     if "members" in item:
         return check_list(item, words)
-    text = " " + "  ".join(only_words(words)) + " "
+    text = between(words)
     accept = [spread(x) for x in item.get("accept") or item["parts"]]
     counts = [text.count(x) for x in accept]
     complete = sum(map(bool, counts)) / len(accept) if "parts" in item else float(any(counts))

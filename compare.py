@@ -1,0 +1,91 @@
+"""Stage 2a: comparisons. The SFT model answers each prompt K times, and a labeller ranks the answers (Ouyang et al. 2022, section 3.2).
+
+The labeller is the embedded world's (noisy people, see data/world.py), or your own: --labeller FILE.py:function, called with
+(prompts: message lists, answers: strings), returns scores, the higher the better. A file of preference pairs is ranked already:
+it is only rewritten. reward.py reads what comes out as rankings, dpo.py as pairs.
+"""
+
+import json
+from dataclasses import dataclass
+
+import hub
+from data import records, templates, world
+from model import generate
+from train import Run, load_function, main, opt, pick_device
+
+LABELLERS = 10  # people who share the work, each prompt goes to one of them
+
+
+@dataclass
+class Options:
+    model: str = opt("out/sft", "checkpoint folder that answers")
+    data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn, or preference pairs")
+    out: str = opt("out/comparisons.jsonl", "file for the rankings")
+    labeller: str = opt("world", "world, or FILE.py:function")
+    prompts: int = opt(2000, "how many prompts", at_least=1)
+    k: int = opt(5, "answers to each prompt (InstructGPT: 4 to 9)", at_least=2)
+    batch: int = opt(64, "prompts at a time", at_least=1)
+    temperature: float = opt(1.0, "of the answers", above=0)
+    max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
+    seed: int = opt(0, "seed of the prompts, the answers and the labellers")
+    device: str = opt("auto", "cpu, cuda or auto")
+    save_every: int = opt(4, "batches between saved states", at_least=1)
+    overwrite: bool = opt(False, "start anew over a finished run")
+
+
+def rank(scores) -> list[int]:
+    """Scores, the higher the better → ranks: 0 the best, equal scores share one."""
+    return [sum(other > mine for other in scores) for mine in scores]
+
+
+def world_ranks(record, index, answers, finished, seed):
+    if "item" not in record:
+        raise ValueError("--labeller world knows the embedded world's prompts only (records with `item`); give FILE.py:function")
+    return world.Labeller(f"{seed} {index % LABELLERS}").rank(record["item"], answers, finished)
+
+
+def write_jsonl(path, rows):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def compare(o: Options):
+    run = Run(o, __file__, [o.model, o.data, *([] if o.labeller == "world" else [o.labeller.rpartition(":")[0]])])
+    if records.kind(o.data) == "preference pair":
+        list(run.steps(1))
+        return run.finish(lambda path: write_jsonl(path, records.rankings(o.data)))
+    judge = None if o.labeller == "world" else load_function(o.labeller)
+    model, tok = hub.load(o.model, pick_device(o.device))
+    end, room = templates.end_id(tok), model.config.max_position_embeddings - o.max_new_tokens
+    prompts = records.conversations(o.data, "prompt")
+    prompts = records.batch(prompts, 0, min(o.prompts, len(prompts)), o.seed)
+    done = run.resume().get("records", [])
+
+    for step in run.steps(-(-len(prompts) // o.batch), "batch"):
+        batch = prompts[step * o.batch : (step + 1) * o.batch]
+        ids = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in batch for _ in range(o.k)]
+        fits = [len(i) <= room for i in ids]
+        answers = generate(
+            model,
+            [i for i, f in zip(ids, fits, strict=True) if f],
+            o.max_new_tokens,
+            o.temperature,
+            eos_id=end,
+            seed=o.seed * 100_003 + step,
+        )
+        for i, record in enumerate(batch):
+            mine = [answers.pop(0) for f in fits[i * o.k : (i + 1) * o.k] if f]
+            texts, finished = [tok.decode(a, skip_special=True) for a in mine], [a[-1] == end for a in mine]
+            if judge:
+                ranks = rank([float(s) for s in judge([record["messages"]] * len(texts), texts)])
+            else:
+                ranks = world_ranks(record, step * o.batch + i, texts, finished, o.seed)
+            extra = {k: v for k, v in record.items() if k not in ("messages", "reference")}
+            done.append({"prompt": record["messages"], "responses": texts, "ranks": ranks, "finished": finished, **extra})
+        run.log(step, ("ties",), prompts=len(done), ties=sum(len(set(d["ranks"])) < len(d["ranks"]) for d in done) / len(done))
+        run.save(step, records=done)
+    run.finish(lambda path: write_jsonl(path, done))
+
+
+if __name__ == "__main__":
+    main(compare, Options, __doc__)

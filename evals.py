@@ -1,0 +1,297 @@
+"""How good a checkpoint is: gold score, win rates, KL to the reference; without a gold rater, held-out loss and preference accuracy.
+
+    python evals.py --out OUT        evaluates what it finds there: OUT/{sft,reward,ppo,dpo,simpo} and the base
+
+Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt, answer, finished, gold, right, reasons}
+a line. OUT/results.json has the figures; where a figure is a mean over prompts, FIGURE_ci is half the width of its 95 % interval.
+Two checkpoints are compared on the same prompts: the paired difference is what is noisy, not each score.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import hub
+from data import records, templates, world
+from model import generate, join, last_score, logprobs, pad
+from train import main, opt, pick_device
+
+STAGES = ("base", "sft", "ppo", "dpo", "simpo")
+
+
+@dataclass
+class Options:
+    out: str = opt("out", "folder with the stages' checkpoints")
+    base: str = opt("data/base", "the base model's folder")
+    data: str = opt("", "your own conversations: held-out loss instead of gold; default: OUT/world/heldout.jsonl")
+    prefs: str = opt("", "with --data: your preference pairs, for held-out preference accuracy")
+    n: int = opt(1000, "how many held-out prompts", at_least=2)
+    max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
+    batch: int = opt(128, "answers at a time", at_least=1)
+    seed: int = opt(0, "seed of the answers")
+    device: str = opt("auto", "cpu, cuda or auto")
+
+
+# ---------------------------------------------------------------- statistics
+def mean(xs):
+    return sum(xs) / len(xs)
+
+
+def bootstrap(xs, statistic=mean, rounds=1000, seed=0):
+    """Half the width of the 95 % interval of a statistic of xs, by resampling (Efron 1979)."""
+    draw = random.Random(seed)
+    found = sorted(statistic(draw.choices(xs, k=len(xs))) for _ in range(rounds))
+    return (found[int(0.975 * rounds)] - found[int(0.025 * rounds)]) / 2
+
+
+def win_rate(ours, theirs):
+    """Scores on the same prompts → share won with ties counted half, and share won of the decided ones (None where all are ties)."""
+    points = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)]
+    decided = [p for p in points if p != 0.5]
+    return mean(points), mean(decided) if decided else None
+
+
+def pair_accuracy(scores, ranks) -> float:
+    """Share of the pairs that the scores put in the ranks' order, equal scores count half. (B,K) both; rank -1: absent, equal: no pair."""
+    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None] & (ranks >= 0)[:, None, :]
+    margin = scores[:, :, None] - scores[:, None, :]
+    won = (margin > 0).float() + 0.5 * (margin == 0).float()
+    return won[better].mean().item() if better.any() else 0.5
+
+
+# ---------------------------------------------------------------- answers and their gold score
+def answer(model, tok, prompts, o, temperature: float, seed: int):
+    """Message lists → [(text, ids, finished)] in their order; prompts of like length are answered together."""
+    end = templates.end_id(tok)
+    ids = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
+    out = [None] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for at in range(0, len(order), o.batch):
+        some = order[at : at + o.batch]
+        answers = generate(model, [ids[i] for i in some], o.max_new_tokens, temperature, eos_id=end, seed=seed * 100_003 + at)
+        for i, a in zip(some, answers, strict=True):
+            out[i] = a, a[-1] == end
+    return [(tok.decode(a, skip_special=True), a, done) for a, done in out]
+
+
+def rate(held, answers):
+    """Records with `item` and their answers → the lines of an answers file."""
+    lines = []
+    for r, (text, _, finished) in zip(held, answers, strict=True):
+        score, reasons = world.gold(r["item"], text, finished)
+        lines.append(
+            {"prompt": r["messages"], "answer": text, "finished": finished, "gold": score, "right": reasons["right"], "reasons": reasons}
+        )
+    return lines
+
+
+@torch.no_grad()
+def kl(policy, reference, tok, held, answers, device, size=32):
+    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its log-ratio (k1)."""
+    out = []
+    asked = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in held]
+    for i in range(0, len(asked), size):
+        rows = join(asked[i : i + size], [ids for _, ids, _ in answers[i : i + size]], device)
+        out += (logprobs(policy, *rows) - logprobs(reference, *rows)).sum(1).tolist()
+    return out
+
+
+def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
+    """The lines of a stage's two answers files → its entry in results.json."""
+    gold = [a["gold"] for a in sampled]
+    out = {
+        "n": len(sampled),
+        "gold_sampled": mean(gold), "gold_sampled_ci": bootstrap(gold),
+        "gold_greedy": mean([a["gold"] for a in greedy]), "gold_greedy_ci": bootstrap([a["gold"] for a in greedy]),
+        "right_sampled": mean([a["right"] for a in sampled]),
+        "right_greedy": mean([a["right"] for a in greedy]), "right_greedy_ci": bootstrap([float(a["right"]) for a in greedy]),
+        "finished": mean([a["finished"] for a in sampled]),
+        "mean_length": mean([len(a["answer"].split()) for a in sampled]),
+    }  # fmt: skip
+    if sampled_sft:
+        theirs = [a["gold"] for a in sampled_sft]
+        out["win_vs_sft"], out["win_vs_sft_decided"] = win_rate(gold, theirs)
+        out["win_vs_sft_ci"] = bootstrap([(a > b) + 0.5 * (a == b) for a, b in zip(gold, theirs, strict=True)])
+        gains = [a - b for a, b in zip(gold, theirs, strict=True)]
+        out["gain_vs_sft"], out["gain_vs_sft_ci"] = mean(gains), bootstrap(gains)
+    if kls:
+        out["kl_vs_sft"], out["kl_vs_sft_ci"] = mean(kls), bootstrap(kls)
+    return out
+
+
+# ---------------------------------------------------------------- the reward model
+@torch.no_grad()
+def score_texts(model, tok, prompts, answers, size=64):
+    """Raw scores of answers (str) to prompts (message lists)."""
+    ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
+    out = []
+    for i in range(0, len(ids), size):
+        tokens, mask, _ = join(*zip(*ids[i : i + size], strict=True), model.device)
+        out += last_score(model, tokens, mask).tolist()
+    return out
+
+
+def reward_figures(reward, sft, tok, held, o, k=4):
+    """The reward model on k fresh answers of the SFT model to each held-out prompt, pairs of equal gold left out, and labellers on
+    the same pairs; and on pairs of demonstrations that differ only in truth. → reward's entry in results.json"""
+    asked = [r["messages"] for r in held]
+    prompts = [p for p in asked for _ in range(k)]
+    answers = answer(sft, tok, prompts, o, 1.0, o.seed + 7)
+    rows = [[answers[i * k + j] for j in range(k)] for i in range(len(held))]
+    texts = [a[0] for a in answers]
+    rank = lambda judge: torch.tensor([judge(r["item"], row) for r, row in zip(held, rows, strict=True)])  # noqa: E731
+    gold = rank(lambda item, row: [world.gold(item, a[0], a[2])[0] for a in row])
+    ranks = (gold[:, :, None] < gold[:, None]).sum(2)  # 0 the best
+    first, second = (
+        rank(lambda item, row, who=who: world.Labeller(f"eval {who}").rank(item, [a[0] for a in row], [a[2] for a in row])) for who in "ab"
+    )
+    scores = torch.tensor(score_texts(reward, tok, prompts, texts)).view(-1, k)
+    swapped = torch.tensor(score_texts(reward, tok, prompts[k:] + prompts[:k], texts)).view(-1, k)
+    length = torch.tensor([len(t.split()) for t in texts]).view(-1, k)
+    near = (length[:, :, None] - length[:, None]).abs() <= 1
+    order = lambda x: (x[:, :, None] - x[:, None]).sign()  # noqa: E731
+    decided = (order(ranks) < 0) & (order(first) != 0) & (order(second) != 0)
+    truth = truth_pairs(reward, tok, held, o.seed)
+    return {
+        "pair_accuracy": pair_accuracy(scores, ranks), "labeller_gold_accuracy": pair_accuracy(-first.float(), ranks),
+        "labeller_agreement": (order(first) == order(second))[decided].float().mean().item(),
+        "truth_accuracy": mean(truth), "truth_accuracy_ci": bootstrap(truth),
+        "length_matched_accuracy": (order(scores)[near & (order(ranks) < 0)] > 0).float().mean().item(),
+        "score_length_correlation": torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[0, 1].item(),
+        "swapped_prompts_accuracy": pair_accuracy(swapped, ranks), "pairs": int((order(ranks) < 0).sum()),
+    }  # fmt: skip
+
+
+def truth_pairs(reward, tok, held, seed):
+    """Polite right against polite wrong answers of the demonstrators, alike in manner: 1 where the right one scores higher."""
+    asked = [r["messages"] for r in held]
+    right, wrong = ([world.demonstrate(r["item"], random.Random(f"{seed} {i}"), manner)[0] for i, r in enumerate(held)]
+                    for manner in ("polite", "polite wrong"))  # fmt: skip
+    pairs = zip(score_texts(reward, tok, asked, right), score_texts(reward, tok, asked, wrong), strict=True)
+    return [(a > b) + 0.5 * (a == b) for a, b in pairs]
+
+
+# ---------------------------------------------------------------- records without a gold rater
+@torch.no_grad()
+def held_out_losses(model, tok, conversations, device, size=8):
+    """[(sum of the targets' negative log-likelihoods, their number)] of each conversation."""
+    ids = [templates.render(tok, c["messages"]) for c in conversations]
+    ids = sorted(((i, lab) for i, lab in ids if len(i) <= model.config.max_position_embeddings), key=lambda x: len(x[0]))
+    out = []
+    for at in range(0, len(ids), size):
+        tokens, mask = pad([i for i, _ in ids[at : at + size]], device=device)
+        where, _ = pad([[int(x != -100) for x in lab] for _, lab in ids[at : at + size]], device=device)
+        nll = -logprobs(model, tokens, mask, where.bool()).sum(1)
+        out += zip(nll.tolist(), where[:, 1:].sum(1).tolist(), strict=True)
+    return out
+
+
+def per_token(losses):
+    return sum(n for n, _ in losses) / sum(t for _, t in losses)
+
+
+@torch.no_grad()
+def answer_logps(model, tok, prompts, answers, device, size=8):
+    """Summed log-probability of each answer (str)."""
+    ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
+    return [
+        x for i in range(0, len(ids), size) for x in logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
+    ]
+
+
+def hits(scores):
+    """Scores of the chosen answers and then of the rejected ones → for each pair 1 where the chosen one scores higher, ½ for a tie."""
+    half = len(scores) // 2
+    return [(c > r) + 0.5 * (c == r) for c, r in zip(scores[:half], scores[half:], strict=True)]
+
+
+# ---------------------------------------------------------------- the script
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+
+
+def found(o):
+    """The stages there are → {name: folder}."""
+    places = {s: Path(o.base) if s == "base" else Path(o.out) / s for s in STAGES}
+    return {s: p for s, p in places.items() if (p / "config.json").exists()}
+
+
+def evaluate_world(o, held, device):
+    """The embedded world's prompts: gold score of every stage's answers, and what the reward model makes of them."""
+    results, sft, sampled_sft = {"perfect": world.PERFECT}, None, None
+    asked = [r["messages"] for r in held]
+    for stage, path in found(o).items():
+        model, tok = hub.load(path, device)
+        sampled = answer(model, tok, asked, o, 1.0, o.seed)
+        lines, greedy = rate(held, sampled), rate(held, answer(model, tok, asked, o, 0.0, o.seed))
+        if stage == "sft":
+            sft, sampled_sft, sft_tok = model, lines, tok
+        kls = kl(model, sft, tok, held, sampled, device) if sft else None
+        results[stage] = stage_figures(lines, greedy, sampled_sft, kls)
+        write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
+        write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", greedy)
+        show(stage, results[stage])
+    if sft and (Path(o.out) / "reward" / "config.json").exists():
+        results["reward"] = reward_figures(hub.load(Path(o.out) / "reward", device)[0], sft, sft_tok, held[:400], o)
+        show("reward", results["reward"])
+    return results
+
+
+def evaluate_records(o, conversations, device):
+    """Anyone's records: held-out loss a token of every stage, held-out preference accuracy of the reward model and of DPO's implicit
+    reward log π - log π_sft, and answers to read."""
+    results, reference = {}, None
+    held = records.split(conversations)[1][: o.n]
+    pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
+    asked, given = [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
+    for stage, path in found(o).items():
+        model, tok = hub.load(path, device)
+        losses = held_out_losses(model, tok, held, device)
+        results[stage] = {"n": len(losses), "loss_per_token": per_token(losses), "loss_per_token_ci": bootstrap(losses, per_token)}
+        if pairs and stage != "base":
+            logps = answer_logps(model, tok, asked, given, device)
+            reference = reference or logps
+            won = hits([a - b for a, b in zip(logps, reference, strict=True)])
+            results[stage] |= {"implicit_accuracy": mean(won), "implicit_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
+        some = [c["messages"][:-1] for c in held[:20]]
+        lines = [
+            {"prompt": p, "answer": t, "finished": f} for p, (t, _, f) in zip(some, answer(model, tok, some, o, 0.0, o.seed), strict=True)
+        ]
+        write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", lines)
+        show(stage, results[stage])
+    if pairs and (Path(o.out) / "reward" / "config.json").exists():
+        model, tok = hub.load(Path(o.out) / "reward", device)
+        won = hits(score_texts(model, tok, asked, given))
+        results["reward"] = {"pair_accuracy": mean(won), "pair_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
+        show("reward", results["reward"])
+    return results
+
+
+def show(stage, figures):
+    """A stage's figures in one line, each with its interval where it has one."""
+    words = [
+        f"{k} {v:.3f}" + (f"±{figures[k + '_ci']:.3f}" if k + "_ci" in figures else "")
+        for k, v in figures.items()
+        if isinstance(v, float) and not k.endswith("_ci")
+    ]
+    print(f"{stage:7s} " + "  ".join(words), flush=True)
+
+
+def evaluate(o: Options):
+    device = pick_device(o.device)
+    if not found(o):
+        raise FileNotFoundError(f"{o.out}: no stage's checkpoint in it ({', '.join(STAGES)})")
+    if o.data:
+        results = evaluate_records(o, records.conversations(o.data), device)
+    else:
+        results = evaluate_world(o, records.conversations(f"{o.out}/world/heldout.jsonl", "prompt")[: o.n], device)
+    write = Path(o.out) / "results.json"
+    write.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(evaluate, Options, __doc__)

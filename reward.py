@@ -1,0 +1,123 @@
+"""Stage 2b: the reward model. It learns from rankings which of two answers people prefer (Stiennon et al. 2020; Ouyang et al. 2022, eq. 1).
+
+    P(i preferred to j) = σ(r_i - r_j)                       Bradley & Terry 1952; r is the score at an answer's last token
+    loss = mean over prompts of the mean over the prompt's pairs of -log σ(r_better - r_worse)
+
+The language model's head is replaced by one row, `score`. All pairs of a prompt's K answers lie in one batch: K forward passes give
+K(K-1)/2 comparisons, and a prompt weighs the same however many answers it has. Shuffled as separate examples the pairs would
+show each answer K-1 times an epoch, and the model overfits (InstructGPT, section 3.5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+import hub
+from data import records, templates
+from evals import pair_accuracy
+from model import join, last_score, scalar_model
+from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
+
+ABSENT = -1
+
+
+@dataclass
+class Options:
+    model: str = opt("out/sft", "checkpoint folder to start from")
+    data: str = opt("out/comparisons.jsonl", "rankings, or preference pairs")
+    reference: str = opt("out/world/sft.jsonl", "conversations whose answers get mean score 0 and deviation 1 in PPO")
+    out: str = opt("out/reward", "folder for the checkpoint")
+    steps: int = opt(250, "optimizer steps", at_least=1)
+    batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
+    length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
+    lr: float = opt(3e-4, "peak learning rate", above=0)
+    warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
+    seed: int = opt(0, "seed of the head and of the data's order")
+    device: str = opt("auto", "cpu, cuda or auto")
+    save_every: int = opt(50, "steps between saved states", at_least=1)
+    overwrite: bool = opt(False, "start anew over a finished run")
+
+
+def ranking_loss(scores, ranks):
+    """Scalar. scores, ranks (B,K): rank 0 is the best, tied ranks form no pair, -1 marks an absent answer (its score may be anything)."""
+    present = ranks != ABSENT
+    scores = torch.where(present, scores, 0.0)
+    better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]  # (B,K,K): i is preferred to j
+    nll = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])
+    pairs = better.sum((1, 2))
+    per_prompt = torch.where(better, nll, 0.0).sum((1, 2)) / pairs.clamp(min=1)
+    return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
+
+
+def prepare(path, rankings, tok, length: int):
+    """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and prompts left with nothing to compare."""
+    kept, long = [], 0
+    for r in rankings:
+        encoded = [templates.answer_ids(tok, r["prompt"], a) for a in r["responses"]]
+        fits = [i for i, (p, a) in enumerate(encoded) if len(p) + len(a) <= length and r["ranks"][i] != ABSENT]
+        if len({r["ranks"][i] for i in fits}) > 1:
+            kept.append((encoded[0][0], [encoded[i][1] for i in fits], [r["ranks"][i] for i in fits]))
+        long += len(fits) < len(encoded)
+    records.report(path, len(kept), {f"with answers longer than {length} tokens or absent": long}, "rankings")
+    return kept
+
+
+def scores_of(model, batch, device):
+    """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), short prompts filled up with absent answers."""
+    tokens, mask, _ = join([p for p, answers, _ in batch for _ in answers], [a for _, answers, _ in batch for a in answers], device)
+    ranks = torch.full((len(batch), max(len(r) for _, _, r in batch)), ABSENT)
+    for i, (_, _, r) in enumerate(batch):
+        ranks[i, : len(r)] = torch.tensor(r)
+    ranks = ranks.to(device)
+    with autocast(device):
+        flat = last_score(model, tokens, mask)
+    return torch.zeros(ranks.shape, device=device).masked_scatter(ranks != ABSENT, flat), ranks
+
+
+@torch.no_grad()
+def reference_scores(model, tok, path, length, device, seed, n=512):
+    """Mean and standard deviation of the scores of n reference answers (the demonstrations')."""
+    some = records.batch(records.conversations(path), 0, n, seed)
+    ids = [templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some]
+    ids = [(p, a) for p, a in ids if len(p) + len(a) <= length]
+    scores = [last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device)[:2]) for i in range(0, len(ids), 32)]
+    scores = torch.cat(scores)
+    return scores.mean().item(), scores.std().item()
+
+
+def reward(o: Options):
+    device = pick_device(o.device)
+    run = Run(o, __file__, [o.model, o.data, o.reference])
+    sft, tok = hub.load(o.model, device)
+    model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
+    length = min(o.length, model.config.max_position_embeddings)
+    train, held = records.split(records.rankings(o.data))
+    data = prepare(o.data, train, tok, length)
+    optimizer = adamw(model, o.lr)
+    run.resume(model=model, optimizer=optimizer)
+
+    for step in run.steps(o.steps):
+        lr = lr_at(step, o.steps, o.lr, o.warmup)
+        set_lr(optimizer, lr)
+        scores, ranks = scores_of(model, records.batch(data, step, o.batch, o.seed), device)
+        loss = ranking_loss(scores, ranks)
+        loss.backward()
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(step, ("loss", "accuracy"), loss=loss, accuracy=pair_accuracy(scores, ranks), lr=lr, grad_norm=norm)
+        run.save(step)
+
+    model.config.reward_mean, model.config.reward_std = reference_scores(model, tok, o.reference, length, device, o.seed)
+    if held:
+        with torch.no_grad():
+            parts = prepare(o.data, held, tok, length)
+            figures = [pair_accuracy(*scores_of(model, parts[i : i + o.batch], device)) for i in range(0, len(parts), o.batch)]
+        run.log(o.steps, held_out_accuracy=sum(figures) / len(figures))
+    run.finish(lambda path: hub.save(path, model, tok))
+
+
+if __name__ == "__main__":
+    main(reward, Options, __doc__)

@@ -1,0 +1,120 @@
+"""Stage 1: supervised fine-tuning. The model learns to answer as the demonstrations do (Ouyang et al. 2022, section 3.5).
+
+    loss = - Σ log p(y_t | x, y_<t) / number of targets         over the tokens of the answers y, end token included
+
+The prompt x is read but not learnt: its labels are -100. Two things are easy to get wrong and are asserted by tests:
+- The denominator is the number of targets of the whole optimizer step. A mean over micro-batches of means would weigh an answer's
+  tokens by how short its neighbours are.
+- Conversations are packed end to end into rows, so that nothing is computed on padding; each attends to itself only and counts
+  its positions from 0, so packed and separate losses are equal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+import hub
+from data import records, templates
+from model import first_fit
+from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
+
+IGNORE = -100
+
+
+@dataclass
+class Options:
+    model: str = opt("data/base", "checkpoint folder to start from")
+    data: str = opt("out/world/sft.jsonl", "conversations: chat JSONL, Alpaca, or prompt/completion")
+    out: str = opt("out/sft", "folder for the checkpoint")
+    steps: int = opt(220, "optimizer steps", at_least=1)
+    batch: int = opt(64, "conversations a step", at_least=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
+    length: int = opt(256, "tokens of a packed row; longer conversations are dropped", at_least=2)
+    lr: float = opt(3e-4, "peak learning rate", above=0)
+    warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
+    weight_decay: float = opt(0.0, "AdamW's decay of matrices", at_least=0)
+    format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
+    seed: int = opt(0, "seed of the data's order")
+    device: str = opt("auto", "cpu, cuda or auto")
+    save_every: int = opt(50, "steps between saved states", at_least=1)
+    overwrite: bool = opt(False, "start anew over a finished run")
+    show_batch: bool = opt(False, "print the first batch, the trained tokens in colour, and stop")
+
+
+def sft_loss(model, tokens, labels, segments):
+    """Sum of the targets' negative log-likelihoods, and how many they are.
+
+    tokens, labels, segments (B,T): a label lies on its own token and is predicted from the token before it, which must belong to
+    the same packed example (segments; -1 is padding). The head runs on the targets' rows only.
+    """
+    wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
+    row, column = wanted.nonzero(as_tuple=True)
+    logits = model.lm_head(model.hidden(tokens, segments=segments)[row, column]).float()
+    return F.cross_entropy(logits, labels[row, column + 1], reduction="sum"), len(row)
+
+
+def pack(examples, length: int, device="cpu"):
+    """[(ids, labels), …] laid end to end → tokens, labels, segments (rows, length): padding has label -100 and segment -1."""
+    place = first_fit([len(ids) for ids, _ in examples], length)
+    tokens = torch.zeros(1 + max(row for row, _ in place), length, dtype=torch.long)
+    labels, segments = torch.full_like(tokens, IGNORE), torch.full_like(tokens, -1)
+    for i, ((row, at), (ids, lab)) in enumerate(zip(place, examples, strict=True)):
+        span = slice(at, at + len(ids))
+        tokens[row, span], labels[row, span], segments[row, span] = torch.tensor(ids), torch.tensor(lab), i
+    return tokens.to(device), labels.to(device), segments.to(device)
+
+
+def prepare(path, tok, length: int):
+    """The training side of a file → [(ids, labels)]; conversations longer than a row are dropped and counted."""
+    train, _ = records.split(records.conversations(path))
+    examples = [templates.render(tok, c["messages"]) for c in train]
+    kept = [e for e in examples if len(e[0]) <= length]
+    records.report(path, len(kept), {f"longer than {length} tokens": len(examples) - len(kept)}, "conversations")
+    return kept
+
+
+def show(examples, tok):
+    """A batch token by token: what is trained stands in green, what is only read in grey."""
+    for ids, labels in examples:
+        text = [f"\033[{'90' if lab == IGNORE else '32'}m{tok.decode([i])}\033[0m" for i, lab in zip(ids, labels, strict=True)]
+        print("|".join(text))
+
+
+def sft(o: Options):
+    device = pick_device(o.device)
+    run = Run(o, __file__, [o.model, o.data])
+    model, tok = hub.load(o.model, device)
+    form = templates.adopt(tok, o.format or None)
+    length = min(o.length, model.config.max_position_embeddings)
+    data = prepare(o.data, tok, length)
+    if o.show_batch:
+        return show(records.batch(data, 0, o.batch, o.seed), tok)
+    optimizer = adamw(model, o.lr, o.weight_decay)
+    run.resume(model=model, optimizer=optimizer)
+
+    for step in run.steps(o.steps):
+        examples = records.batch(data, step, o.batch, o.seed)
+        targets = sum(label != IGNORE for _, labels in examples for label in labels[1:])  # of the whole step: the loss's denominator
+        lr = lr_at(step, o.steps, o.lr, o.warmup)
+        set_lr(optimizer, lr)
+        loss, part = 0.0, -(-len(examples) // o.accumulate)
+        for i in range(0, len(examples), part):
+            tokens, labels, segments = pack(examples[i : i + part], length, device)
+            with autocast(device):
+                nll, _ = sft_loss(model, tokens, labels, segments)
+            (nll / targets).backward()
+            loss += nll.detach() / targets
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(step, loss=loss, lr=lr, grad_norm=norm, targets=targets, tokens=sum(len(ids) for ids, _ in examples))
+        run.save(step)
+
+    model.config.eos_token_id = templates.end_id(tok, form)
+    run.finish(lambda path: hub.save(path, model, tok))
+
+
+if __name__ == "__main__":
+    main(sft, Options, __doc__)
