@@ -58,7 +58,8 @@ def written_out(model, tokens):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name + ".weight"]
 
     def linear(x, name):
-        return torch.einsum("ti,oi->to", x, w[name + ".weight"]) + w.get(name + ".bias", 0.0)
+        biased = c.attention_bias and "self_attn" in name or c.mlp_bias and "mlp" in name
+        return torch.einsum("ti,oi->to", x, w[name + ".weight"]) + (w[name + ".bias"] if biased else 0.0)
 
     def turn(x, t):
         half = c.head_dim // 2
@@ -151,6 +152,18 @@ def test_padded_is_unpadded_and_batched_is_single(lm, scalar, left):
         close(logits[i][mask[i]], lm(alone)[0], 1e-4)
         close(values[i][mask[i]], scalar(alone)[0], 1e-4)
         close(last[i], scalar(alone)[0, -1], 1e-4)
+
+
+def test_positions_count_each_row_s_own_tokens(lm):
+    for left, expected in ((True, [[0, 0, 0, 1], [0, 1, 2, 3]]), (False, [[0, 1], [0, 1, 2, 3]])):
+        positions, allowed = M._padded(*M.pad([[5, 6], [1, 2, 3, 4]], left=left), None)
+        assert all(p[: len(e)] == e for p, e in zip(positions.tolist(), expected, strict=True))
+        assert allowed is None or allowed.any(-1).all()  # not every attention kernel is finite where nothing may be seen
+    positions, _ = M._packed(torch.zeros(1, 7), torch.tensor([[0, 0, 0, 4, 4, 2, -1]]), None)
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
+    cache = M.Cache(lm, 2, 6)
+    lm.hidden(*M.pad([[5, 6], [1, 2, 3, 4]], left=True), cache=cache)
+    assert M._padded(torch.zeros(2, 1), None, cache)[0].tolist() == [[2], [4]]
 
 
 def test_padding_on_both_sides_of_a_row(lm):
@@ -404,6 +417,7 @@ def test_scalar_model_is_a_copy_with_a_fresh_head(tied):
             p.add_(1.0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.config.num_labels == 0 and model.config.tie_word_embeddings == tied and scalar.config.num_labels == 1
+    assert not scalar.config.tie_word_embeddings
     heads = [M.scalar_model(model, torch.Generator().manual_seed(s)).score.weight for s in range(20)]
     assert torch.cat(heads).std().item() == pytest.approx(33**-0.5, rel=0.15)
     assert torch.equal(heads[0], M.scalar_model(model, torch.Generator().manual_seed(0)).score.weight)

@@ -127,7 +127,41 @@ def chats(smollm2):
     return out
 
 
-FILES = (tokenizers, tokens, rendered, chats)                      # in the order in which they need each other
+LLAMAS = {  # the shapes that a reader of Llama folders can get wrong
+    "tied": dict(tie_word_embeddings=True),
+    "biases": dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.1),                      # in shards
+    "wide": dict(head_dim=12, num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "scores": dict(num_labels=1, pad_token_id=0, eos_token_id=2),                              # a sequence classifier
+}
+
+
+def llamas(smollm2):
+    """llama_NAME/: tiny Llamas as transformers saves them, in bf16, with its float32 logits (scores: pooled) in expected.safetensors."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    for name, changes in LLAMAS.items():
+        shape = dict(vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        config = LlamaConfig(**shape | changes)
+        kind = LlamaForSequenceClassification if name == "scores" else LlamaForCausalLM
+        torch.manual_seed(0)
+        model = kind(config)
+        generator = torch.Generator().manual_seed(len(name))
+        with torch.no_grad():
+            for p in model.parameters():                       # large enough that attention is far from uniform
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+        model.bfloat16().save_pretrained(HERE / f"llama_{name}", max_shard_size="20KB" if name == "biases" else "5GB")
+        model = kind.from_pretrained(HERE / f"llama_{name}", dtype=torch.float32).eval()     # not .float(): RoPE would stay rounded
+        tokens = torch.randint(3, 60, (2, 12), generator=generator)
+        mask = torch.ones_like(tokens)
+        mask[1, 7:] = tokens[1, 7:] = 0
+        tokens[0, 11] = tokens[1, 6] = 2
+        with torch.no_grad():
+            out = model(tokens, attention_mask=mask).logits
+        save_file({"tokens": tokens, "mask": mask, "out": out.contiguous()}, HERE / f"llama_{name}" / "expected.safetensors")
+
+
+FILES = (tokenizers, tokens, rendered, chats, llamas)                      # in the order in which they need each other
 
 
 def main():
