@@ -8,6 +8,7 @@ one JSON object a line, or one JSON array. A prompt or an answer is a string or 
 here pass through. What cannot be read raises a ValueError "file:line: field: what was expected (got ...)"; what can be read but
 is of no use is dropped, counted, and said in one line.
 """
+import argparse
 import hashlib
 import json
 import random
@@ -330,3 +331,21 @@ def _keep(record, used, **fields):
 
 
 _short = templates._short
+
+
+def main():
+    """python -m data.records FILE OUT: the prompts of a file of any kind, for compare.py and ppo.py."""
+    parser = argparse.ArgumentParser(description="Writes the prompts of a file of records: their messages up to the last user's turn.")
+    parser.add_argument("file", help="conversations, preference pairs or rankings")
+    parser.add_argument("out", help="JSONL file for {messages} that end in a user's turn")
+    o = parser.parse_args()
+    try:
+        found = [r["messages"][:-1] for r in conversations(o.file)] if kind(o.file) == "conversation" else [r["prompt"] for r in rankings(o.file)]
+        lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)  # each prompt once
+        Path(o.out).write_text("".join(lines), encoding="utf-8", newline="\n")
+    except (ValueError, OSError) as e:
+        sys.exit(f"records.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
