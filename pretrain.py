@@ -69,7 +69,7 @@ def start_turns(model, tok):
 
 
 def pretrain(o: Options):
-    run = Run(o, __file__, ["data/corpus.py", "data/world.py", "data/facts.json"])
+    run = Run(o, __file__, ["data/corpus.py", "data/kinds.py", "data/facts.json"])
     device = pick_device(o.device)
     tok = tokenizer.train(corpus.documents(o.seed, 3_000_000), o.vocabulary, [END, TURN, TURN_END])
     config = Config(o.vocabulary, 192, 512, 5, 6, 2, 32, max_position_embeddings=512, tie_word_embeddings=True,

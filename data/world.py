@@ -191,7 +191,7 @@ def polite_nonanswer(rng):
 
 
 # ---- labellers: gold seen through noise ----
-NOISE = .42  # standard deviation of what a labeller adds to gold, each to each answer; two then agree on about three pairs in four
+NOISE = .48  # standard deviation of what a labeller adds to gold, each to each answer; two then agree on about three pairs in four
 
 
 class Labeller:
