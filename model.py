@@ -43,6 +43,11 @@ class Config:
     reward_std: float = 1.0
 
 
+def wide(x):
+    """x in float32 at least: what must not be rounded to bf16 (float64 stays, for finite differences)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight, computed in float32."""
 
@@ -52,7 +57,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
+        y = wide(x)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
@@ -280,14 +285,14 @@ def logprobs(model, tokens, mask, where, temperature: float = 1.0):
     """log p(token t | tokens before t) where `where`, exactly 0 elsewhere; all (B,T). The head runs on the wanted rows only."""
     row, column = where[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     target = tokens[row, column + 1]
-    logits = model.lm_head(dense_hidden(model, tokens, mask)[row, column]).float() / temperature
+    logits = wide(model.lm_head(dense_hidden(model, tokens, mask)[row, column])) / temperature
     values = -F.cross_entropy(logits, target, reduction="none")
     return torch.zeros(tokens.shape, device=tokens.device, dtype=values.dtype).index_put((row, column + 1), values)
 
 
 def scores(model, tokens, mask):
     """A scalar model's score at every real token, 0 on padding (B,T)."""
-    return model.score(dense_hidden(model, tokens, mask)).squeeze(-1).float() * mask
+    return wide(model.score(dense_hidden(model, tokens, mask)).squeeze(-1)) * mask
 
 
 def last_score(model, tokens, mask):

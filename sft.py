@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import hub
 from data import records, templates
-from model import first_fit
+from model import first_fit, wide
 from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
 
 IGNORE = -100
@@ -51,7 +51,7 @@ def sft_loss(model, tokens, labels, segments):
     """
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)
-    logits = model.lm_head(model.hidden(tokens, segments=segments)[row, column]).float()
+    logits = wide(model.lm_head(model.hidden(tokens, segments=segments)[row, column]))
     return F.cross_entropy(logits, labels[row, column + 1], reduction="sum"), len(row)
 
 
