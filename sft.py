@@ -36,7 +36,7 @@ class Options:
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     weight_decay: float = opt(0.0, "AdamW's decay of matrices", at_least=0)
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
-    seed: int = opt(0, "seed of the data's order")
+    seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -67,11 +67,13 @@ def pack(examples, length: int, device="cpu"):
 
 
 def prepare(path, tok, length: int):
-    """The training side of a file → [(ids, labels)]; conversations longer than a row are dropped and counted."""
+    """The training side of a file → [(ids, labels)]; those longer than a row, or without a target, are dropped and counted."""
     train, _ = records.split(records.conversations(path))
     examples = [templates.render(tok, c["messages"]) for c in train]
-    kept = [e for e in examples if len(e[0]) <= length]
-    records.report(path, len(kept), {f"longer than {length} tokens": len(examples) - len(kept)}, "conversations")
+    short = [e for e in examples if len(e[0]) <= length]
+    kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
+    dropped = {f"longer than {length} tokens": len(examples) - len(short), "without a target": len(short) - len(kept)}
+    records.report(path, len(kept), dropped, "conversations")
     return kept
 
 
@@ -84,8 +86,8 @@ def show(examples, tok):
 
 def sft(o: Options):
     device = pick_device(o.device)
-    run = Run(o, __file__, [o.model, o.data])
-    model, tok = hub.load(o.model, device)
+    run = None if o.show_batch else Run(o, __file__, [o.model, o.data])
+    model, tok = hub.language_model(o.model, device)
     form = templates.adopt(tok, o.format or None)
     length = min(o.length, model.config.max_position_embeddings)
     data = prepare(o.data, tok, length)
