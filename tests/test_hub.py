@@ -169,7 +169,9 @@ def test_bf16_weights_survive_a_round_trip(tmp_path):
     model, tokenizer = hub.load(tmp_path / "a")
     assert tokenizer is None and model.norm.weight.dtype == torch.float32
     hub.save(tmp_path / "b", model, None, torch.bfloat16)
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    hub.save(tmp_path / "c", hub.load(tmp_path / "a", dtype=torch.bfloat16)[0], None)  # as it is in memory
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
 
 
 def test_a_loaded_model_does_not_hold_its_file(tmp_path):
@@ -182,8 +184,11 @@ def test_a_loaded_model_does_not_hold_its_file(tmp_path):
     assert len(generate(model, [[1, 2]], 3)[0]) == 3
 
 
-def test_reward_model(tokenizer, tmp_path):
-    lm = tiny(tie_word_embeddings=True, eos_token_id=tokenizer.special["<|im_end|>"], pad_token_id=tokenizer.special["<|im_end|>"])
+@pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])  # the second pads with its end token, as SmolLM2 does
+def test_reward_model(kind, tmp_path):
+    tokenizer = Tokenizer.load(GOLDEN / kind)
+    end = tokenizer.special["<|im_end|>"]
+    lm = tiny(tokenizer.vocab_size, tie_word_embeddings=True, eos_token_id=end, pad_token_id=end)
     model = scalar_model(lm)
     model.config.reward_mean, model.config.reward_std = 0.25, 2.5
     hub.save(tmp_path, model, tokenizer)
@@ -196,6 +201,13 @@ def test_reward_model(tokenizer, tmp_path):
     again, _ = hub.load(tmp_path)
     assert same(again, model) and (again.config.reward_mean, again.config.reward_std, again.config.num_labels) == (0.25, 2.5, 1)
     assert lm.config.pad_token_id == lm.config.eos_token_id  # saving changes nothing in memory
+
+
+def test_a_scalar_head_on_what_was_a_tied_model(tmp_path):
+    shutil.copytree(GOLDEN / "llama_scores", tmp_path / "m")
+    edit(tmp_path / "m", tie_word_embeddings=True)  # transformers keeps the word in the config, and there is no head to tie
+    hub.save(tmp_path / "again", hub.load(tmp_path / "m")[0], None)
+    assert same(hub.load(tmp_path / "again")[0], hub.load(GOLDEN / "llama_scores")[0])
 
 
 def test_reward_model_without_a_free_padding_token(tmp_path):
@@ -234,6 +246,7 @@ REFUSED = {
     "num_key_value_heads": (3, "4 heads must be a multiple of 3"),
     "head_dim": (7, "head_dim = 7 even"),
     "rms_norm_eps": ("small", 'rms_norm_eps is "small", float was expected'),
+    "max_position_embeddings": (True, "max_position_embeddings is true, int was expected"),
     "tie_word_embeddings": ("yes", 'tie_word_embeddings is "yes", bool was expected'),
     "num_hidden_layers": (3, "the checkpoint lacks model.layers.2.input_layernorm.weight and 8 more tensors"),
     "intermediate_size": (41, r"down_proj.weight has the shape \(32, 40\), config.json asks for \(32, 41\)"),

@@ -269,6 +269,12 @@ def test_first_fit_never_overlaps():
     assert max(r for r, _ in cells) + 1 <= sum(lengths) / 30 * 1.2 + 1
 
 
+def test_join_marks_the_answers():
+    tokens, mask, where = M.join([[1, 2], [3, 4, 5]], [[6, 7, 8], [9]])
+    assert tokens[mask].tolist() == [1, 2, 6, 7, 8, 3, 4, 5, 9] and mask.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert where.tolist() == [[False, False, True, True, True], [False, False, False, True, False]]
+
+
 # -- generation
 
 
