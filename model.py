@@ -93,9 +93,10 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        groups = self.heads // self.kv_heads  # query head h reads key/value head h // groups
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+        native = x.device.type == "cpu"  # a GPU's fast kernels with a mask want the key/value heads repeated
+        if not native:  # query head h reads key/value head h // groups
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=native)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -131,10 +132,16 @@ class Cache:
         shape = (rows, c.num_key_value_heads, room, c.head_dim)
         self.kv = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(c.num_hidden_layers)]
         self.mask = torch.zeros(rows, room, dtype=torch.bool, device=like.device)
-        self.length = 0
+        self.length, self.place = 0, None
 
     def append(self, layer: int, k, v):
-        """Stores a layer's new keys and values behind the old ones and returns both."""
+        """Stores a layer's new keys and values behind the old ones and returns both; of packed rows (place: from where, to where)
+        each where it belongs, and returns the new ones, which see only themselves."""
+        if self.place:
+            (packed, at), (row, column) = self.place
+            for store, fresh in zip(self.kv[layer], (k, v), strict=True):
+                store[row, :, column] = fresh[packed, :, at].to(store.dtype)
+            return k, v
         new, end = self.length, self.length + k.shape[2]
         for store, fresh in zip(self.kv[layer], (k, v), strict=True):
             store[:, :, new:end] = fresh
@@ -266,18 +273,22 @@ def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
     return place
 
 
-def dense_hidden(model, tokens, mask):
+def dense_hidden(model, tokens, mask, cache=None):
     """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, without computing the padding: the rows'
-    real tokens are laid end to end in fewer, fuller rows, each seeing only itself. (B,T) → (B,T,D)"""
+    real tokens are laid end to end in fewer, fuller rows, each seeing only itself. An empty cache is filled. (B,T) → (B,T,D)"""
     lengths = mask.sum(1).tolist()
-    width = max(128, *lengths)  # short rows keep the attention matrix small
+    width = max(min(128, sum(lengths)), *lengths)  # short rows keep the attention matrix small
     place = torch.tensor(first_fit(lengths, width), device=tokens.device)
     row, column = mask.nonzero(as_tuple=True)
     at = place[row, 0], place[row, 1] + (mask.long().cumsum(1) - 1)[row, column]
     packed = tokens.new_zeros(int(place[:, 0].max()) + 1, width)
     segments = torch.full_like(packed, -1)
     packed[at], segments[at] = tokens[row, column], row
-    h = model.hidden(packed, segments=segments)
+    if cache is not None:
+        cache.place, cache.mask[:, : tokens.shape[1]] = (at, (row, column)), mask
+    h = model.hidden(packed, segments=segments, cache=cache)
+    if cache is not None:
+        cache.place, cache.length = None, tokens.shape[1]
     return h.new_zeros(*tokens.shape, h.shape[-1]).index_put((row, column), h[at])
 
 
@@ -315,6 +326,14 @@ def sample(logits, temperature: float, top_p: float, uniform):
     return torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 
 
+def prompt_room(model, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have. ValueError where the answer alone fills the context."""
+    context = model.config.max_position_embeddings
+    if max_new_tokens >= context:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: the model's context is {context} tokens, prompt included; give fewer")
+    return context - max_new_tokens
+
+
 @torch.no_grad()
 def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0):
     """Yields (rows, ids) a step: the next token of every answer that has not ended. Prompts are ragged lists of ids.
@@ -331,7 +350,7 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     tokens, mask = pad(prompts, left=True, device=model.device)
     rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)
     for step in range(max_new_tokens):
-        h = model.hidden(tokens, mask, cache=cache)[:, -1]
+        h = (model.hidden(ids[:, None], cache=cache) if step else dense_hidden(model, tokens, mask, cache))[:, -1]
         ids = sample(model.lm_head(h), temperature, top_p, uniform[step, rows])
         yield rows, ids
         going = ids != eos_id if eos_id is not None else torch.ones_like(ids, dtype=torch.bool)
@@ -340,7 +359,6 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
             cache.keep(going)
         if not len(rows):
             return
-        tokens, mask = ids[:, None], None
 
 
 def generate(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0) -> list[list[int]]:

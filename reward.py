@@ -34,7 +34,7 @@ class Options:
     length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
     lr: float = opt(3e-4, "peak learning rate", above=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
-    seed: int = opt(0, "seed of the head and of the data's order")
+    seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -51,8 +51,9 @@ def ranking_loss(scores, ranks):
     return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
 
 
-def prepare(path, rankings, tok, length: int):
-    """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and prompts left with nothing to compare."""
+def encode(rankings, tok, length: int):
+    """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and prompts left with nothing to compare,
+    and how many rankings had such answers."""
     kept, long = [], 0
     for r in rankings:
         encoded = [templates.answer_ids(tok, r["prompt"], a) for a in r["responses"]]
@@ -60,7 +61,25 @@ def prepare(path, rankings, tok, length: int):
         if len({r["ranks"][i] for i in fits}) > 1:
             kept.append((encoded[0][0], [encoded[i][1] for i in fits], [r["ranks"][i] for i in fits]))
         long += len(fits) < len(encoded)
+    return kept, long
+
+
+def prepare(path, rankings, tok, length: int):
+    """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left."""
+    kept, long = encode(rankings, tok, length)
     records.report(path, len(kept), {f"with answers longer than {length} tokens or absent": long}, "rankings")
+    return kept
+
+
+def prepare_references(path, tok, length: int, seed: int, n=128):
+    """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)], those longer than `length` dropped and counted."""
+    found = records.conversations(path)
+    some = records.batch(found, 0, min(n, len(found)), seed)
+    ids = [templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some]
+    kept = [(p, a) for p, a in ids if len(p) + len(a) <= length]
+    records.report(path, len(kept), {f"longer than {length} tokens": len(ids) - len(kept)}, "reference answers")
+    if len(kept) < 2:
+        raise ValueError(f"{path}: two or more reference answers were expected, for the deviation of their scores (got one)")
     return kept
 
 
@@ -77,11 +96,8 @@ def scores_of(model, batch, device):
 
 
 @torch.no_grad()
-def reference_scores(model, tok, path, length, device, seed, n=512):
-    """Mean and standard deviation of the scores of n reference answers (the demonstrations')."""
-    some = records.batch(records.conversations(path), 0, n, seed)
-    ids = [templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some]
-    ids = [(p, a) for p, a in ids if len(p) + len(a) <= length]
+def reference_scores(model, ids, device):
+    """Mean and standard deviation of the scores of reference answers [(prompt ids, answer ids)]."""
     scores = [last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device)[:2]) for i in range(0, len(ids), 32)]
     scores = torch.cat(scores)
     return scores.mean().item(), scores.std().item()
@@ -90,11 +106,12 @@ def reference_scores(model, tok, path, length, device, seed, n=512):
 def reward(o: Options):
     device = pick_device(o.device)
     run = Run(o, __file__, [o.model, o.data, o.reference])
-    sft, tok = hub.load(o.model, device)
+    sft, tok = hub.language_model(o.model, device)
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
     length = min(o.length, model.config.max_position_embeddings)
     train, held = records.split(records.rankings(o.data))
-    data = prepare(o.data, train, tok, length)
+    data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]
+    references = prepare_references(o.reference, tok, length, o.seed)
     optimizer = adamw(model, o.lr)
     run.resume(model=model, optimizer=optimizer)
 
@@ -110,11 +127,10 @@ def reward(o: Options):
         run.log(step, ("loss", "accuracy"), loss=loss, accuracy=pair_accuracy(scores, ranks), lr=lr, grad_norm=norm)
         run.save(step)
 
-    model.config.reward_mean, model.config.reward_std = reference_scores(model, tok, o.reference, length, device, o.seed)
+    model.config.reward_mean, model.config.reward_std = reference_scores(model, references, device)
     if held:
         with torch.no_grad():
-            parts = prepare(o.data, held, tok, length)
-            figures = [pair_accuracy(*scores_of(model, parts[i : i + o.batch], device)) for i in range(0, len(parts), o.batch)]
+            figures = [pair_accuracy(*scores_of(model, held[i : i + o.batch], device)) for i in range(0, len(held), o.batch)]
         run.log(o.steps, held_out_accuracy=sum(figures) / len(figures))
     run.finish(lambda path: hub.save(path, model, tok))
 

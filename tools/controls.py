@@ -1,0 +1,121 @@
+"""What the results could be mistaken for, measured: python -m tools.controls --out OUT writes OUT/controls.json.
+
+    polite           a polite answer that ignores the prompt: must score below SFT
+    shuffled         PPO on a reward model trained on shuffled labels: gains nothing
+    swapped          the reward model on the right answers to other prompts: does it read the prompt?
+    best_of_16       the best of 16 SFT answers by the reward model: what selection alone reaches, at KL ln 16 - 15/16
+    good_answers     SFT on the perfect demonstrations only: what a rater who filters the data reaches
+    dpo_nll          DPO with half the chosen answer's likelihood added (iterative RPO)
+The runs that it needs take the options of OUT's own runs (their run.json) with one thing changed.
+"""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import evals
+import hub
+from data import records, world
+from train import main, opt, pick_device
+
+
+@dataclass
+class Options:
+    out: str = opt("out", "folder of a finished `make all`")
+    base: str = opt("data/base", "the base model's folder")
+    n: int = opt(500, "how many held-out prompts", at_least=2)
+    max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
+    batch: int = opt(128, "answers at a time", at_least=1)
+    seed: int = opt(0, "seed of the answers and of the shuffled labels")
+    device: str = opt("auto", "cpu, cuda or auto")
+    overwrite: bool = opt(False, "run the controls' own stages anew")
+
+
+def again(script: str, of: Path, out: Path, overwrite: bool, **changes):
+    """Runs a stage with the options of the finished run `of`, but for the changes; → its folder."""
+    options = json.loads((of / "run.json").read_text())["options"] | changes | {"out": str(out), "overwrite": overwrite}
+    words = [w for k, v in options.items() if v not in (False, "") for w in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
+    if subprocess.run([sys.executable, script, *words]).returncode:
+        raise ValueError(f"{script} into {out} failed")
+    return out
+
+
+def shuffled_labels(comparisons: Path, path: Path, seed: int):
+    """The same rankings with each prompt's ranks in random order."""
+    rng, rows = random.Random(seed), records.rankings(comparisons)
+    for r in rows:
+        rng.shuffle(r["ranks"])
+    evals.write_jsonl(path, rows)
+    return path
+
+
+def good_answers(demonstrations: Path, path: Path):
+    """Only the demonstrations that the rater finds perfect. No stage of the pipeline may do this: the rater is for evaluation."""
+    rows = [r for r in records.conversations(demonstrations) if world.gold(r["item"], r["messages"][-1]["content"])[0] >= world.PERFECT - 1e-9]
+    evals.write_jsonl(path, rows)
+    return path
+
+
+def figures(o, path, held, sampled_sft, sft, device):
+    """A checkpoint's entry, as evals.py writes it for a stage."""
+    model, tok = hub.load(path, device)
+    asked = [r["messages"] for r in held]
+    sampled = evals.answer(model, tok, asked, o, 1.0, o.seed)
+    kls = evals.kl(model, sft, tok, held, sampled, device)
+    return evals.stage_figures(evals.rate(held, sampled), evals.rate(held, evals.answer(model, tok, asked, o, 0.0, o.seed)), sampled_sft, kls)
+
+
+def best_of(k, sft, tok, reward, held, o):
+    """Of k SFT answers to each prompt the one that the reward model likes best → the lines of an answers file."""
+    asked = [r["messages"] for r in held for _ in range(k)]
+    answers = evals.answer(sft, tok, asked, o, 1.0, o.seed + 16)
+    scores = evals.score_texts(reward, tok, asked, [a[0] for a in answers])
+    best = [max(range(i, i + k), key=lambda j: (answers[j][2], scores[j])) for i in range(0, len(asked), k)]
+    return evals.rate(held, [answers[i] for i in best])
+
+
+def swapped(reward, tok, held, seed):
+    """Truth pairs (right against wrong, alike in manner) read under another item's prompt."""
+    items = [r["item"] for r in held]
+    pairs = [[world.demonstrate(i, random.Random(f"{seed} {n}"), m)[0] for n, i in enumerate(items)] for m in ("polite", "polite wrong")]
+    asked = [r["messages"] for r in held[1:] + held[:1]]
+    right, wrong = (evals.score_texts(reward, tok, asked, texts) for texts in pairs)
+    return [(a > b) + 0.5 * (a == b) for a, b in zip(right, wrong, strict=True)]
+
+
+def controls(o: Options):
+    out, mine, device = Path(o.out), Path(o.out) / "controls", pick_device(o.device)
+    held = records.conversations(out / "world" / "heldout.jsonl", "prompt")[: o.n]
+    sft, tok = hub.load(out / "sft", device)
+    reward, _ = hub.load(out / "reward", device)
+    sampled_sft = evals.rate(held, evals.answer(sft, tok, [r["messages"] for r in held], o, 1.0, o.seed))
+    rng = random.Random(o.seed)
+    polite = [world.gold(r["item"], world.polite_nonanswer(rng), True)[0] for r in held]
+    chosen = best_of(16, sft, tok, reward, held, o)
+    labels = shuffled_labels(out / "comparisons.jsonl", mine / "shuffled.jsonl", o.seed)
+    blind = again("reward.py", out / "reward", mine / "reward_shuffled", o.overwrite, data=labels)
+    runs = {
+        "shuffled": again("ppo.py", out / "ppo", mine / "ppo_shuffled", o.overwrite, reward=blind),
+        "good_answers": again("sft.py", out / "sft", mine / "sft_good", o.overwrite,
+                              data=good_answers(out / "world" / "sft.jsonl", mine / "good.jsonl")),
+        "dpo_nll": again("dpo.py", out / "dpo", mine / "dpo_nll", o.overwrite, nll=0.5),
+    }  # fmt: skip
+    truth = swapped(reward, tok, held, o.seed)
+    result = {
+        "sft": evals.stage_figures(sampled_sft, sampled_sft),
+        "polite": {"n": len(held), "gold_sampled": evals.mean(polite), "gold_sampled_ci": evals.bootstrap(polite)},
+        "best_of_16": evals.stage_figures(chosen, chosen, sampled_sft) | {"kl_vs_sft": math.log(16) - 15 / 16},
+        "swapped": {"truth_accuracy": evals.mean(truth), "truth_accuracy_ci": evals.bootstrap(truth)},
+        **{name: figures(o, path, held, sampled_sft, sft, device) for name, path in runs.items()},
+    }
+    for name, entry in result.items():
+        evals.show(name, entry)
+    (out / "controls.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(controls, Options, __doc__)
