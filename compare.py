@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import hub
 from data import records, templates, world
-from model import generate
+from model import generate, prompt_room
 from train import Run, load_function, main, opt, pick_device
 
 LABELLERS = 10  # people who share the work, each prompt goes to one of them
@@ -27,7 +27,7 @@ class Options:
     batch: int = opt(64, "prompts at a time", at_least=1)
     temperature: float = opt(1.0, "of the answers", above=0)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
-    seed: int = opt(0, "seed of the prompts, the answers and the labellers")
+    seed: int = opt(0, "seed of the prompts, the answers and the labellers", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(4, "batches between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -39,8 +39,6 @@ def rank(scores) -> list[int]:
 
 
 def world_ranks(record, index, answers, finished, seed):
-    if "item" not in record:
-        raise ValueError("--labeller world knows the embedded world's prompts only (records with `item`); give FILE.py:function")
     return world.Labeller(f"{seed} {index % LABELLERS}").rank(record["item"], answers, finished)
 
 
@@ -49,35 +47,39 @@ def write_jsonl(path, rows):
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
+def prepare(o: Options, tok, room: int):
+    """The prompts of this run → [(record, ids)]; those that leave no room for an answer are dropped and counted."""
+    found = records.conversations(o.data, "prompt")
+    if o.labeller == "world" and not all(map(world.knows, found)):
+        raise ValueError(f"{o.data}: --labeller world knows the embedded world's prompts only (with their `item`); give FILE.py:function")
+    chosen = records.batch(found, 0, min(o.prompts, len(found)), o.seed)
+    asked = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in chosen]
+    kept = [(r, ids) for r, ids in asked if len(ids) <= room]
+    records.report(o.data, len(kept), {f"longer than {room} tokens": len(asked) - len(kept)}, "prompts")
+    return kept
+
+
 def compare(o: Options):
-    run = Run(o, __file__, [o.model, o.data, *([] if o.labeller == "world" else [o.labeller.rpartition(":")[0]])])
+    file = o.labeller.rpartition(":")[0]
+    if not file and o.labeller != "world":
+        raise ValueError(f"--labeller {o.labeller}: world or FILE.py:function was expected")
+    run = Run(o, __file__, [o.model, o.data, *([file] if file else [])], file=True)
     if records.kind(o.data) == "preference pair":
-        list(run.steps(1))
         return run.finish(lambda path: write_jsonl(path, records.rankings(o.data)))
-    judge = None if o.labeller == "world" else load_function(o.labeller)
-    model, tok = hub.load(o.model, pick_device(o.device))
-    end, room = templates.end_id(tok), model.config.max_position_embeddings - o.max_new_tokens
-    prompts = records.conversations(o.data, "prompt")
-    prompts = records.batch(prompts, 0, min(o.prompts, len(prompts)), o.seed)
+    judge = load_function(o.labeller) if file else None
+    model, tok = hub.language_model(o.model, pick_device(o.device))
+    end, prompts = templates.end_id(tok), prepare(o, tok, prompt_room(model, o.max_new_tokens))
     done = run.resume().get("records", [])
 
     for step in run.steps(-(-len(prompts) // o.batch), "batch"):
         batch = prompts[step * o.batch : (step + 1) * o.batch]
-        ids = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in batch for _ in range(o.k)]
-        fits = [len(i) <= room for i in ids]
-        answers = generate(
-            model,
-            [i for i, f in zip(ids, fits, strict=True) if f],
-            o.max_new_tokens,
-            o.temperature,
-            eos_id=end,
-            seed=o.seed * 100_003 + step,
-        )
-        for i, record in enumerate(batch):
-            mine = [answers.pop(0) for f in fits[i * o.k : (i + 1) * o.k] if f]
+        asked = [ids for _, ids in batch for _ in range(o.k)]
+        answers = generate(model, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + step)
+        for i, (record, _) in enumerate(batch):
+            mine = answers[i * o.k : (i + 1) * o.k]
             texts, finished = [tok.decode(a, skip_special=True) for a in mine], [a[-1] == end for a in mine]
             if judge:
-                ranks = rank([float(s) for s in judge([record["messages"]] * len(texts), texts)])
+                ranks = rank(judge([record["messages"]] * o.k, texts))
             else:
                 ranks = world_ranks(record, step * o.batch + i, texts, finished, o.seed)
             extra = {k: v for k, v in record.items() if k not in ("messages", "reference")}

@@ -40,11 +40,11 @@ class Options:
     length: int = opt(256, "tokens of prompt and answer; longer pairs are dropped", at_least=2)
     beta: float = opt(0.1, "β (SimPO: 2 to 10)", above=0)
     gamma: float = opt(1.0, "SimPO's margin γ (not γ/β)", at_least=0)
-    label_smoothing: float = opt(0.0, "cDPO's ε: the share of labels that are taken to be wrong", at_least=0)
+    label_smoothing: float = opt(0.0, "cDPO's ε: the share of labels that are taken to be wrong", at_least=0, below=0.5)
     nll: float = opt(0.0, "weight of the chosen answer's negative log-likelihood per token", at_least=0)
     lr: float = opt(2e-4, "peak learning rate", above=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
-    seed: int = opt(0, "seed of the data's order")
+    seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -106,7 +106,7 @@ def reference_logps(model, pairs, device, size: int):
 def dpo(o: Options):
     device = pick_device(o.device)
     run = Run(o, __file__, [o.model, o.data])
-    policy, tok = hub.load(o.model, device)
+    policy, tok = hub.language_model(o.model, device)
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.config.max_position_embeddings))
     schedule = [records.batch(range(len(data)), step, o.batch, o.seed) for step in range(o.steps)]
     size = -(-o.batch // o.accumulate)

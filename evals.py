@@ -16,7 +16,7 @@ import torch
 
 import hub
 from data import records, templates, world
-from model import generate, join, last_score, logprobs, pad
+from model import generate, join, last_score, logprobs, pad, prompt_room
 from train import main, opt, pick_device
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
@@ -31,7 +31,7 @@ class Options:
     n: int = opt(1000, "how many held-out prompts", at_least=2)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
     batch: int = opt(128, "answers at a time", at_least=1)
-    seed: int = opt(0, "seed of the answers")
+    seed: int = opt(0, "seed of the answers", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
 
 
@@ -225,7 +225,7 @@ def evaluate_world(o, held, device):
     results, sft, sampled_sft = {"perfect": world.PERFECT}, None, None
     asked = [r["messages"] for r in held]
     for stage, path in found(o).items():
-        model, tok = hub.load(path, device)
+        model, tok = hub.language_model(path, device)
         sampled = answer(model, tok, asked, o, 1.0, o.seed)
         lines, greedy = rate(held, sampled), rate(held, answer(model, tok, asked, o, 0.0, o.seed))
         if stage == "sft":
@@ -249,15 +249,18 @@ def evaluate_records(o, conversations, device):
     pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
     asked, given = [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
     for stage, path in found(o).items():
-        model, tok = hub.load(path, device)
+        model, tok = hub.language_model(path, device)
         losses = held_out_losses(model, tok, held, device)
+        records.report(o.data, len(losses), {}, "held-out conversations")
         results[stage] = {"n": len(losses), "loss_per_token": per_token(losses), "loss_per_token_ci": bootstrap(losses, per_token)}
         if pairs and stage != "base":
             logps = answer_logps(model, tok, asked, given, device)
             reference = reference or logps
             won = hits([a - b for a, b in zip(logps, reference, strict=True)])
             results[stage] |= {"implicit_accuracy": mean(won), "implicit_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
-        some = [c["messages"][:-1] for c in held[:20]]
+        room = prompt_room(model, o.max_new_tokens)
+        some = [c["messages"][:-1] for c in held]
+        some = [p for p in some if len(templates.render(tok, p, add_generation_prompt=True)[0]) <= room][:20]
         lines = [
             {"prompt": p, "answer": t, "finished": f} for p, (t, _, f) in zip(some, answer(model, tok, some, o, 0.0, o.seed), strict=True)
         ]

@@ -44,6 +44,16 @@ def load(path, device="cpu", dtype=torch.float32):
     return model, tokenizer
 
 
+def language_model(path, device="cpu"):
+    """load() for a stage that goes on from a chat model: a reward model, or a folder without tokenizer, is a ValueError."""
+    model, tokenizer = load(path, device)
+    if model.config.num_labels:
+        raise ValueError(f"{path} is a reward model: a language model was expected, such as sft.py writes")
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json: get the checkpoint's own tokenizer.json and tokenizer_config.json")
+    return model, tokenizer
+
+
 def save(path, model, tokenizer=None, dtype=None):
     """Writes the folder: weights in `dtype` (None: the embedding's), config, generation_config and the tokenizer's files."""
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype

@@ -20,6 +20,7 @@ answers that it was trained on. Broken: reward does not move, kl or ratio_error 
 """
 
 import copy
+import json
 import time
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import hub
 from data import records, templates, world
-from model import generate, join, last_score, logprobs, scalar_model, scores
+from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores
 from train import Run, adamw, autocast, load_function, lr_at, main, opt, pick_device, set_lr
 
 
@@ -48,14 +49,14 @@ class Options:
     kl: float = opt(0.2, "β: cost of a nat of KL, in standard deviations of the reward", at_least=0)
     target_kl: float = opt(0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0)
     horizon: float = opt(2000.0, "answers over which the adaptive β moves", above=0)
-    gamma: float = opt(1.0, "discount", above=0)
-    lam: float = opt(0.95, "GAE's λ", at_least=0)
+    gamma: float = opt(1.0, "discount", above=0, at_most=1)
+    lam: float = opt(0.95, "GAE's λ", at_least=0, at_most=1)
     clip: float = opt(0.2, "ε of the ratio, and of the values", above=0)
     vf: float = opt(0.1, "weight of the value loss", at_least=0)
     no_end_score: float = opt(-1.0, "score of an answer that did not end, in standard deviations")
     temperature: float = opt(1.0, "of π, in the rollout and in every log-probability", above=0)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
-    seed: int = opt(0, "seed of prompts, answers and minibatches")
+    seed: int = opt(0, "seed of prompts, answers and minibatches", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(5, "iterations between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -121,20 +122,26 @@ def explained_variance(values, returns, mask):
 def load_reward(spec: str, tok, device):
     """A folder or FILE.py:function → (a function that scores answers, the model or None), the folder's scores in its own
     standard deviations from its reference answers."""
-    if spec.rpartition(":")[0].endswith(".py"):
+    if is_function(spec):
         judge = load_function(spec)
-        return lambda _tokens, _mask, prompts, answers: torch.tensor([float(s) for s in judge(prompts, answers)], device=device), None
-    model, _ = hub.load(spec, device)
+        return lambda _tokens, _mask, prompts, answers: torch.tensor(judge(prompts, answers), device=device), None
+    model, own = hub.load(spec, device)
     if not model.config.num_labels:
         raise ValueError(f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was expected")
-    if model.config.vocab_size < tok.vocab_size:
-        raise ValueError(
-            f"--reward {spec}: has {model.config.vocab_size} tokens, the policy's tokenizer {tok.vocab_size}; they must share one"
-        )
+    if own is None or vocabulary(own) != vocabulary(tok):
+        raise ValueError(f"--reward {spec}: its vocabulary is not the policy's; train it on the same model (reward.py --model)")
+    model.requires_grad_(False)
     c = model.config
-    return lambda tokens, mask, prompts, answers: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std, model.requires_grad_(
-        False
-    )
+    return lambda tokens, mask, _prompts, _answers: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std, model
+
+
+def is_function(spec: str) -> bool:
+    return spec.endswith(".py") or ".py:" in spec
+
+
+def vocabulary(tok) -> dict:
+    """{token: id}; how the file spells the rest does not matter."""
+    return json.loads(tok.json)["model"]["vocab"] | tok.special
 
 
 def values_of(critic, tokens, real):
@@ -159,13 +166,12 @@ def prepare(path, tok, room: int):
 
 def ppo(o: Options):
     device = pick_device(o.device)
-    run = Run(o, __file__, [o.model, o.reward.rpartition(":")[0] if o.reward.rpartition(":")[0].endswith(".py") else o.reward, o.data])
-    policy, tok = hub.load(o.model, device)
+    run = Run(o, __file__, [o.model, o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward, o.data])
+    policy, tok = hub.language_model(o.model, device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     judge, reward_model = load_reward(o.reward, tok, device)
     critic = copy.deepcopy(reward_model).requires_grad_(True) if reward_model else scalar_model(policy)
-    end, room = templates.end_id(tok), policy.config.max_position_embeddings - o.max_new_tokens
-    prompts = prepare(o.data, tok, room)
+    end, prompts = templates.end_id(tok), prepare(o.data, tok, prompt_room(policy, o.max_new_tokens))
     optimizer, critic_optimizer = adamw(policy, o.lr, eps=1e-5), adamw(critic, o.lr, eps=1e-5)
     beta = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer).get("beta", o.kl)
     logp_of = lambda model, *rows: logprobs(model, *rows, temperature=o.temperature)  # noqa: E731
@@ -216,7 +222,7 @@ def ppo(o: Options):
         beta = adapt(beta, k1.item(), o.target_kl, len(tokens), o.horizon)
 
         pg, vf, clipped = torch.stack(figures).mean(0).tolist()
-        gold = [world.gold(r["item"], t, f)[0] for r, t, f in zip(batch, texts, ended, strict=True) if "item" in r]
+        gold = [world.gold(r["item"], t, f)[0] for r, t, f in zip(batch, texts, ended, strict=True) if world.knows(r)]
         figures = dict(reward=score.mean(), kl=k1, kl_k3=k3, beta=beta, entropy=-masked_mean(old, mask), policy_loss=pg, value_loss=vf,
                        clip_fraction=clipped, ratio_error=ratio_error, explained_variance=explained_variance(values, returns, mask),
                        length=mask.sum() / len(mask), finished=finished.float().mean(), tokens_per_second=mask.sum() / (time.time() - start))  # fmt: skip

@@ -129,6 +129,11 @@ def check_list(item, words):
     return complete == 1, complete, repeated
 
 
+def knows(record):
+    """Whether `gold` can rate answers to a record: its `item` is one of this world's, not a reader's own field of that name."""
+    return isinstance(record.get("item"), dict) and record["item"].get("kind") in KINDS
+
+
 def gold(item, answer, finished=True):
     """→ (score, reasons): RUBRIC's points for an answer (text) to an item; `finished`: whether its end was reached."""
     words, phrases = without_courtesy(normal(answer))
