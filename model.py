@@ -277,7 +277,7 @@ def dense_hidden(model, tokens, mask, cache=None):
     """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, without computing the padding: the rows'
     real tokens are laid end to end in fewer, fuller rows, each seeing only itself. An empty cache is filled. (B,T) → (B,T,D)"""
     lengths = mask.sum(1).tolist()
-    width = max(min(128, sum(lengths)), *lengths)  # short rows keep the attention matrix small
+    width = max(1, min(128, sum(lengths)), *lengths)  # short rows keep the attention matrix small
     place = torch.tensor(first_fit(lengths, width), device=tokens.device)
     row, column = mask.nonzero(as_tuple=True)
     at = place[row, 0], place[row, 1] + (mask.long().cumsum(1) - 1)[row, column]
