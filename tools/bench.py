@@ -30,7 +30,9 @@ def sampling(folder: str, data: str, rounds: int):
 
     def theirs(seed):
         torch.manual_seed(seed)
-        out = peer.generate(tokens, attention_mask=mask.long(), max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0)
+        out = peer.generate(
+            tokens, attention_mask=mask.long(), max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0
+        )
         answers = out[:, tokens.shape[1] :].tolist()
         return sum(a.index(end) + 1 if end in a else len(a) for a in answers)
 

@@ -38,8 +38,11 @@ class Options:
 def again(script: str, of: Path, out: Path, overwrite: bool, **changes):
     """Runs a stage with the options of the finished run `of`, but for the changes; → its folder."""
     options = json.loads((of / "run.json").read_text())["options"] | changes | {"out": str(out), "overwrite": overwrite}
-    words = [w for k, v in options.items() if v not in (False, "") for w in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
-    if subprocess.run([sys.executable, script, *words]).returncode:
+    words = [script]
+    for k, v in options.items():
+        if v is not False and v != "":
+            words += [f"--{k.replace('_', '-')}", *([] if v is True else [str(v)])]
+    if subprocess.run([sys.executable, *words]).returncode:
         raise ValueError(f"{script} into {out} failed")
     return out
 
@@ -55,8 +58,8 @@ def shuffled_labels(comparisons: Path, path: Path, seed: int):
 
 def good_answers(demonstrations: Path, path: Path):
     """Only the demonstrations that the rater finds perfect. No stage of the pipeline may do this: the rater is for evaluation."""
-    rows = [r for r in records.conversations(demonstrations) if world.gold(r["item"], r["messages"][-1]["content"])[0] >= world.PERFECT - 1e-9]
-    evals.write_jsonl(path, rows)
+    rows = records.conversations(demonstrations)
+    evals.write_jsonl(path, [r for r in rows if world.gold(r["item"], r["messages"][-1]["content"])[0] > world.PERFECT - 1e-9])
     return path
 
 
@@ -66,7 +69,8 @@ def figures(o, path, held, sampled_sft, sft, device):
     asked = [r["messages"] for r in held]
     sampled = evals.answer(model, tok, asked, o, 1.0, o.seed)
     kls = evals.kl(model, sft, tok, held, sampled, device)
-    return evals.stage_figures(evals.rate(held, sampled), evals.rate(held, evals.answer(model, tok, asked, o, 0.0, o.seed)), sampled_sft, kls)
+    greedy = evals.answer(model, tok, asked, o, 0.0, o.seed)
+    return evals.stage_figures(evals.rate(held, sampled), evals.rate(held, greedy), sampled_sft, kls)
 
 
 def best_of(k, sft, tok, reward, held, o):
