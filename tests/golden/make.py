@@ -161,7 +161,99 @@ def llamas(smollm2):
         save_file({"tokens": tokens, "mask": mask, "out": out.contiguous()}, HERE / f"llama_{name}" / "expected.safetensors")
 
 
-FILES = (tokenizers, tokens, rendered, chats, llamas)                      # in the order in which they need each other
+class TRL:
+    """TRL's own losses of pairs of answers, [(prompt ids, chosen ids, rejected ids)], by its trainers' methods on two HF models."""
+
+    def __init__(self, policy, reference):
+        from trl import DPOConfig, DPOTrainer
+        self.trainer = DPOTrainer(policy, reference, self.config(DPOConfig), train_dataset=self.some(), processing_class=hf("gpt2_kind"))
+
+    @staticmethod
+    def config(kind):
+        import tempfile
+        return kind(output_dir=tempfile.mkdtemp(), report_to=[], use_cpu=True, bf16=False)
+
+    @staticmethod
+    def some():
+        """A trainer wants records; nothing is trained on them."""
+        from datasets import Dataset
+        return Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+
+    @staticmethod
+    def inputs(pairs):
+        """Pairs padded on the right, the chosen ones above the rejected ones."""
+        import torch
+        rows = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
+        width = max(len(p) + len(a) for p, a in rows)
+        ids = [[*p, *a, *[0] * (width - len(p) - len(a))] for p, a in rows]
+        real = [[int(t < len(p) + len(a)) for t in range(width)] for p, a in rows]
+        said = [[int(len(p) <= t < len(p) + len(a)) for t in range(width)] for p, a in rows]
+        return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(real), completion_mask=torch.tensor(said))
+
+    def dpo(self, pairs, beta, loss_type="sigmoid"):
+        """Each pair's loss by DPOTrainer. Its "ipo" is on means over an answer's tokens, the paper's on sums."""
+        self.trainer.beta, self.trainer.loss_types = beta, [loss_type]
+        return [self.trainer._compute_loss(self.trainer.model, self.inputs([p]), False).item() for p in pairs]
+
+    def logps(self, pairs, average=False, reference=False):
+        """Sums or means of log-probabilities, chosen and rejected (2,N), by CPOTrainer.get_batch_logps."""
+        import torch
+        from trl.experimental.cpo import CPOTrainer
+        model, x = self.trainer.ref_model if reference else self.trainer.model, self.inputs(pairs)
+        with torch.no_grad():
+            logits = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).logits
+        labels = x["input_ids"].masked_fill(x["completion_mask"] == 0, -100)
+        return CPOTrainer.get_batch_logps(logits, labels, average).view(2, -1)
+
+    def cpo(self, chosen, rejected, beta, loss_type="simpo", gamma=0.0, label_smoothing=0.0):
+        """Losses by CPOTrainer.cpo_loss: "simpo" of means; "sigmoid" and "ipo" of what they are given, here the log-ratios' sums."""
+        from trl.experimental.cpo import CPOTrainer
+        trainer = object.__new__(CPOTrainer)                   # the method reads these alone
+        trainer.__dict__.update(alpha=0.0, beta=beta, loss_type=loss_type, simpo_gamma=gamma, label_smoothing=label_smoothing,
+                                accelerator=self.trainer.accelerator)
+        return trainer.cpo_loss(chosen, rejected)[0].tolist()
+
+    def reward(self, model, pairs):
+        """RewardTrainer's loss, a mean over the pairs."""
+        from trl import RewardConfig, RewardTrainer
+        trainer = RewardTrainer(model, self.config(RewardConfig), train_dataset=self.some(), processing_class=hf("gpt2_kind"))
+        model.config.pad_token_id = 0                          # the trainer put its tokenizer's: the score would be read on padding
+        inputs = self.inputs(pairs)
+        inputs.pop("completion_mask")
+        return trainer.compute_loss(trainer.model, inputs).item()
+
+
+def some_pairs(seed, n=4, vocabulary=60):
+    """Ragged pairs of ids; one answer of one token, one pair of equal lengths."""
+    rng = random.Random(seed)
+    ids = lambda n: [rng.randrange(3, vocabulary) for _ in range(n)]  # noqa: E731
+    return [(ids(rng.randint(1, 6)), ids(a), ids(b)) for a, b in ((1, 4), (5, 2), (3, 3), *((rng.randint(1, 9), rng.randint(1, 9)) for _ in range(n - 3)))]
+
+
+def losses(smollm2):
+    """Preference losses by TRL's code: policy llama_tied, reference llama_wide, reward model llama_scores.
+
+    dpo, ipo (on means) by DPOTrainer; cdpo, ipo_on_sums by CPOTrainer's formulas of the log-ratios (DPOTrainer has neither); simpo by
+    CPOTrainer, whose simpo_gamma is the margin γ; reward by RewardTrainer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    policy, reference = (AutoModelForCausalLM.from_pretrained(HERE / f"llama_{n}", dtype=torch.float32) for n in ("tied", "wide"))
+    peer, pairs = TRL(policy, reference), some_pairs(0)
+    mine, theirs = peer.logps(pairs), peer.logps(pairs, reference=True)
+    scores = AutoModelForSequenceClassification.from_pretrained(HERE / "llama_scores", dtype=torch.float32)
+    return {
+        "pairs": pairs, "policy": mine.tolist(), "reference": theirs.tolist(),
+        "dpo": [dict(beta=b, losses=peer.dpo(pairs, b)) for b in (0.1, 0.5)],
+        "ipo_on_means": [dict(beta=b, losses=peer.dpo(pairs, b, "ipo")) for b in (0.1, 0.5)],
+        "ipo_on_sums": [dict(beta=b, losses=peer.cpo(*(mine - theirs), b, "ipo")) for b in (0.1, 0.5)],
+        "cdpo": [dict(beta=0.3, label_smoothing=e, losses=peer.cpo(*(mine - theirs), 0.3, "sigmoid", label_smoothing=e)) for e in (0.1, 0.4)],
+        "simpo": [dict(beta=b, gamma=g, losses=peer.cpo(*peer.logps(pairs, True), b, gamma=g)) for b, g in ((2.5, 1.0), (2.0, 0.0), (0.5, 1.5))],
+        "reward": [dict(pairs=[p], loss=peer.reward(scores, [p])) for p in pairs] + [dict(pairs=pairs, loss=peer.reward(scores, pairs))],
+    }
+
+
+FILES = (tokenizers, tokens, rendered, chats, llamas, losses)              # in the order in which they need each other
 
 
 def main():

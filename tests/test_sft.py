@@ -1,0 +1,300 @@
+"""SFT: the same gradient whatever the accumulation, packed equals separate, masked content never matters, and the model learns to end."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import chat_tokenizer, folder, gradcheck, lm, metrics, user, write
+
+import hub
+import sft
+from data import templates
+from model import generate
+from train import lr_at
+
+V = 280
+END = 279
+
+
+def examples(lengths, seed=0, end=END):
+    """[(prompt length, answer length)] → [(ids, labels)]: the answer is trained, its last token is `end`."""
+    rng, out = random.Random(seed), []
+    for prompt, answer in lengths:
+        ids = [rng.randrange(1, V - 3) for _ in range(prompt + answer - 1)] + [end]
+        out.append((ids, [sft.IGNORE] * prompt + ids[prompt:]))
+    return out
+
+
+RAGGED = [(3, 1), (4, 9), (2, 2), (7, 17), (3, 1), (5, 4), (1, 3), (2, 11)]  # nobody's share of the tokens is an eighth
+
+
+def hand(model, ids, labels):
+    """Sum of the negative log-likelihoods of one example, alone and unpadded."""
+    logp = torch.log_softmax(model(torch.tensor([ids]))[0], -1)
+    return -sum(logp[t - 1, labels[t]] for t in range(1, len(ids)) if labels[t] != sft.IGNORE)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters()}
+
+
+def differ(a, b):
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lm()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(data, **options) → sft.sft() over these examples, in this order: the gradients and learning rates of its steps, its log."""
+    start = folder(tmp_path / "start")
+
+    def run(data, name="out", **options):
+        seen = []
+
+        def clip(parameters, _):
+            parameters = list(parameters)
+            seen.append([p.grad.clone() for p in parameters])
+            return torch.zeros(())
+
+        def adamw(model, *args):
+            optimizer = real(model, *args)
+            optimizer.register_step_pre_hook(lambda o, *_: rates.extend({g["lr"] for g in o.param_groups}))
+            return optimizer
+
+        real, rates = sft.adamw, []
+        with monkeypatch.context() as m:
+            m.setattr(sft, "prepare", lambda *_: data)
+            m.setattr(sft, "clip_grad_norm_", clip)
+            m.setattr(sft, "adamw", adamw)
+            m.setattr(sft.records, "batch", lambda rows, step, size, seed: [rows[(step * size + i) % len(rows)] for i in range(size)])
+            file = write(tmp_path / "data.jsonl", [])
+            options = dict(model=start, data=file, steps=1, batch=len(data), length=32, warmup=0, device="cpu") | options
+            sft.sft(sft.Options(out=str(tmp_path / name), **options))
+        return seen, rates, metrics(tmp_path / name), hub.load(start)[0]
+
+    return run
+
+
+# ---------------------------------------------------------------- accumulation: 1x8 = 2x4 = 8x1
+def test_the_gradient_is_the_same_whatever_the_accumulation(run):
+    data = examples(RAGGED)
+    found = {n: run(data, f"out{n}", accumulate=n) for n in (1, 2, 3, 4, 8)}
+    (whole,), _, log, model = found[1]
+    expected = gradients(model, sum(hand(model, *e) for e in data) / sum(answer for _, answer in RAGGED))
+    assert max(g.abs().max() for g in whole) > 0.1
+    for n, ((got,), _, lines, _) in found.items():
+        assert max((a - b).abs().max() for a, b in zip(got, whole, strict=True)) < 1e-6, n
+        assert max((a - b).abs().max() for a, b in zip(got, expected.values(), strict=True)) < 1e-6, n
+        assert abs(lines[0]["loss"] - log[0]["loss"]) < 2e-6 and lines[0]["targets"] == sum(answer for _, answer in RAGGED)
+
+
+def test_learning_rate_moves_once_a_step_whatever_the_accumulation(run):
+    for n in (1, 4):
+        seen, rates, log, _ = run(examples(RAGGED), f"out{n}", accumulate=n, steps=5, lr=0.01, warmup=2)
+        assert len(seen) == 5
+        assert rates == [lr_at(step, 5, 0.01, 2) for step in range(5)] == pytest.approx([line["lr"] for line in log])
+
+
+def test_the_last_micro_batch_may_be_smaller_and_is_used(run):
+    data = examples(RAGGED[:5])
+    (whole,), *_ = run(data, "a", accumulate=1)
+    (parts,), *_ = run(data, "b", accumulate=2)  # 3 and 2
+    assert max((a - b).abs().max() for a, b in zip(whole, parts, strict=True)) < 1e-6
+
+
+def test_a_micro_batch_without_a_target_adds_nothing(run):
+    data = examples(RAGGED)
+    for i in (4, 5, 6, 7):
+        data[i] = data[i][0], [sft.IGNORE] * len(data[i][0])
+    (whole,), _, log, _ = run(data, "a", accumulate=1)
+    (parts,), _, lines, _ = run(data, "b", accumulate=2)
+    (alone,), *_ = run(data[:4], "c")
+    for got in (parts, alone):
+        assert max((a - b).abs().max() for a, b in zip(whole, got, strict=True)) < 1e-6
+    assert lines[0]["loss"] == pytest.approx(log[0]["loss"], abs=2e-6) and lines[0]["targets"] == sum(a for _, a in RAGGED[:4])
+
+
+# ---------------------------------------------------------------- packing
+def test_packed_is_separate(model):
+    data = examples(RAGGED)
+    tokens, labels, segments = sft.pack(data, 32)
+    assert len(tokens) < len(data)  # several in a row
+    nll, n = sft.sft_loss(model, tokens, labels, segments)
+    expected = sum(hand(model, *e) for e in data)
+    assert n == sum(answer for _, answer in RAGGED) and abs(nll - expected) < 1e-4 * expected
+    assert differ(gradients(model, nll / n), gradients(model, expected / n)) < 1e-6
+
+
+def test_pack_lays_each_example_once_and_changes_nothing():
+    data = examples(RAGGED)
+    before = copy.deepcopy(data)
+    tokens, labels, segments = sft.pack(data, 32)
+    tokens[0, 0] = labels[0, 0] = 7  # the rows are new ones, not views of each other or of the examples
+    assert data == before
+    tokens, labels, segments = sft.pack(data, 32)
+    for i, (ids, lab) in enumerate(data):
+        row, column = (segments == i).nonzero(as_tuple=True)
+        assert row.unique().numel() == 1 and column.tolist() == list(range(column[0], column[0] + len(ids)))
+        assert tokens[row, column].tolist() == ids and labels[row, column].tolist() == lab
+    padding = segments == -1
+    assert (~padding).sum() == sum(len(ids) for ids, _ in data) and (labels[padding] == sft.IGNORE).all()
+
+
+def test_one_label_trains_one_position_the_one_before_it():
+    """The gradient of the logits is softmax - onehot at t - 1 and 0 everywhere else: shifted once, not twice and not at all."""
+
+    class Reads(torch.nn.Module):  # hidden states are the logits, and a leaf
+        def __init__(self):
+            super().__init__()
+            self.h, self.lm_head = torch.randn(2, 6, 9, requires_grad=True), torch.nn.Identity()
+
+        def hidden(self, tokens, segments):
+            return self.h
+
+    model, tokens = Reads(), torch.randint(9, (2, 6))
+    labels, segments = torch.full((2, 6), sft.IGNORE), torch.zeros(2, 6, dtype=torch.long)
+    labels[1, 4] = 5
+    nll, n = sft.sft_loss(model, tokens, labels, segments)
+    nll.backward()
+    expected = torch.zeros(2, 6, 9)
+    expected[1, 3] = torch.softmax(model.h[1, 3], -1) - F.one_hot(torch.tensor(5), 9)
+    assert n == 1 and torch.allclose(model.h.grad, expected, atol=1e-6)
+
+
+def test_an_examples_first_token_is_not_predicted_from_its_neighbour(model):
+    tokens, segments = torch.randint(1, V, (1, 8)), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    labels = tokens.clone()
+    nll, n = sft.sft_loss(model, tokens, labels, segments)
+    alone = hand(model, tokens[0, :4].tolist(), labels[0, :4].tolist()) + hand(model, tokens[0, 4:].tolist(), labels[0, 4:].tolist())
+    assert n == 6 and abs(nll - alone) < 1e-4
+
+
+def test_a_neighbours_content_changes_nothing(model):
+    data = examples(RAGGED)
+    tokens, labels, segments = sft.pack(data, 32)
+    for i in range(len(data)):
+        only = torch.where(segments == i, labels, sft.IGNORE)
+        other = torch.where((segments != i), torch.randint(1, V, tokens.shape), tokens)
+        a, b = (sft.sft_loss(model, t, only, segments)[0] for t in (tokens, other))
+        assert abs(a - b) < 1e-5 * a
+
+
+# ---------------------------------------------------------------- masks
+def test_masked_content_changes_nothing_and_trained_content_does(model):
+    ids, _ = examples([(4, 8)])[0]
+    labels = [sft.IGNORE] * 4 + ids[4:7] + [sft.IGNORE] * 5  # a turn of the user's follows the answer
+    packed = sft.pack([(ids, labels)], 16)
+    loss = sft.sft_loss(model, *packed)[0]
+
+    def changed(at, label=None):
+        tokens, labels, segments = (x.clone() for x in packed)
+        tokens[0, at] = (tokens[0, at] + 1) % V
+        if label:
+            labels[0, at] = tokens[0, at]
+        return (sft.sft_loss(model, tokens, labels, segments)[0] - loss).abs().item()
+
+    assert all(changed(at) < 1e-5 for at in range(7, 16))  # behind the targets, and padding
+    assert all(changed(at) > 1e-3 for at in range(0, 6))  # what the targets read
+    assert all(changed(at, label=True) > 1e-3 for at in range(4, 7))  # the targets
+
+
+@pytest.mark.parametrize("end", [0, END])  # pack fills up with token 0
+def test_the_end_is_trained_also_where_it_is_the_padding(model, end):
+    data = examples(RAGGED, end=end)
+    tokens, labels, segments = sft.pack(data, 32)
+    assert ((labels == end).sum()) == len(data)
+    nll, n = sft.sft_loss(model, tokens, labels, segments)
+    assert n == sum(answer for _, answer in RAGGED)
+    assert abs(nll - sum(hand(model, *e) for e in data)) < 1e-4 * nll
+    filled = torch.where(segments == -1, end, tokens)
+    assert abs(sft.sft_loss(model, filled, labels, segments)[0] - nll) < 1e-5 * nll
+
+
+def test_rows_without_a_target_are_finite(model):
+    data = examples(RAGGED)
+    tokens, labels, segments = sft.pack(data, 32)
+    one_row = labels.clone()
+    one_row[0] = sft.IGNORE
+    nll, n = sft.sft_loss(model, tokens, one_row, segments)
+    rest = sum(hand(model, *e) for i, e in enumerate(data) if i not in segments[0])
+    assert abs(nll - rest) < 1e-4 * rest and n == (one_row != sft.IGNORE).sum()
+    nll, n = sft.sft_loss(model, tokens, torch.full_like(labels, sft.IGNORE), segments)
+    assert (nll.item(), n) == (0.0, 0)
+    assert all((g == 0).all() for g in gradients(model, nll).values())
+
+
+def test_finite_differences():
+    model = lm(vocab_size=7, hidden_size=4, intermediate_size=3, num_hidden_layers=1, head_dim=2)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 0, 0], [6, 5, 4, 3, 2, 1, 1, 2]])
+    labels = torch.where(torch.tensor([[0, 0, 1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 0, 1, 1]]).bool(), tokens, sft.IGNORE)
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 3, 3, 3, 3, 3]])
+
+    def loss(model):
+        nll, n = sft.sft_loss(model, tokens, labels, segments)
+        assert n == 8 and nll.dtype == torch.float64
+        return nll / n
+
+    assert gradcheck(model, loss)
+
+
+# ---------------------------------------------------------------- the stage
+CHATS = [
+    user(f"{a} {b}?") + [{"role": "assistant", "content": text}]
+    for (a, b), text in zip([(a, b) for a in "abcde" for b in "wxyz"], ["yes", "no", "of course", "hm"] * 5, strict=True)
+]
+
+
+def test_every_example_ends_in_a_trained_end_and_what_is_too_long_is_counted(tmp_path, capsys):
+    tok = chat_tokenizer()
+    rows = [{"messages": c} for c in CHATS] + [{"messages": user("long") + [{"role": "assistant", "content": "x" * 100}]}]
+    data = sft.prepare(write(tmp_path / "chats.jsonl", rows), tok, 64)
+    assert "1 longer than 64 tokens" in capsys.readouterr().err
+    for ids, labels in data:
+        trained = [i for i in labels if i != sft.IGNORE]
+        assert trained[-1] == templates.end_id(tok) == END and len(ids) <= 64
+        assert tok.decode(trained[:-1]) in {"yes", "no", "of course", "hm"}
+
+
+def test_a_row_without_a_target_is_dropped_and_counted(tmp_path, capsys, monkeypatch):
+    real = templates.render
+    monkeypatch.setattr(sft.templates, "render", lambda tok, m: (real(tok, m)[0], [sft.IGNORE] * 9) if m == CHATS[0] else real(tok, m))
+    path = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
+    kept = sft.prepare(path, chat_tokenizer(), 64)
+    assert "1 without a target" in capsys.readouterr().err and all(any(i != sft.IGNORE for i in labels) for _, labels in kept)
+
+
+def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
+    file = write(tmp_path / "chats.jsonl", [{"messages": user("a w?") + [{"role": "assistant", "content": "no"}]}])
+    sft.sft(sft.Options(model=folder(tmp_path / "m"), data=file, out=str(tmp_path / "out"), batch=1, show_batch=True, device="cpu"))
+    line = capsys.readouterr().out
+    green = [part.split("m", 1)[1].removesuffix("\033[0m") for part in line.strip().split("|\033[") if "32m" in part[:6]]
+    assert green == ["n", "o", "<|im_end|>"]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])  # the second is SmolLM2's own setting
+def test_after_training_answers_end(tmp_path, pad):
+    tok = chat_tokenizer(pad)
+    file = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
+    start = folder(tmp_path / "start", tok=tok, std=0.1, hidden_size=32, intermediate_size=64)
+    o = sft.Options(model=start, data=file, out=str(tmp_path / "out"), steps=60, batch=18, length=128, lr=1e-2, device="cpu")
+    sft.sft(o)
+    trained, tok = hub.load(tmp_path / "out")
+    prompts = [templates.render(tok, c[:1], add_generation_prompt=True)[0] for c in CHATS]
+    answers = generate(trained, prompts, 16, eos_id=END, seed=1)
+    ended = [a[-1] == END for a in answers]
+    assert sum(ended) / len(ended) > 0.95
+    greedy = [tok.decode(a, skip_special=True) for a in generate(trained, prompts, 16, 0.0, eos_id=END)]
+    known = {tuple(m["content"] for m in c) for c in CHATS}
+    assert sum((c[0]["content"], g) in known for c, g in zip(CHATS, greedy, strict=True)) >= 0.8 * len(CHATS)
+    log = metrics(tmp_path / "out")
+    assert log[-1]["loss"] < 0.3 * log[0]["loss"] and trained.config.eos_token_id == END
