@@ -93,7 +93,7 @@ eval: ppo dpo $(if $(REAL),,simpo) ## OUT/results.json and OUT/answers
 report: eval ## OUT/report.html
 	$(PY) -m tools.report --out $(OUT)
 
-chat: ppo ## talk to what PPO made, or with CHAT=DIR to another checkpoint
+chat: $(if $(CHAT),$(READY),ppo) ## talk to what PPO made, or with CHAT=DIR to another checkpoint
 	$(PY) -m tools.chat --model $(or $(CHAT),$(OUT)/ppo) --device $(DEVICE)
 
 controls: eval ## what the results could be mistaken for: OUT/controls.json

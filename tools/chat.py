@@ -1,0 +1,168 @@
+"""Talk to a checkpoint in the terminal:  python -m tools.chat --model out/ppo
+
+The answer appears as it is made. The talk so far is read again at each turn; where it outgrows the model's context its oldest
+turns are dropped. Answers go to stdout and everything else to stderr, so `echo "What is the opposite of hot?" | python -m tools.chat`
+prints an answer and nothing else.
+"""
+
+import difflib
+import re
+import sys
+from dataclasses import dataclass
+
+import hub
+from data import templates
+from model import decode
+from train import autocast, main, opt, pick_device
+
+HELP = """/reset           forget the talk so far
+/system TEXT     tell the model who it is (without TEXT: nothing any more)
+/temperature X   0: always the likeliest token, 1: as it was trained
+/help            this list
+/exit            or Ctrl-D; Ctrl-C stops an answer, and at the prompt it leaves
+A line that starts with a space is never a command."""
+COMMANDS = re.findall(r"^/\w+", HELP, re.M)
+
+
+@dataclass
+class Options:
+    model: str = opt("out/ppo", "checkpoint folder to talk to")
+    temperature: float = opt(0.7, "0: always the likeliest token", at_least=0)
+    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share; 1: from all", above=0)
+    max_new_tokens: int = opt(256, "tokens of an answer", at_least=1)
+    system: str = opt("", "system message")
+    seed: int = opt(0, "seed of the answers")
+    device: str = opt("auto", "cpu, cuda or auto")
+
+
+def say(text):
+    """A line about the talk, not of it."""
+    print(f"\033[90m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def fit(tok, system: str, talk: list, room: int):
+    """The talk's prompt ids in at most `room` tokens, its oldest turns dropped from `talk` as need be.
+    Raises ValueError where the last message alone is too long."""
+    head = [{"role": "system", "content": system}] if system else []
+    full = len(talk)
+    while len(ids := templates.render(tok, head + talk, add_generation_prompt=True)[0]) > room:
+        if len(talk) == 1:
+            raise ValueError(f"this message makes {len(ids)} tokens, the context has room for {room} before the answer: not sent")
+        del talk[:2]
+    if len(talk) < full:
+        say(f"(the talk has outgrown the context: the oldest {full - len(talk)} messages are forgotten)")
+    return ids
+
+
+def printable(text: str) -> str:
+    """Control characters, which could steer the terminal, become U+FFFD."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def stream(tok, tokens, ends) -> tuple[str, str]:
+    """Prints ids as text while they come; bytes that are no whole character yet are held back. → (text, why it did not end)."""
+    ids, shown, why = [], 0, "cut off: --max-new-tokens sets how long an answer may be"
+    try:
+        for _, new in tokens:
+            if new.item() in ends:
+                why = ""
+                break
+            ids += new.tolist()
+            whole = tok.decode(ids, skip_special=True).rstrip("\ufffd")
+            print(printable(whole[shown:]), end="", flush=True)
+            shown = len(whole)
+    except KeyboardInterrupt:
+        why = "stopped"
+    text = tok.decode(ids, skip_special=True)
+    print(printable(text[shown:]), flush=True)
+    return text, why
+
+
+def command(line: str, o: Options, talk: list) -> bool:
+    """Does what a line starting with / asks for; False: leave."""
+    name, _, value = line.partition(" ")
+    value = value.strip()
+    if name == "/reset":
+        talk.clear()
+        say("(forgotten)")
+    elif name == "/system":
+        o.system = value
+        say(f"(system message: {value})" if value else "(no system message)")
+    elif name == "/temperature":
+        if re.fullmatch(r"\d+\.?\d*|\.\d+", value):
+            o.temperature = float(value)
+            say(f"(temperature {o.temperature:g})")
+        else:
+            say(f"/temperature {value}: a number from 0 up was expected; it is {o.temperature:g}")
+    elif name == "/help":
+        say(HELP)
+    elif name != "/exit":
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.4)
+        say(f"no command {name}{f' (did you mean {near[0]}?)' if near else ''}; /help lists them")
+    return name != "/exit"
+
+
+def load(o: Options):
+    """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it has no room for."""
+    model, tok = hub.load(o.model, pick_device(o.device))
+    room = model.config.max_position_embeddings
+    if model.config.num_labels:
+        raise ValueError(f"{o.model}: a reward model, which scores answers and gives none; a language model was expected")
+    if tok is None:
+        raise ValueError(f"{o.model}: has no tokenizer.json, so it cannot read; get the whole checkpoint")
+    if o.top_p > 1:
+        raise ValueError(f"--top-p is {o.top_p}, it must be at most 1")
+    if o.max_new_tokens >= room:
+        raise ValueError(f"--max-new-tokens is {o.max_new_tokens}, the model's context of {room} leaves no room for a prompt")
+    return model, tok
+
+
+def answer(model, tok, o: Options, talk: list, ends, seed: int):
+    """Answers the talk's last message and adds the answer; a message that has no room or got no answer is taken back."""
+    try:
+        ids = fit(tok, o.system, talk, model.config.max_position_embeddings - o.max_new_tokens)
+    except ValueError as e:
+        talk.pop()
+        return say(e)
+    with autocast(model.device):
+        text, why = stream(tok, decode(model, [ids], o.max_new_tokens, o.temperature, o.top_p, seed=seed), ends)
+    if why:
+        say(f"({why})")
+    if text:
+        talk.append({"role": "assistant", "content": text})
+    else:
+        talk.pop()
+
+
+def converse(o: Options):
+    model, tok = load(o)
+    ends, talk, turn = {templates.end_id(tok), tok.eos_id}, [], 0
+    say(f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {templates.of(tok).name}; /help, /exit")
+    if tok.chat_template is None:
+        say("(no chat template: a base model, which continues text and was never taught to answer; chatml is used)")
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        import readline  # noqa: F401  arrow keys and history in input()
+    while True:
+        line = input(prompt)
+        if line.startswith("/"):
+            if not command(line, o, talk):
+                return
+        elif line.strip():
+            talk.append({"role": "user", "content": line.strip()})
+            answer(model, tok, o, talk, ends, o.seed * 100_003 + turn)
+            turn += 1
+
+
+def chat(o: Options):
+    for pipe in (sys.stdin, sys.stdout):
+        pipe.reconfigure(errors="replace")
+    try:
+        converse(o)
+    except (EOFError, KeyboardInterrupt):
+        say("" if sys.stdin.isatty() else "(end of input)")
+    say("bye")
+
+
+if __name__ == "__main__":
+    main(chat, Options, __doc__)
