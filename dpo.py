@@ -14,6 +14,7 @@ need not go to the chosen one (it can go to answers in neither). That is no bug 
 W times the chosen answer's negative log-likelihood per token, which holds it up (iterative RPO, Pang et al. 2024).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -35,9 +36,9 @@ class Options:
     loss: str = opt("dpo", "the preference loss", choices=("dpo", "ipo", "simpo"))
     pairs: str = opt("all", "of a ranking: all pairs, or the best answer against the worst", choices=("all", "best_worst"))
     steps: int = opt(150, "optimizer steps", at_least=1)
-    batch: int = opt(64, "pairs a step", at_least=1)
+    batch: int = opt(16, "prompts a step, each with all its pairs", at_least=1)
     accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
-    length: int = opt(256, "tokens of prompt and answer; longer pairs are dropped", at_least=2)
+    length: int = opt(256, "tokens of prompt and answer; pairs with longer ones are dropped", at_least=2)
     beta: float = opt(0.1, "β (SimPO: 2 to 10)", above=0)
     gamma: float = opt(1.0, "SimPO's margin γ (not γ/β)", at_least=0)
     label_smoothing: float = opt(0.0, "cDPO's ε: the share of labels that are taken to be wrong", at_least=0, below=0.5)
@@ -72,34 +73,49 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
 
 
 def prepare(path, which, tok, length: int):
-    """Pairs → [(prompt ids, chosen ids, rejected ids)] of the training side; longer ones are dropped and counted."""
+    """Pairs of the training side, those of one prompt together: [(prompt ids, [answer ids], [(chosen, rejected) as places among them])].
+    So an answer that stands in several pairs is read once. Answers too long drop their pairs, counted."""
     train, _ = records.split(records.pairs(path, which))
-    data = []
-    for r in train:
-        (prompt, chosen), (_, rejected) = (templates.answer_ids(tok, r["prompt"], r[k]) for k in ("chosen", "rejected"))
-        data.append((prompt, chosen, rejected))
-    kept = [d for d in data if len(d[0]) + max(len(d[1]), len(d[2])) <= length]
-    records.report(path, len(kept), {f"longer than {length} tokens": len(data) - len(kept)}, "pairs")
-    return kept
+    groups, kept = [], 0
+    for _, pairs in itertools.groupby(train, key=lambda r: r["prompt"]):
+        pairs = list(pairs)
+        texts = list(dict.fromkeys(r[side] for r in pairs for side in ("chosen", "rejected")))
+        encoded = [templates.answer_ids(tok, pairs[0]["prompt"], t) for t in texts]
+        fits = [t for t, (p, a) in zip(texts, encoded, strict=True) if len(p) + len(a) <= length]
+        places = [(fits.index(r["chosen"]), fits.index(r["rejected"])) for r in pairs if {r["chosen"], r["rejected"]} <= set(fits)]
+        if places:
+            groups.append((encoded[0][0], [encoded[texts.index(t)][1] for t in fits], places))
+        kept += len(places)
+    records.report(path, kept, {f"longer than {length} tokens": len(train) - kept}, "pairs")
+    return groups
 
 
-def pair_logps(model, pairs, device):
-    """Pairs → summed log-probabilities (2,N) and lengths (2,N) of chosen and rejected answers, in one forward pass."""
-    prompts = [p for p, _, _ in pairs] * 2
-    answers = [c for _, c, _ in pairs] + [r for _, _, r in pairs]
-    tokens, mask, where = join(prompts, answers, device)
+def answer_logps(model, groups, device):
+    """Summed log-probability and length (N,) of all the groups' answers, in one forward pass."""
+    prompts = [prompt for prompt, answers, _ in groups for _ in answers]
+    tokens, mask, where = join(prompts, [a for _, answers, _ in groups for a in answers], device)
     with autocast(device):
-        logps = logprobs(model, tokens, mask, where)
-    return logps.sum(1).view(2, -1), where.sum(1).view(2, -1)
+        return logprobs(model, tokens, mask, where).sum(1), where.sum(1)
+
+
+def places(groups, device):
+    """Where the pairs' chosen and rejected answers stand among all the groups' answers: (2, pairs)."""
+    out, start = [], 0
+    for _, answers, pairs in groups:
+        out += [(start + w, start + l) for w, l in pairs]
+        start += len(answers)
+    return torch.tensor(out, device=device).T
 
 
 @torch.no_grad()
-def reference_logps(model, pairs, device, size: int):
-    """Of every pair once, before training changes the model: no second model is kept. (2,N)"""
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-    out = torch.zeros(2, len(pairs), device=device)
-    for i in range(0, len(order), size):
-        out[:, order[i : i + size]] = pair_logps(model, [pairs[j] for j in order[i : i + size]], device)[0]
+def reference_logps(model, groups, device, size: int):
+    """Of every answer once, before training changes the model, so that no second model is kept: a tensor a group."""
+    out, order = [None] * len(groups), sorted(range(len(groups)), key=lambda i: len(groups[i][0]))
+    for at in range(0, len(order), size):
+        some = order[at : at + size]
+        logps, _ = answer_logps(model, [groups[i] for i in some], device)
+        for i, part in zip(some, logps.split([len(groups[i][1]) for i in some]), strict=True):
+            out[i] = part
     return out
 
 
@@ -108,38 +124,41 @@ def dpo(o: Options):
     run = Run(o, __file__, [o.model, o.data])
     policy, tok = hub.language_model(o.model, device)
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.config.max_position_embeddings))
-    schedule = [records.batch(range(len(data)), step, o.batch, o.seed) for step in range(o.steps)]
-    size = -(-o.batch // o.accumulate)
-    if o.loss != "simpo":
-        used = sorted({i for step in schedule for i in step})
-        reference = torch.zeros(2, len(data), device=device)
-        reference[:, used] = reference_logps(policy, [data[i] for i in used], device, size)
+    data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)  # no reference for what will not be read
+    reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
+    data = list(zip(data, reference, strict=True))
     optimizer = adamw(policy, o.lr)
     run.resume(policy=policy, optimizer=optimizer)
 
     for step in run.steps(o.steps):
         lr = lr_at(step, o.steps, o.lr, o.warmup)
         set_lr(optimizer, lr)
-        figures = {}
-        for i in range(0, o.batch, size):
-            part = schedule[step][i : i + size]
-            (chosen, rejected), (n_chosen, n_rejected) = pair_logps(policy, [data[j] for j in part], device)
+        batch = records.batch(data, step, o.batch, o.seed)
+        pairs = sum(len(pairs) for (_, _, pairs), _ in batch)  # of the whole step: the loss's denominator
+        figures, size = {}, -(-len(batch) // o.accumulate)
+        for at in range(0, len(batch), size):
+            groups, reference = zip(*batch[at : at + size], strict=True)
+            logps, lengths = answer_logps(policy, groups, device)
+            chosen, rejected = places(groups, device)
             if o.loss == "simpo":
-                losses = simpo_loss(chosen, rejected, n_chosen, n_rejected, o.beta, o.gamma)
-                rewards = o.beta * (chosen / n_chosen).detach(), o.beta * (rejected / n_rejected).detach()
+                losses = simpo_loss(logps[chosen], logps[rejected], lengths[chosen], lengths[rejected], o.beta, o.gamma)
+                better, worse = (o.beta * (logps / lengths)[side].detach() for side in (chosen, rejected))
             else:
-                losses, *rewards = preference_loss(chosen, rejected, *reference[:, part], o.beta, o.loss, o.label_smoothing)
+                ref = torch.cat(reference)
+                losses, better, worse = preference_loss(
+                    logps[chosen], logps[rejected], ref[chosen], ref[rejected], o.beta, o.loss, o.label_smoothing
+                )
             if step == 0 and o.loss == "dpo" and device.type == "cpu" and (losses - math.log(2)).abs().max() > 1e-3:
                 raise ValueError(f"the first loss is {losses.mean():.4f}, not ln 2: policy and reference differ before training")
-            nll = -chosen / n_chosen
-            ((losses + o.nll * nll).sum() / o.batch).backward()
-            now = dict(loss=losses, nll=nll, logp_chosen=chosen, logp_rejected=rejected, reward_chosen=rewards[0], reward_rejected=rewards[1],
-                       margin=rewards[0] - rewards[1], accuracy=(rewards[0] > rewards[1]).float())  # fmt: skip
-            figures = {k: figures.get(k, 0.0) + v.detach().sum() / o.batch for k, v in now.items()}
+            nll = -(logps / lengths)[chosen]
+            ((losses + o.nll * nll).sum() / pairs).backward()
+            now = dict(loss=losses, nll=nll, logp_chosen=logps[chosen], logp_rejected=logps[rejected], reward_chosen=better,
+                       reward_rejected=worse, margin=better - worse, accuracy=(better > worse).float())  # fmt: skip
+            figures = {k: figures.get(k, 0.0) + v.detach().sum() / pairs for k, v in now.items()}
         norm = clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(step, ("loss", "margin", "accuracy"), **figures, lr=lr, grad_norm=norm)
+        run.log(step, ("loss", "margin", "accuracy"), **figures, lr=lr, grad_norm=norm, pairs=pairs)
         run.save(step)
     run.finish(lambda path: hub.save(path, policy, tok))
 

@@ -31,7 +31,7 @@ class Options:
     steps: int = opt(220, "optimizer steps", at_least=1)
     batch: int = opt(64, "conversations a step", at_least=1)
     accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
-    length: int = opt(256, "tokens of a packed row; longer conversations are dropped", at_least=2)
+    length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
     lr: float = opt(3e-4, "peak learning rate", above=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     weight_decay: float = opt(0.0, "AdamW's decay of matrices", at_least=0)
@@ -89,8 +89,7 @@ def sft(o: Options):
     run = None if o.show_batch else Run(o, __file__, [o.model, o.data])
     model, tok = hub.language_model(o.model, device)
     form = templates.adopt(tok, o.format or None)
-    length = min(o.length, model.config.max_position_embeddings)
-    data = prepare(o.data, tok, length)
+    data = prepare(o.data, tok, min(o.length, model.config.max_position_embeddings))
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)
     optimizer = adamw(model, o.lr, o.weight_decay)
@@ -103,7 +102,8 @@ def sft(o: Options):
         set_lr(optimizer, lr)
         loss, part = 0.0, -(-len(examples) // o.accumulate)
         for i in range(0, len(examples), part):
-            tokens, labels, segments = pack(examples[i : i + part], length, device)
+            some = examples[i : i + part]
+            tokens, labels, segments = pack(some, max(128, *(len(ids) for ids, _ in some)), device)  # short rows: little attention
             with autocast(device):
                 nll, _ = sft_loss(model, tokens, labels, segments)
             (nll / targets).backward()
