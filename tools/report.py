@@ -249,20 +249,19 @@ def bars(ax, results: dict, key: str):
             "reward": {key: results["reward"]["pair_accuracy"], key + "_ci": results["reward"].get("pair_accuracy_ci", 0.0)}
         }
     shown = [s for s in stages if key in results.get(s, {})]
-    for i, stage in enumerate(shown):
-        value, ci = results[stage][key], results[stage].get(key + "_ci", 0.0)
-        ax.bar(i, value, 0.62, color=light(stage), yerr=ci, ecolor=light("ink"), error_kw=dict(linewidth=1.2, capsize=3))
-        ax.annotate(number(value, percent), (i, max(0, value + ci)), (0, 4), textcoords="offset points", ha="center", fontsize=10,
-                    fontweight="bold", color=light("ink"))  # fmt: skip
-    ax.set_xticks(range(len(shown)), [TITLE[s].split()[0] for s in shown], fontsize=10, color=light("ink"))
+    values, errors = [results[s][key] for s in shown], [results[s].get(key + "_ci", 0.0) for s in shown]
+    whiskers = dict(ecolor=light("ink"), error_kw=dict(linewidth=1.2, capsize=3))
+    ax.bar(range(len(shown)), values, 0.62, color=[light(s) for s in shown], yerr=errors, **whiskers)
+    words = [f"{TITLE[s].split()[0]}\n{number(v, percent)}" for s, v in zip(shown, values, strict=True)]
+    ax.set_xticks(range(len(shown)), words, fontsize=10.5, fontweight="bold", color=light("ink"))
     ax.set_xlim(-0.6, len(shown) - 0.4)
     line = {"gold_sampled": results.get("perfect"), "win_vs_sft": 0.5, "implicit_accuracy": 0.5}.get(key)
     if line:
         ax.axhline(line, color=light("soft"), linewidth=1.2, linestyle="--")
     if key == "gold_sampled" and line:
         ax.annotate("perfect", (-0.55, line), (0, 3), textcoords="offset points", fontsize=9, color=light("soft"))
-    top = max([line or 0] + [results[s][key] + results[s].get(key + "_ci", 0.0) for s in shown])
-    ax.set_ylim(min([0] + [results[s][key] for s in shown]), 1.0 if percent and top < 0.9 else top * 1.14)
+    top = max(line or 0, *(v + e for v, e in zip(values, errors, strict=True)))
+    ax.set_ylim(min(0, *(v - e for v, e in zip(values, errors, strict=True))), max(1.0, top) if percent else top * 1.1)
     if percent:
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0], [f"{v} %" for v in (0, 25, 50, 75, 100)])
 
