@@ -70,3 +70,37 @@ def gradcheck(model, function):
         return torch.func.functional_call(over, dict(zip(names, values, strict=True)), ())
 
     return torch.autograd.gradcheck(at, [v.detach().requires_grad_() for v in values])
+
+
+def bandit(path, first, after, letters="abcd"):
+    """A folder whose model answers by a table, so that every answer of two tokens can be enumerated: `first` are the logits of an
+    answer's first token (the letters', then the end's), `after` those of the token that follows a letter. What the model computes is
+    lm_head · norm(embedding of the last token): attention and MLP add nothing until they are trained."""
+    tok = chat_tokenizer()
+    model = lm(7, std=0.05, num_hidden_layers=1)
+    ids = [tok.encode(c)[0] for c in letters] + [templates.end_id(tok)]
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight.zero_()
+        model.layers[0].mlp.down_proj.weight.zero_()
+        for norm in (model.norm, model.layers[0].input_layernorm, model.layers[0].post_attention_layernorm):
+            norm.weight.fill_(1.0)
+        model.embed_tokens.weight.zero_()
+        model.embed_tokens.weight[:, 2] = 1.0  # dimension 0: the prompt's last token, 1: a letter, 2: all others
+        for i, dimension in [(tok.encode("\n")[0], 0), *((i, 1) for i in ids[:-1])]:
+            model.embed_tokens.weight[i] = torch.eye(16)[dimension]
+        for n, i in enumerate(ids[:-1]):  # letters differ too, and what follows them need not be the same
+            model.embed_tokens.weight[i, 3 + n] = 1.0
+        model.lm_head.weight.fill_(0.0)
+        model.lm_head.weight[:, :3] = -8.0  # times norm's 4 or 2.8: a probability of nothing for all other tokens
+        for i, one, two in zip(ids, first, after, strict=True):
+            model.lm_head.weight[i, :3] = torch.tensor([one / 4, two / 8**0.5, 0.0])
+    hub.save(path, model, tok)
+    return str(path)
+
+
+def answers_of(letters="abcd"):
+    """Every answer of at most two tokens: the texts, their ids, and whether they end."""
+    tok = chat_tokenizer()
+    end, ids = templates.end_id(tok), {c: tok.encode(c) for c in letters}
+    out = [("", [end], True)] + [(a, [*ids[a], end], True) for a in letters]
+    return out + [(a + b, ids[a] + ids[b], False) for a in letters for b in letters]
