@@ -33,7 +33,7 @@ SFT_ARGS     = --steps 100
 COMPARE_ARGS = --prompts 400
 REWARD_ARGS  = --steps 40
 PPO_ARGS     = --iterations 5
-DPO_ARGS     = --steps 30 --batch 32
+DPO_ARGS     = --steps 25
 SIMPO_ARGS   = $(DPO_ARGS)
 EVAL_ARGS    = --n 400
 endif
@@ -42,7 +42,7 @@ SFT_ARGS     = --steps 40 --batch 8 --lr 5e-5 --length 512
 COMPARE_ARGS = --prompts 100 --k 4
 REWARD_ARGS  = --steps 40 --batch 8 --lr 2e-5 --length 512
 PPO_ARGS     = --iterations 4 --batch 16 --minibatch 8 --epochs 1 --lr 5e-6
-DPO_ARGS     = --steps 25 --batch 8 --lr 1e-5 --length 512
+DPO_ARGS     = --steps 30 --batch 8 --lr 1e-5 --length 512
 EVAL_ARGS    = --n 100 --batch 16
 endif
 ifeq ($(REAL),full)
@@ -116,10 +116,9 @@ test: $(READY) ## the tests
 	$(if $(READY),.venv/bin/pip install -q $(TOOLS))
 	$(PY) -m pytest --ignore tests/parity
 
-lint: $(READY)
+lint: $(READY) ## ruff
 	$(if $(READY),.venv/bin/pip install -q $(TOOLS))
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
 
 .venv-peers/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-peers

@@ -349,9 +349,10 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     uniform = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)).to(model.device)
     tokens, mask = pad(prompts, left=True, device=model.device)
     rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)
+    ids = None
     for step in range(max_new_tokens):
-        h = (model.hidden(ids[:, None], cache=cache) if step else dense_hidden(model, tokens, mask, cache))[:, -1]
-        ids = sample(model.lm_head(h), temperature, top_p, uniform[step, rows])
+        h = dense_hidden(model, tokens, mask, cache) if ids is None else model.hidden(ids[:, None], cache=cache)
+        ids = sample(model.lm_head(h[:, -1]), temperature, top_p, uniform[step, rows])
         yield rows, ids
         going = ids != eos_id if eos_id is not None else torch.ones_like(ids, dtype=torch.bool)
         if not going.all():

@@ -13,7 +13,7 @@ an action. Each iteration:
     5. β         adaptive with --target-kl: up when KL is above it, down when below (Ziegler et al. 2019, section 2.2)
 
 What the log should look like. Working: reward and gold rise together and flatten; kl rises quickly, then slowly, to a few nats an answer;
-entropy falls slowly; clip_fraction stays under 0.2 and ratio_error (before the first update) at rounding; explained_variance climbs over 0.5;
+entropy falls slowly; clip_fraction stays under 0.2, ratio_error (before the first update) at rounding; explained_variance climbs;
 length changes little, finished stays near 1. Hacked: reward climbs on while gold turns down, kl grows without end, answers become alike
 (entropy near 0) or long or of one phrase. Then raise --kl, lower --lr, or stop earlier: the reward model is right only near the
 answers that it was trained on. Broken: reward does not move, kl or ratio_error are not 0 at the start, explained_variance stays under 0.
@@ -225,7 +225,8 @@ def ppo(o: Options):
         gold = [world.gold(r["item"], t, f)[0] for r, t, f in zip(batch, texts, ended, strict=True) if world.knows(r)]
         figures = dict(reward=score.mean(), kl=k1, kl_k3=k3, beta=beta, entropy=-masked_mean(old, mask), policy_loss=pg, value_loss=vf,
                        clip_fraction=clipped, ratio_error=ratio_error, explained_variance=explained_variance(values, returns, mask),
-                       length=mask.sum() / len(mask), finished=finished.float().mean(), tokens_per_second=mask.sum() / (time.time() - start))  # fmt: skip
+                       length=mask.sum() / len(mask), finished=finished.float().mean(),
+                       tokens_per_second=mask.sum() / (time.time() - start))  # fmt: skip
         run.log(it, ("reward", "gold", "kl"), **figures, **({"gold": sum(gold) / len(gold)} if gold else {}))
         run.save(it, beta=beta)
 

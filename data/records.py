@@ -340,7 +340,8 @@ def main():
     parser.add_argument("out", help="JSONL file for {messages} that end in a user's turn")
     o = parser.parse_args()
     try:
-        found = [r["messages"][:-1] for r in conversations(o.file)] if kind(o.file) == "conversation" else [r["prompt"] for r in rankings(o.file)]
+        chats = kind(o.file) == "conversation"
+        found = [r["messages"][:-1] for r in conversations(o.file)] if chats else [r["prompt"] for r in rankings(o.file)]
         lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)  # each prompt once
         Path(o.out).write_text("".join(lines), encoding="utf-8", newline="\n")
     except (ValueError, OSError) as e:
