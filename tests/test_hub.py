@@ -364,3 +364,13 @@ def test_a_damaged_tokenizer(tokenizer, tmp_path):
     hub.save(tmp_path, tiny(), tokenizer)
     (tmp_path / "tokenizer.json").write_text("{")
     refused(tmp_path, ValueError, "tokenizer.json: not JSON")
+
+
+def test_a_language_model_was_expected(tokenizer, tmp_path):
+    hub.save(tmp_path / "lm", tiny(), tokenizer)
+    assert hub.language_model(tmp_path / "lm")[1].json == tokenizer.json
+    hub.save(tmp_path / "reward", scalar_model(tiny()), tokenizer)
+    with pytest.raises(ValueError, match="reward is a reward model: a language model was expected"):
+        hub.language_model(tmp_path / "reward")
+    with pytest.raises(ValueError, match="llama_tied has no tokenizer.json"):
+        hub.language_model(GOLDEN / "llama_tied")
