@@ -36,7 +36,7 @@ def opt(default, help: str, choices=None, **bounds):
 
 
 def did_you_mean(word: str, known) -> str:
-    near = difflib.get_close_matches(word, known, 1, 0.4)
+    near = difflib.get_close_matches(word, known, 1, 0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -1,0 +1,474 @@
+"""What stages share: options and what is said of wrong ones, the learning rate, AdamW's groups, and the life of a run."""
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from train import Run, adamw, difference, fingerprint, load_function, lr_at, main, opt, parse, pick_device, set_lr
+
+STAGES = ["pretrain", "sft", "compare", "reward", "ppo", "dpo", "evals"]
+
+
+@dataclass
+class Options:
+    out: str = opt("out/toy", "where to")
+    data: str = opt("", "a file")
+    steps: int = opt(6, "how many", at_least=1)
+    lr: float = opt(0.1, "how fast", above=0)
+    share: float = opt(0.5, "how much", at_least=0, below=0.5 + 1e-9)
+    kind: str = opt("a", "which", choices=("a", "b"))
+    seed: int = opt(0, "seed", at_least=0, at_most=9)
+    save_every: int = opt(2, "steps between saved states")
+    overwrite: bool = opt(False, "start anew")
+
+
+# ---------------------------------------------------------------- options
+def test_options_are_read_with_their_types_and_defaults():
+    assert parse(Options, "Doc.", []) == Options()
+    given = ["--steps", "7", "--lr=3e-4", "--kind", "b", "--save-every", "5", "--overwrite", "--share", "0"]
+    assert parse(Options, "Doc.", given) == Options(steps=7, lr=3e-4, kind="b", save_every=5, overwrite=True, share=0.0)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--steps", "0"], "--steps is 0, it must be at least 1"),
+        (["--lr", "0"], "--lr is 0.0, it must be above 0"),
+        (["--lr", "nan"], "--lr is nan, it must be above 0"),
+        (["--share", "-0.1"], "--share is -0.1, it must be at least 0"),
+        (["--share", "0.6"], "it must be below 0.5"),
+        (["--seed", "10"], "--seed is 10, it must be at most 9"),
+        (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (["--kind", "c"], "argument --kind: invalid choice: 'c' (choose from 'a', 'b')"),
+        (["--step", "3"], "unknown option --step (did you mean --steps?)"),
+        (["--save_every=3"], "unknown option --save_every=3 (did you mean --save-every?)"),
+        (["--wxyz"], "unknown option --wxyz\n"),
+        (["stray"], "unknown option stray"),
+        (["--lr"], "argument --lr: expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(Options, "Doc.", argv)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_shows_every_option_of_a_stage_with_its_default(name, capsys):
+    stage = importlib.import_module(name)
+    with pytest.raises(SystemExit) as left:
+        parse(stage.Options, stage.__doc__, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0 and stage.__doc__.split("\n")[0].split()[0] in text
+    for f in dataclasses.fields(stage.Options):
+        assert f.metadata["help"]
+        said = " ".join(f"{f.metadata['help']} (default: {f.default})".split())
+        assert f"--{f.name.replace('_', '-')} " in text and said in text
+    assert parse(stage.Options, "", []) == stage.Options(), "the defaults lie within their own bounds"
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (ValueError("file:3: two\n lines"), 2, "toy.py: file:3: two lines\n"),
+        (FileNotFoundError("x: no such file"), 2, "toy.py: x: no such file\n"),
+        (KeyboardInterrupt(), 130, "toy.py: interrupted; the same command goes on from the last saved step\n"),
+    ],
+)
+def test_main_turns_an_error_into_one_line_below_the_bar(error, status, line, capsys, monkeypatch, tmp_path):
+    def stage(o):
+        for step in Run(o, __file__, []).steps(o.steps):
+            if step == 1:
+                raise error
+
+    monkeypatch.setattr(sys, "argv", ["some/where/toy.py", "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as left:
+        main(stage, Options, "Doc.")
+    assert left.value.code == status
+    assert capsys.readouterr().err.endswith("\n" + line)
+
+
+def test_main_leaves_a_mistake_in_the_code_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy.py"])
+    with pytest.raises(KeyError):
+        main(lambda o: {}["x"], Options, "Doc.")
+
+
+# ---------------------------------------------------------------- device, optimizer, learning rate
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("nonsense", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=f"--device {name}: not available here .*; try cpu or auto"):
+            pick_device(name)
+
+
+def test_learning_rate_in_closed_form():
+    for total, warmup in ((10, 0), (10, 4), (1, 0), (5, 5), (5, 9)):
+        for step in range(total):
+            up = (step + 1) / warmup if step < warmup else None
+            down = (total - step) / (total - warmup) if step >= warmup else None
+            assert lr_at(step, total, 2.0, warmup) == pytest.approx(2 * (up or down))
+            wave = up or (1 + torch.cos(torch.tensor(torch.pi * (1 - down), dtype=torch.float64)).item()) / 2
+            assert lr_at(step, total, 2.0, warmup, "cosine") == pytest.approx(2 * wave, abs=1e-9)
+    assert [lr_at(s, 8, 1.0, 4) for s in range(9)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert lr_at(4, 8, 1.0, 4, "cosine") == 1.0 and lr_at(6, 8, 1.0, 4, "cosine") == pytest.approx(0.5)
+
+
+def test_adamw_decays_matrices_only_and_leaves_the_frozen_alone():
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+    model[3].requires_grad_(False)
+    before = {k: p.clone() for k, p in model.named_parameters()}
+    optimizer = adamw(model, lr=0.5, weight_decay=0.1)
+    set_lr(optimizer, 0.25)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decayed = name in ("0.weight", "1.weight")
+        assert torch.allclose(p, before[name] * (1 - 0.25 * 0.1 if decayed else 1)), name
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == 4 * 3 + 9 + 3 + 3 + 3
+    assert adamw(model, lr=0.5, eps=1e-5).param_groups[0]["eps"] == 1e-5
+
+
+# ---------------------------------------------------------------- a reader's own function
+READERS = """
+import math
+WORDS = {"good": 1.0}
+def helper(answer): return sum(WORDS.get(w, 0.0) for w in answer.split())
+def score(prompts, answers): return [helper(a) - math.tau * 0 for a in answers]
+def one_too_few(prompts, answers): return [0.0] * (len(answers) - 1)
+def not_a_number(prompts, answers): return [math.nan for _ in answers]
+def nothing(prompts, answers): pass
+def words(prompts, answers): return ["good"] * len(answers)
+def broken(prompts, answers):
+    return [answers[0]["key"]]
+def tensor(prompts, answers):
+    import torch
+    return torch.arange(len(answers))
+"""
+
+
+def test_a_reader_s_function(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(READERS)
+    asked = [[{"role": "user", "content": "?"}]] * 2
+    assert load_function(f"{file}:score")(asked, ["good good", "bad"]) == [2.0, 0.0]
+    assert load_function(f"{file}:tensor")(asked, ["good good", "bad"]) == [0.0, 1.0]
+    for name, said in [
+        ("one_too_few", r"mine.py:one_too_few: 2 finite scores, one an answer, were expected \(got 1: \[0.0\]\)"),
+        ("not_a_number", r"finite scores, one an answer, were expected \(got 2: \[nan, nan\]\)"),
+        ("nothing", "mine.py: TypeError: 'NoneType' object is not iterable"),
+        ("words", "mine.py: ValueError: could not convert string to float: 'good'"),
+        ("broken", r"mine.py:11: TypeError: string indices must be integers"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            load_function(f"{file}:{name}")(asked, ["a", "b"])
+    for name, near in (("scores", r" \(did you mean score\?\)"), ("math", ""), ("WORDS", ""), ("zzz", "")):
+        with pytest.raises(ValueError, match=f"mine.py: has no function {name}{near}"):
+            load_function(f"{file}:{name}")
+    for spec in ("nowhere.py:score", "nowhere.py", str(file), "", ":score"):
+        with pytest.raises(FileNotFoundError, match="FILE.py:function was expected"):
+            load_function(spec)
+    for text, said in (("import nowhere_to_be_found", "mine.py:1: ModuleNotFoundError"), ("x = (", "SyntaxError.*line 1"),
+                       ("\n\n1 / 0", "mine.py:3: ZeroDivisionError")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            load_function(f"{file}:score")
+
+
+# ---------------------------------------------------------------- what a run is known by
+def test_fingerprint_sees_what_a_checkpoint_says_and_nothing_else(tmp_path):
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "metrics.jsonl", "run.json"):
+        (folder / name).write_text("x")
+    whole = fingerprint(folder)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_text("y")
+        assert fingerprint(folder) != whole
+        (folder / name).write_text("x")
+    (folder / "metrics.jsonl").write_text("y")
+    assert fingerprint(folder) == whole == fingerprint(str(folder))
+    assert fingerprint(folder / "run.json") != fingerprint(folder / "metrics.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"sfl: no such file or folder \(did you mean sft\?\)"):
+        fingerprint(tmp_path / "sfl")
+    with pytest.raises(FileNotFoundError, match="c: no such file or folder$"):
+        fingerprint(tmp_path / "a" / "b" / "c")
+
+
+def test_difference_in_words():
+    old = {"options": {"lr": 0.1, "data": "a", "gone": 1}, "inputs": {"sft.py": "1", "a": "2"}}
+    assert difference(old, old) == ""
+    new = {"options": {"lr": 0.2, "data": "b"}, "inputs": {"sft.py": "3", "b": "2"}}
+    assert difference(old, new) == "data was 'a', is 'b'; gone was 1, is None; lr was 0.1, is 0.2; sft.py has changed"
+    assert difference(old, old | {"inputs": {"sft.py": "1", "a": "4"}}) == "a has changed"
+
+
+# ---------------------------------------------------------------- a run's life
+class Killed(BaseException):
+    """What no code of ours catches, as nothing catches SIGKILL."""
+
+
+def toy(o, die_at=None, seen=None):
+    """A stage in small: two optimizers, a figure of its own to carry on."""
+    run = Run(o, __file__, [o.data] if o.data else [])
+    model = torch.nn.Linear(3, 3)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 0.1)
+    adam = torch.optim.AdamW([model.bias], lr=o.lr, fused=True)
+    muon = torch.optim.Muon([model.weight], lr=o.lr)
+    total = run.resume(model=model, adam=adam, muon=muon).get("total", 0)
+    for step in run.steps(o.steps):
+        if seen is not None:
+            seen.append(step)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(o.seed + step))
+        loss = (model(x) - x.flip(1)).square().mean()
+        loss.backward()
+        adam.step(), muon.step()
+        adam.zero_grad(), muon.zero_grad()
+        total += step
+        run.log(step, loss=loss, total=total)
+        if step == die_at:
+            raise Killed
+        run.save(step, total=total)
+    run.finish(lambda path: write(path, model))
+
+
+def write(path, model):
+    path.mkdir(exist_ok=True)
+    save_file({k: v.detach() for k, v in model.state_dict().items()}, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    (path / "tokenizer.json").write_text("{}")
+
+
+def files(out):
+    return {f.name: f.is_file() and f.read_bytes() for f in out.iterdir()}
+
+
+@pytest.fixture
+def o(tmp_path):
+    return Options(out=str(tmp_path / "toy"))
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """What the toy leaves when nothing interrupts it."""
+    toy(Options(out=str(tmp_path / "whole")))
+    return files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("die_at", range(6))
+def test_a_run_goes_on_from_its_last_saved_step(die_at, o, whole, tmp_path):
+    with pytest.raises(Killed):
+        toy(o, die_at)
+    log = tmp_path / "toy" / "state" / "metrics.jsonl"
+    assert log.read_text().count("\n") == die_at + 1
+    with open(log, "a") as f:
+        f.write('{"step": 99, "lo')  # a line half written, as a full disk leaves it
+    seen = []
+    toy(o, seen=seen)
+    assert seen == list(range(die_at // 2 * 2, 6)), "what was logged after the last save is done again, nothing else"
+    assert files(tmp_path / "toy") == whole
+
+
+def test_finished_says_so_and_does_nothing(o, whole, tmp_path, capsys):
+    toy(o)
+    for again in (o, dataclasses.replace(o, save_every=1)):
+        with pytest.raises(SystemExit) as left:
+            toy(again)
+        assert left.value.code == 0 and capsys.readouterr().out == f"{o.out}: finished already with these settings\n"
+    with pytest.raises(ValueError, match=r"toy: finished with other settings: lr was 0.1, is 0.2; seed was 0, is 1 \(--overwrite starts"):
+        toy(dataclasses.replace(o, lr=0.2, seed=1))
+    assert files(tmp_path / "toy") == whole
+
+
+def test_overwrite_starts_anew_and_keeps_the_old_one_until_then(o, tmp_path):
+    toy(o)
+    old, other = files(tmp_path / "toy"), dataclasses.replace(o, lr=0.2, overwrite=True)
+    with pytest.raises(Killed):
+        toy(other, 3)
+    shutil.move(tmp_path / "toy" / "state", tmp_path / "aside")
+    assert files(tmp_path / "toy") == old
+    shutil.move(tmp_path / "aside", tmp_path / "toy" / "state")
+    with pytest.raises(ValueError, match="toy: an unfinished run has other settings: lr was 0.2, is 0.1"):
+        toy(o)
+    seen = []
+    toy(other, seen=seen)  # the same command goes on, it does not start anew again
+    assert seen == [2, 3, 4, 5] and files(tmp_path / "toy") != old
+    with pytest.raises(Killed):
+        toy(dataclasses.replace(o, lr=0.3, overwrite=True), 4)
+    toy(dataclasses.replace(o, overwrite=True))
+    assert files(tmp_path / "toy") == old
+
+
+def test_a_changed_input_is_another_run(o, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("1")
+    o = dataclasses.replace(o, data=str(data))
+    with pytest.raises(Killed):
+        toy(o, 3)
+    data.write_text("2")
+    with pytest.raises(ValueError, match=f"unfinished run has other settings: {data} has changed"):
+        toy(o)
+
+
+def test_what_no_run_wrote_is_never_touched(o, tmp_path):
+    write(tmp_path / "toy", torch.nn.Linear(3, 3))
+    before = files(tmp_path / "toy")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="toy: holds what no run of this stage wrote; choose another --out"):
+            toy(dataclasses.replace(o, overwrite=overwrite))
+    assert files(tmp_path / "toy") == before
+    records = tmp_path / "comparisons.jsonl"
+    records.write_text("a reader's own")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="comparisons.jsonl: holds what no run"):
+            Run(dataclasses.replace(o, out=str(records), overwrite=overwrite), __file__, [], file=True)
+    assert records.read_text() == "a reader's own"
+
+
+@pytest.mark.parametrize("moment", ["while it writes", "before the rename"])
+def test_a_state_half_written_is_never_read(moment, o, whole, tmp_path, monkeypatch):
+    """Killed in its second save: the first one stands."""
+    saves, real = [], os.replace
+
+    def half(tensors, path, *rest):
+        save_file(tensors, path, *rest)
+        saves.append(path)
+        if len(saves) == 2 and moment == "while it writes":
+            os.truncate(path, path.stat().st_size // 2)
+            raise Killed
+
+    def replace(a, b):
+        if len(saves) == 2:
+            raise Killed
+        real(a, b)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("train.save_file", half)
+        patch.setattr("train.os.replace", replace)
+        toy(o)
+    assert saves[0] == saves[1] and saves[1].exists() and saves[1].name != "state.safetensors"
+    seen = []
+    toy(o, seen=seen)
+    assert seen[0] == 2 and files(tmp_path / "toy") == whole
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("moment", range(10))
+def test_killed_between_the_last_renames(moment, overwrite, o, whole, tmp_path, monkeypatch):
+    """At each moment there is no checkpoint, or a whole one, old or new; and the same command completes it."""
+    out, old, moves = tmp_path / "toy", None, []
+    if overwrite:
+        toy(dataclasses.replace(o, lr=0.3))
+        old, o = files(out), dataclasses.replace(o, overwrite=True)
+
+    def dying(real):
+        def move(*args, **more):
+            if moves or (out / "state" / "result" / "config.json").exists():  # the result is complete: from here on each move counts
+                moves.append(real)
+                if len(moves) > moment:
+                    raise Killed
+            return real(*args, **more)
+
+        return move
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        with pytest.raises(Killed):
+            toy(o)
+    left = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
+    assert "config.json" not in left or left == old or left == whole
+    try:
+        toy(dataclasses.replace(o, overwrite=False))
+    except SystemExit as finished:  # it was, but for the end of its state
+        assert finished.code == 0 and left == whole
+    assert {k: v for k, v in files(out).items() if k != "state"} == whole
+
+
+def test_a_file_as_result(o, tmp_path):
+    """comparisons.jsonl: one rename; its run lies beside it."""
+    o, out = dataclasses.replace(o, out=str(tmp_path / "made" / "x.jsonl")), tmp_path / "made" / "x.jsonl"
+
+    def stage(o, text="whole\n"):
+        run = Run(o, __file__, [], file=True)
+        for step in run.steps(o.steps):
+            run.log(step, total=step)
+            run.save(step, done=[step])
+        run.finish(lambda path: path.write_text(text))
+
+    stage(o)
+    assert out.read_text() == "whole\n" and {f.name for f in out.with_suffix(".run").iterdir()} == {"run.json", "metrics.jsonl"}
+    with pytest.raises(SystemExit):
+        stage(o)
+    with pytest.raises(ValueError, match="steps was 6, is 7"):
+        stage(dataclasses.replace(o, steps=7))
+    out.unlink()  # thrown away: made again, not "finished already"
+    stage(o)
+    assert out.exists()
+
+
+def test_a_folder_may_have_a_dot_in_its_name(o, whole, tmp_path):
+    for name in ("lr0.1", "lr0.2"):
+        toy(dataclasses.replace(o, out=str(tmp_path / name)))
+        assert files(tmp_path / name) == whole
+
+
+def test_a_damaged_state_is_said(o, tmp_path):
+    with pytest.raises(Killed):
+        toy(o, 3)
+    saved = tmp_path / "toy" / "state" / "state.safetensors"
+    os.truncate(saved, 100)
+    with pytest.raises(ValueError, match=r"state.safetensors: damaged \(.*\); remove .*state to start anew"):
+        toy(o)
+
+
+def test_what_is_not_finite_stops_a_run_before_it_is_saved(o, tmp_path):
+    for bad in (float("nan"), torch.tensor(float("inf"))):
+        run = Run(o, __file__, [])
+        run.resume()
+        for step in run.steps(4):
+            if step == 2:
+                with pytest.raises(ValueError, match="step 2: loss is (nan|inf); nothing saved is lost, a lower --lr may help"):
+                    run.log(step, loss=bad)
+                break
+            run.log(step, loss=1.0)
+            run.save(step)
+        assert (tmp_path / "toy" / "state" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_what_is_logged(o, tmp_path):
+    run = Run(o, __file__, [])
+    run.steps(1)
+    run.log(0, loss=torch.tensor(1 / 3, requires_grad=True), lr=3e-7, n=12345678, share=2 / 3)
+    (line,) = (tmp_path / "toy" / "state" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 0, "loss": 0.3333333, "lr": 3e-7, "n": 12345678, "share": 0.6666667}
+
+
+def test_a_full_disk(o, whole, tmp_path, monkeypatch):
+    """Whatever is being written: one error that names the place, and all that was saved before stands."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"):
+        patch.setattr("train.save_file", full)
+        toy(o)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"):
+        patch.setattr("test_train.save_file", full)
+        toy(o)
+    assert not (tmp_path / "toy" / "config.json").exists()
+    seen = []
+    toy(o, seen=seen)
+    assert seen == [] and files(tmp_path / "toy") == whole
