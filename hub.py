@@ -37,8 +37,7 @@ def load(path, device="cpu", dtype=torch.float32):
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}: they are not a pair")
-    weights = read_weights(path, model, device, dtype)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(read_weights(path, model, device, dtype), assign=True)
     if config.tie_word_embeddings and not config.num_labels:
         model.lm_head.weight = model.embed_tokens.weight
     return model, tokenizer
@@ -166,18 +165,16 @@ def config_json(c: Config, dtype) -> dict:
 
 
 def token_ids(c: Config, tokenizer) -> dict:
-    """The ids of beginning, end and padding: the config's, else the tokenizer's.
-
-    transformers takes a sequence's score at its last token that is not padding: a reward model's padding must be a token
-    that ends no text, least of all the end token, whose score is the one wanted.
-    """
+    """The ids of beginning, end and padding: the config's, else the tokenizer's. transformers takes a sequence's score at its
+    last token that is not padding: a reward model's padding must not be the end token, whose score is the one wanted."""
     special = tokenizer.special if tokenizer is not None else {}
     ids = {f"{k}_token_id": getattr(c, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     if tokenizer is not None:
         ids = {k: getattr(tokenizer, k.replace("token_", "")) if i is None else i for k, i in ids.items()}
-    if c.num_labels:
+    if c.num_labels:  # what it scores are chats, whose end is the turn's, also where its base ended texts with another token
+        ids["eos_token_id"] = special.get("<|im_end|>", ids["eos_token_id"])
         ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-        inside = {special.get("<|im_start|>"), special.get("<|im_end|>"), *ends}
+        inside = {special.get("<|im_start|>"), *ends}
         choice = [special.get("<|endoftext|>"), *special.values()] if special else [ids["pad_token_id"]]
         ids["pad_token_id"] = next((i for i in choice if i is not None and i not in inside), None)
         if ids["pad_token_id"] is None:

@@ -203,6 +203,13 @@ def test_reward_model(kind, tmp_path):
     assert lm.config.pad_token_id == lm.config.eos_token_id  # saving changes nothing in memory
 
 
+def test_a_reward_model_straight_from_a_base(tokenizer, tmp_path):
+    start = tokenizer.special["<|endoftext|>"]  # a base's beginning, end and padding
+    hub.save(tmp_path, scalar_model(tiny(bos_token_id=start, eos_token_id=start, pad_token_id=start)), tokenizer)
+    config = hub.load(tmp_path)[0].config
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.special["<|im_end|>"], start)
+
+
 def test_a_scalar_head_on_what_was_a_tied_model(tmp_path):
     shutil.copytree(GOLDEN / "llama_scores", tmp_path / "m")
     edit(tmp_path / "m", tie_word_embeddings=True)  # transformers keeps the word in the config, and there is no head to tie
