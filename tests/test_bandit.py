@@ -100,7 +100,7 @@ def preferences(path, rewards, n):
 def trained(tmp_path, start, rewards, n, **options):
     """dpo.py on such preferences, each step on all of them → the answers' probabilities before and after."""
     data, size = preferences(tmp_path / "pairs.jsonl", rewards, n)
-    dpo.dpo(dpo.Options(model=start, data=data, out=str(tmp_path / "dpo"), batch=size, warmup=3, device="cpu", **options))
+    dpo.dpo(dpo.Options(model=start, data=data, out=str(tmp_path / "dpo"), batch=1, warmup=3, device="cpu", **options))
     tok = chat_tokenizer()
     ids = [[*tok.encode(a), templates.end_id(tok)] for a in rewards]
     return probabilities(start, ids), probabilities(tmp_path / "dpo", ids)
