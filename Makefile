@@ -16,7 +16,7 @@ WORLD   = $(OUT)/world
 PROMPTS = $(if $(PREFS),$(OUT)/prompts.jsonl,$(WORLD)/prompts.jsonl)
 
 .PHONY: all quick real world sft comparisons reward ppo dpo simpo eval report chat controls results base smollm2 \
-        test parity lint golden mutants clean help
+        test parity lint golden mutants bench clean help
 .DEFAULT_GOAL := all
 
 all: report ## the whole pipeline on the embedded world, or with DATA= (instructions) and PREFS= (preference pairs) on yours
@@ -127,6 +127,9 @@ lint: $(READY) ## ruff
 
 parity: .venv-peers/ready smollm2 ## compare with the live peers: transformers, tokenizers, TRL
 	.venv-peers/bin/python -m pytest tests/parity
+
+bench: .venv-peers/ready sft ## sampling beside transformers
+	.venv-peers/bin/python -m tools.bench sampling --model $(OUT)/sft --data $(WORLD)/heldout.jsonl
 
 golden: .venv-peers/ready smollm2 ## make tests/golden again from the peers
 	.venv-peers/bin/python tests/golden/make.py --smollm2 smollm2

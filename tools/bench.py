@@ -1,11 +1,16 @@
-"""Speed beside the peers, in one process, alternating, as ratios: python -m tools.bench sampling --model out/sft
+"""How fast: python -m tools.bench sampling | make …
 
-sampling: tokens a second of model.generate and of transformers' generate, 128 ragged prompts, answers of up to 40 tokens that end where
-they end. Needs transformers (requirements-dev.txt; `make bench` has it).
+sampling: tokens a second of model.generate and of transformers' generate, alternating in one process, as a ratio: 128 ragged prompts,
+answers of up to 40 tokens that end where they end. Needs transformers (`make bench` has it).
+make …: minutes and the largest process's peak memory of a make command, `python -m tools.bench make all OUT=out/timed`.
 """
 
 import argparse
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -48,7 +53,16 @@ def sampling(folder: str, data: str, rounds: int):
     print(f"ratio {statistics.median(ratios):.2f} (median of {rounds}; {min(ratios):.2f} to {max(ratios):.2f})")
 
 
+def make(words):
+    start = time.time()
+    subprocess.run(["make", *words], check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"make {' '.join(words)}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak:.2f} GiB, {os.cpu_count()} cores")
+
+
 def main():
+    if sys.argv[1:2] == ["make"]:
+        return make(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["sampling"])
     parser.add_argument("--model", default="out/sft", help="checkpoint folder")
