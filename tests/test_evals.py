@@ -1,0 +1,237 @@
+"""Evaluation: the statistics by hand, answers in their order, KL and held-out loss against loops, and a whole run on tiny checkpoints."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import chat_tokenizer, folder, lm, user, write
+
+import evals
+import hub
+from data import records, templates, world
+from evals import bootstrap, mean, pair_accuracy, win_rate
+from model import generate
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- statistics
+def test_win_rate():
+    assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == (0.625, pytest.approx(2 / 3))  # two won, one tie, one lost
+    assert win_rate([1, 1], [1, 1]) == (0.5, None)
+    assert win_rate([0, 0], [1, 2]) == (0.0, 0.0)
+    with pytest.raises(ValueError):
+        win_rate([1, 2], [1])
+
+
+def test_bootstrap_is_the_normal_interval_where_there_is_one():
+    rng = random.Random(0)
+    xs = [rng.gauss(3, 2) for _ in range(400)]
+    assert bootstrap(xs) == pytest.approx(1.96 * 2 / 20, rel=0.15)
+    assert bootstrap(xs) == bootstrap(xs) and bootstrap([1.0] * 50) == 0
+    halves = [(a, 2.0) for a in xs]  # of a ratio of sums
+    assert bootstrap(halves, evals.per_token) == pytest.approx(bootstrap(xs) / 2, rel=0.05)
+
+
+def test_pair_accuracy():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 9.0], [1.0, 1.0, 0.0, 2.0]])
+    ranks = torch.tensor([[0, 1, 2, -1], [0, 1, 1, 2]])
+    # first: three of three; second: a tie, won, lost, and twice lost
+    assert pair_accuracy(scores, ranks) == pytest.approx((3 + 0.5 + 1 + 0 + 0 + 0) / 8)
+    assert pair_accuracy(-scores, ranks) == pytest.approx(1 - pair_accuracy(scores, ranks))
+    order = torch.tensor([2, 0, 3, 1])
+    assert pair_accuracy(scores[:, order], ranks[:, order]) == pair_accuracy(scores, ranks)
+    assert pair_accuracy(scores, torch.zeros(2, 4)) == 0.5  # nothing to compare
+
+
+def test_hits_compare_each_chosen_answer_with_its_rejected_one():
+    assert evals.hits([1.0, 5.0, 2.0, 0.0, 7.0, 2.0]) == [1, 0, 0.5]
+
+
+def test_stage_figures():
+    def line(gold, right, text="a b c", finished=True):
+        return {"gold": gold, "right": right, "answer": text, "finished": finished}
+
+    ours, theirs = [line(1.5, True), line(0.5, False, "a", False)], [line(0.5, False), line(0.5, True)]
+    f = evals.stage_figures(ours, theirs, theirs, [2.0, 4.0])
+    assert (f["n"], f["gold_sampled"], f["gold_greedy"], f["right_sampled"], f["right_greedy"]) == (2, 1.0, 0.5, 0.5, 0.5)
+    assert (f["finished"], f["mean_length"], f["kl_vs_sft"], f["gain_vs_sft"]) == (0.5, 2, 3.0, 0.5)
+    assert (f["win_vs_sft"], f["win_vs_sft_decided"]) == (0.75, 1.0)
+    assert all(k + "_ci" in f for k in ("gold_sampled", "gold_greedy", "right_greedy", "win_vs_sft", "gain_vs_sft", "kl_vs_sft"))
+    alone = evals.stage_figures(ours, theirs)
+    assert not any("vs_sft" in k for k in alone)
+
+
+# ---------------------------------------------------------------- models
+CHATS = [user(text) for text in ("hi", "what is the capital of Peru?", "ab", "one and two", "thank you")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lm(2)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return chat_tokenizer()
+
+
+def options(**changes):
+    return evals.Options(max_new_tokens=6, device="cpu", **changes)
+
+
+def test_answers_come_back_in_the_order_of_their_prompts(model, tok):
+    found = evals.answer(model, tok, CHATS, options(batch=2), 0.0, 0)
+    for chat, (text, ids, finished) in zip(CHATS, found, strict=True):
+        prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
+        (alone,) = generate(model, [prompt], 6, 0.0, eos_id=279)
+        assert ids == alone and finished == (alone[-1] == 279) and text == tok.decode(alone, skip_special=True)
+    assert len({tuple(ids) for _, ids, _ in found}) > 1
+
+
+def test_answers_end_at_the_end_token_and_say_so(model, tok):
+    ends = lm(2)
+    with torch.no_grad():
+        ends.lm_head.weight.zero_()
+        ends.lm_head.weight[279] = 0.3 * ends.norm.weight  # likelier than others for about half of the states
+    found = evals.answer(ends, tok, CHATS * 8, options(), 1.0, 0)
+    for text, ids, finished in found:
+        assert finished == (279 in ids) and 279 not in ids[:-1] and "<|im_end|>" not in text
+    assert {f for *_, f in found} == {True, False}
+    assert evals.answer(ends, tok, CHATS, options(), 1.0, 0) == evals.answer(ends, tok, CHATS, options(), 1.0, 0)
+    assert evals.answer(ends, tok, CHATS, options(), 1.0, 0) != evals.answer(ends, tok, CHATS, options(), 1.0, 1)
+
+
+def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answers(model, tok):
+    other, held = lm(3), [{"messages": c} for c in CHATS]
+    answers = evals.answer(model, tok, CHATS, options(), 1.0, 0)
+    assert evals.kl(model, model, tok, held, answers, CPU) == [0.0] * 5
+    expected = []
+    for chat, (_, ids, _) in zip(CHATS, answers, strict=True):
+        prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
+        with torch.no_grad():
+            p, q = (torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other))
+        expected.append(sum((p - q)[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
+    assert evals.kl(model, other, tok, held, answers, CPU, size=2) == pytest.approx(expected, abs=1e-3)
+    assert mean(expected) > 1
+
+
+@torch.no_grad()
+def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
+    chats = [
+        {"messages": c + [{"role": "assistant", "content": text}]} for c, text in zip(CHATS, ("a", "Lima.", "", "three", "no"), strict=True)
+    ]
+    chats.append({"messages": chats[0]["messages"] + user("and?") + [{"role": "assistant", "content": "sure"}]})
+    expected = []
+    for c in chats:
+        ids, labels = templates.render(tok, c["messages"])
+        logp = torch.log_softmax(model(torch.tensor([ids]))[0], -1)
+        trained = [t for t, label in enumerate(labels) if label != -100]
+        expected.append((-sum(logp[t - 1, ids[t]].item() for t in trained), len(trained)))
+    got = evals.held_out_losses(model, tok, chats, CPU, size=4)
+    assert sorted(n for _, n in got) == sorted(n for _, n in expected)
+    assert sorted(x for x, _ in got) == pytest.approx(sorted(x for x, _ in expected), abs=1e-3)
+    assert evals.per_token(got) == pytest.approx(sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5)
+    long = {"messages": user("x" * 200) + [{"role": "assistant", "content": "a"}]}
+    assert evals.held_out_losses(model, tok, [long, chats[0]], CPU) == [pytest.approx(expected[0], abs=1e-3)]
+
+
+@torch.no_grad()
+def test_log_probabilities_of_answers_are_sums_with_their_end(model, tok):
+    texts = ["a", "Lima.", "b", "three", "no"]
+    got = evals.answer_logps(model, tok, CHATS, texts, CPU, size=2)
+    for chat, text, value in zip(CHATS, texts, got, strict=True):
+        prompt, ids = templates.answer_ids(tok, chat, text)
+        logp = torch.log_softmax(model(torch.tensor([prompt + ids]))[0], -1)
+        assert ids[-1] == 279 and value == pytest.approx(sum(logp[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)), abs=1e-3)
+
+
+# ---------------------------------------------------------------- the reward model's figures
+def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
+    held = [{"messages": user(i["prompt"]), "item": i} for i in world.items(66, 0, "heldout")]
+    by_prompt = {r["item"]["prompt"]: r["item"] for r in held}
+    rng = random.Random(0)
+    monkeypatch.setattr(evals, "answer", lambda m, t, prompts, *_: [
+        (world.demonstrate(by_prompt[p[-1]["content"]], rng)[0], [279], True) for p in prompts])  # fmt: skip
+
+    def figures(score):
+        monkeypatch.setattr(evals, "score_texts", lambda m, t, prompts, answers: [
+            score(by_prompt[p[-1]["content"]], a) for p, a in zip(prompts, answers, strict=True)])  # fmt: skip
+        return evals.reward_figures(None, None, tok, held, options())
+
+    gold = figures(lambda item, a: world.gold(item, a)[0])
+    assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["length_matched_accuracy"] == 1
+    assert 0.3 < gold["swapped_prompts_accuracy"] < 0.9 and gold["pairs"] > 100  # manners are left when prompts are swapped
+    assert 0.75 < gold["labeller_gold_accuracy"] < 0.97 and 0.65 < gold["labeller_agreement"] < 0.95
+    assert -1 <= gold["score_length_correlation"] <= 1
+    bad = figures(lambda item, a: -world.gold(item, a)[0])
+    assert bad["pair_accuracy"] == bad["truth_accuracy"] == bad["length_matched_accuracy"] == 0
+    assert figures(lambda item, a: 0.0)["pair_accuracy"] == figures(lambda item, a: 0.0)["truth_accuracy"] == 0.5
+    assert figures(lambda item, a: float(len(a.split())))["score_length_correlation"] == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- the script
+def test_the_world_s_results(tmp_path, capsys):
+    out = tmp_path / "out"
+    shape = dict(max_position_embeddings=256)
+    folder(out / "sft", 1, **shape)
+    folder(out / "dpo", 2, **shape)
+    shutil.copytree(out / "sft", out / "ppo")  # a policy that has not moved
+    base = folder(tmp_path / "base", 3, **shape)
+    rows = [{"messages": user(i["prompt"]), "reference": world.perfect(i), "item": i} for i in world.items(22, 0, "heldout")]
+    (out / "world").mkdir()
+    write(out / "world" / "heldout.jsonl", rows)
+    evals.evaluate(options(out=str(out), base=base, n=11))
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["perfect", "base", "sft", "ppo", "dpo"] and results["perfect"] == world.PERFECT
+    asked = {"n", "gold_sampled", "gold_greedy", "right_sampled", "right_greedy", "finished", "mean_length"}
+    assert all(asked <= set(results[s]) and results[s]["n"] == 11 for s in ("base", "sft", "ppo", "dpo"))
+    assert "kl_vs_sft" not in results["base"]
+    for stage in ("sft", "ppo"):  # the same model gives the same answers
+        f = results[stage]
+        assert (f["win_vs_sft"], f["win_vs_sft_decided"], f["kl_vs_sft"], f["gain_vs_sft"], f["gain_vs_sft_ci"]) == (0.5, None, 0, 0, 0)
+        assert f["gold_sampled"] == results["sft"]["gold_sampled"]
+    assert results["dpo"]["kl_vs_sft"] > 1
+    for stage in ("base", "sft", "ppo", "dpo"):
+        for kind in ("", ".greedy"):
+            lines = [json.loads(line) for line in Path(out, "answers", f"{stage}{kind}.jsonl").read_text().splitlines()]
+            assert [line["prompt"] for line in lines] == [r["messages"] for r in rows[:11]]
+            for line, r in zip(lines, rows, strict=False):
+                assert set(line) == {"prompt", "answer", "finished", "gold", "right", "reasons"}
+                assert line["gold"] == world.gold(r["item"], line["answer"], line["finished"])[0]
+            figure = results[stage]["gold_greedy" if kind else "gold_sampled"]
+            assert figure == pytest.approx(mean([line["gold"] for line in lines]))
+    assert "dpo " in capsys.readouterr().out
+
+
+def test_results_of_anyones_records(tmp_path):
+    out = tmp_path / "out"
+    folder(out / "sft", 1)
+    shutil.copytree(out / "sft", out / "dpo")
+    folder(out / "simpo", 2)
+    texts = [f"question {i}" for i in range(120)]
+    data = write(tmp_path / "d.jsonl", [{"messages": user(t) + [{"role": "assistant", "content": "ok"}]} for t in texts])
+    prefs = write(tmp_path / "p.jsonl", [{"prompt": t, "chosen": "sure", "rejected": "no no"} for t in texts])
+    evals.evaluate(options(out=str(out), base=str(tmp_path / "none"), data=data, prefs=prefs))
+    results = json.loads((out / "results.json").read_text())
+    held = sum(records.held_out(user(t)) for t in texts)
+    assert 3 < held < 30 and list(results) == ["sft", "dpo", "simpo"]
+    assert all(r["n"] == r["pairs"] == held for r in results.values())
+    assert results["sft"]["implicit_accuracy"] == results["dpo"]["implicit_accuracy"] == 0.5  # by definition before it moves
+    assert results["sft"]["loss_per_token"] == results["dpo"]["loss_per_token"] != results["simpo"]["loss_per_token"]
+    tok, (one, two) = chat_tokenizer(), (hub.load(out / s)[0] for s in ("sft", "simpo"))
+    pairs = [user(t) for t in texts if records.held_out(user(t))]
+    implicit = [
+        [a - b for a, b in zip(*(evals.answer_logps(m, tok, pairs, [text] * held, CPU) for m in (two, one)), strict=True)]
+        for text in ("sure", "no no")
+    ]
+    won = mean([float(c > r) for c, r in zip(*implicit, strict=True)])
+    assert results["simpo"]["implicit_accuracy"] == pytest.approx(won)
+
+
+def test_nothing_to_evaluate(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no stage's checkpoint in it"):
+        evals.evaluate(options(out=str(tmp_path), base=str(tmp_path / "none")))
