@@ -3,6 +3,7 @@
 One function a file: it returns what is written to NAME.json. Needs the peers (transformers, tokenizers, ...), which `make test` does
 not; FOLDER is SmolLM2-135M-Instruct as `make smollm2` writes it.
 """
+
 import argparse
 import heapq
 import inspect
@@ -16,10 +17,19 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from data import templates, tokenizer  # noqa: E402
 
-POOLS = ("abc XYZ", "'s 't're'll  \n\t ", "0123456789²½Ⅷ٣", "éüßñ漢字かな한국عربي", "🙂👩‍👩‍👧🇵🇪", "!?.,;:#$%&()[]{}<>|_-",
-         "\x00\x04\x06\x1c\x7f\x85\xa0\u2003\u200b\u3000\ufeff",
-         "<|im_end|> <|endoftext|> <|im_start|>user\n", "def f(x):\n    return x+1\n\n\n",
-         "The capital of Peru is Lima.", "I'd say: it's 1,234.50 euros, isn't it? ")
+POOLS = (
+    "abc XYZ",
+    "'s 't're'll  \n\t ",
+    "0123456789²½Ⅷ٣",
+    "éüßñ漢字かな한국عربي",
+    "🙂👩‍👩‍👧🇵🇪",
+    "!?.,;:#$%&()[]{}<>|_-",
+    "\x00\x04\x06\x1c\x7f\x85\xa0\u2003\u200b\u3000\ufeff",
+    "<|im_end|> <|endoftext|> <|im_start|>user\n",
+    "def f(x):\n    return x+1\n\n\n",
+    "The capital of Peru is Lima.",
+    "I'd say: it's 1,234.50 euros, isn't it? ",
+)
 
 
 def varied(n, seed):
@@ -40,20 +50,30 @@ def varied(n, seed):
 
 CHATS = [
     [{"role": "user", "content": "What is the capital of Peru?"}, {"role": "assistant", "content": "Lima."}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! How can I help?"},
-     {"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}],
-    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "¿Qué? 漢字 🙂"},
-     {"role": "assistant", "content": "Sí 👩‍👩‍👧"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello! How can I help?"},
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": "3"},
+    ],
+    [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "¿Qué? 漢字 🙂"},
+        {"role": "assistant", "content": "Sí 👩‍👩‍👧"},
+    ],
     [{"role": "user", "content": "Write code.\n\nNow."}, {"role": "assistant", "content": "def f(x):\n    return x + 1\n"}],
     # people's text that looks like the format, and that BPE would merge with the header's newline
-    [{"role": "user", "content": "\n <|im_end|>\n<|im_start|>assistant\n"},
-     {"role": "assistant", "content": "\n  I see <|im_end|> there. "}],
+    [
+        {"role": "user", "content": "\n <|im_end|>\n<|im_start|>assistant\n"},
+        {"role": "assistant", "content": "\n  I see <|im_end|> there. "},
+    ],
 ]
-KINDS = {"gpt2_kind": "chatml", "smollm2_kind": "smollm2"}          # a small tokenizer of each kind, and the format it is tried with
+KINDS = {"gpt2_kind": "chatml", "smollm2_kind": "smollm2"}  # a small tokenizer of each kind, and the format it is tried with
 
 
 def hf(kind):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(HERE / kind)
 
 
@@ -78,6 +98,7 @@ def tokenizers(smollm2):
 def tokens(smollm2):
     """{kind: [[text, ids], ...]} of Hugging Face's tokenizers, special tokens split; "smollm2": the whole vocabulary's."""
     from transformers import AutoTokenizer
+
     peers = {kind: hf(kind) for kind in KINDS} | {"smollm2": AutoTokenizer.from_pretrained(smollm2)}
     return {kind: [[text, hf_ids(peer, text)] for text in varied(200, 2)] for kind, peer in peers.items()}
 
@@ -89,8 +110,10 @@ def rendered(smollm2):
     for name, f in templates.TEMPLATES.items():
         out[name] = []
         for jinja in (f.jinja, *f.known, *([own] if name == "smollm2" else [])):
+
             def apply(chat, prompt, jinja=jinja):
                 return peer.apply_chat_template(chat, chat_template=jinja, tokenize=False, add_generation_prompt=prompt)
+
             out[name] += [[jinja, chat, apply(chat, False), apply(chat[:-1], True)] for chat in CHATS]
     return out
 
@@ -106,8 +129,14 @@ def chats(smollm2):
         peer, f, out[kind] = hf(kind), templates.TEMPLATES[name], []
         turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
         said = "{{message['content'] + '<|im_end|>'}}"
-        marked = f.jinja.replace(turn, "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
-                                 + said + "{% endgeneration %}{% else %}" + said + "{% endif %}{{'\n'}}")
+        marked = f.jinja.replace(
+            turn,
+            "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+            + said
+            + "{% endgeneration %}{% else %}"
+            + said
+            + "{% endif %}{{'\n'}}",
+        )
         assert marked != f.jinja
         start, end = peer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         for i, chat in enumerate(CHATS):
@@ -120,8 +149,9 @@ def chats(smollm2):
                 first, last = 1 + len(header), 1 + len(header) + len(content)
                 mask += [int(m["role"] == "assistant" and first <= k <= last) for k in range(len(new))]
             if i < 4:
-                whole = peer.apply_chat_template(chat, chat_template=marked, tokenize=True, return_dict=True,
-                                                 return_assistant_tokens_mask=True)
+                whole = peer.apply_chat_template(
+                    chat, chat_template=marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                )
                 assert (whole["input_ids"], whole["assistant_masks"]) == (ids, mask), (kind, i, whole, ids, mask)
             out[kind].append([chat, ids, mask])
     return out
@@ -129,9 +159,9 @@ def chats(smollm2):
 
 LLAMAS = {  # the shapes that a reader of Llama folders can get wrong
     "tied": dict(tie_word_embeddings=True),
-    "biases": dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.1),                      # in shards
+    "biases": dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.1),  # in shards
     "wide": dict(head_dim=12, num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
-    "scores": dict(num_labels=1, pad_token_id=0, eos_token_id=2),                              # a sequence classifier
+    "scores": dict(num_labels=1, pad_token_id=0, eos_token_id=2),  # a sequence classifier
 }
 
 
@@ -140,6 +170,7 @@ def llamas(smollm2):
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
     for name, changes in LLAMAS.items():
         shape = dict(vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
         config = LlamaConfig(**shape | changes)
@@ -148,10 +179,10 @@ def llamas(smollm2):
         model = kind(config)
         generator = torch.Generator().manual_seed(len(name))
         with torch.no_grad():
-            for p in model.parameters():                       # large enough that attention is far from uniform
+            for p in model.parameters():  # large enough that attention is far from uniform
                 p.add_(torch.randn(p.shape, generator=generator) * 0.3)
         model.bfloat16().save_pretrained(HERE / f"llama_{name}", max_shard_size="20KB" if name == "biases" else "5GB")
-        model = kind.from_pretrained(HERE / f"llama_{name}", dtype=torch.float32).eval()     # not .float(): RoPE would stay rounded
+        model = kind.from_pretrained(HERE / f"llama_{name}", dtype=torch.float32).eval()  # not .float(): RoPE would stay rounded
         tokens = torch.randint(3, 60, (2, 12), generator=generator)
         mask = torch.ones_like(tokens)
         mask[1, 7:] = tokens[1, 7:] = 0
@@ -166,23 +197,27 @@ class TRL:
 
     def __init__(self, policy, reference):
         from trl import DPOConfig, DPOTrainer
+
         self.trainer = DPOTrainer(policy, reference, self.config(DPOConfig), train_dataset=self.some(), processing_class=hf("gpt2_kind"))
 
     @staticmethod
     def config(kind):
         import tempfile
+
         return kind(output_dir=tempfile.mkdtemp(), report_to=[], use_cpu=True, bf16=False)
 
     @staticmethod
     def some():
         """A trainer wants records; nothing is trained on them."""
         from datasets import Dataset
+
         return Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
 
     @staticmethod
     def inputs(pairs):
         """Pairs padded on the right, the chosen ones above the rejected ones."""
         import torch
+
         rows = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
         width = max(len(p) + len(a) for p, a in rows)
         ids = [[*p, *a, *[0] * (width - len(p) - len(a))] for p, a in rows]
@@ -199,6 +234,7 @@ class TRL:
         """Sums or means of log-probabilities, chosen and rejected (2,N), by CPOTrainer.get_batch_logps."""
         import torch
         from trl.experimental.cpo import CPOTrainer
+
         model, x = self.trainer.ref_model if reference else self.trainer.model, self.inputs(pairs)
         with torch.no_grad():
             logits = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).logits
@@ -208,17 +244,26 @@ class TRL:
     def cpo(self, chosen, rejected, beta, loss_type="simpo", gamma=0.0, label_smoothing=0.0):
         """Losses by CPOTrainer.cpo_loss: "simpo" of means; "sigmoid" and "ipo" of what they are given, here the log-ratios' sums."""
         from trl.experimental.cpo import CPOTrainer
-        trainer = object.__new__(CPOTrainer)                   # the method reads these alone
-        trainer.__dict__.update(alpha=0.0, beta=beta, loss_type=loss_type, simpo_gamma=gamma, label_smoothing=label_smoothing,
-                                accelerator=self.trainer.accelerator)
+
+        trainer = object.__new__(CPOTrainer)  # the method reads these alone
+        trainer.__dict__.update(
+            alpha=0.0,
+            beta=beta,
+            loss_type=loss_type,
+            simpo_gamma=gamma,
+            label_smoothing=label_smoothing,
+            accelerator=self.trainer.accelerator,
+        )
         return trainer.cpo_loss(chosen, rejected)[0].tolist()
 
-    def reward(self, model, pairs):
+    @classmethod
+    def reward(cls, model, pairs):
         """RewardTrainer's loss, a mean over the pairs."""
         from trl import RewardConfig, RewardTrainer
-        trainer = RewardTrainer(model, self.config(RewardConfig), train_dataset=self.some(), processing_class=hf("gpt2_kind"))
-        model.config.pad_token_id = 0                          # the trainer put its tokenizer's: the score would be read on padding
-        inputs = self.inputs(pairs)
+
+        trainer = RewardTrainer(model, cls.config(RewardConfig), train_dataset=cls.some(), processing_class=hf("gpt2_kind"))
+        model.config.pad_token_id = 0  # the trainer put its tokenizer's: the score would be read on padding
+        inputs = cls.inputs(pairs)
         inputs.pop("completion_mask")
         return trainer.compute_loss(trainer.model, inputs).item()
 
@@ -227,7 +272,10 @@ def some_pairs(seed, n=4, vocabulary=60):
     """Ragged pairs of ids; one answer of one token, one pair of equal lengths."""
     rng = random.Random(seed)
     ids = lambda n: [rng.randrange(3, vocabulary) for _ in range(n)]  # noqa: E731
-    return [(ids(rng.randint(1, 6)), ids(a), ids(b)) for a, b in ((1, 4), (5, 2), (3, 3), *((rng.randint(1, 9), rng.randint(1, 9)) for _ in range(n - 3)))]
+    return [
+        (ids(rng.randint(1, 6)), ids(a), ids(b))
+        for a, b in ((1, 4), (5, 2), (3, 3), *((rng.randint(1, 9), rng.randint(1, 9)) for _ in range(n - 3)))
+    ]
 
 
 def losses(smollm2):
@@ -238,22 +286,29 @@ def losses(smollm2):
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     policy, reference = (AutoModelForCausalLM.from_pretrained(HERE / f"llama_{n}", dtype=torch.float32) for n in ("tied", "wide"))
     peer, pairs = TRL(policy, reference), some_pairs(0)
     mine, theirs = peer.logps(pairs), peer.logps(pairs, reference=True)
     scores = AutoModelForSequenceClassification.from_pretrained(HERE / "llama_scores", dtype=torch.float32)
     return {
-        "pairs": pairs, "policy": mine.tolist(), "reference": theirs.tolist(),
+        "pairs": pairs,
+        "policy": mine.tolist(),
+        "reference": theirs.tolist(),
         "dpo": [dict(beta=b, losses=peer.dpo(pairs, b)) for b in (0.1, 0.5)],
         "ipo_on_means": [dict(beta=b, losses=peer.dpo(pairs, b, "ipo")) for b in (0.1, 0.5)],
         "ipo_on_sums": [dict(beta=b, losses=peer.cpo(*(mine - theirs), b, "ipo")) for b in (0.1, 0.5)],
-        "cdpo": [dict(beta=0.3, label_smoothing=e, losses=peer.cpo(*(mine - theirs), 0.3, "sigmoid", label_smoothing=e)) for e in (0.1, 0.4)],
-        "simpo": [dict(beta=b, gamma=g, losses=peer.cpo(*peer.logps(pairs, True), b, gamma=g)) for b, g in ((2.5, 1.0), (2.0, 0.0), (0.5, 1.5))],
+        "cdpo": [
+            dict(beta=0.3, label_smoothing=e, losses=peer.cpo(*(mine - theirs), 0.3, "sigmoid", label_smoothing=e)) for e in (0.1, 0.4)
+        ],
+        "simpo": [
+            dict(beta=b, gamma=g, losses=peer.cpo(*peer.logps(pairs, True), b, gamma=g)) for b, g in ((2.5, 1.0), (2.0, 0.0), (0.5, 1.5))
+        ],
         "reward": [dict(pairs=[p], loss=peer.reward(scores, [p])) for p in pairs] + [dict(pairs=pairs, loss=peer.reward(scores, pairs))],
     }
 
 
-FILES = (tokenizers, tokens, rendered, chats, llamas, losses)              # in the order in which they need each other
+FILES = (tokenizers, tokens, rendered, chats, llamas, losses)  # in the order in which they need each other
 
 
 def main():
