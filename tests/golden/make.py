@@ -314,7 +314,7 @@ FILES = (tokenizers, tokens, rendered, chats, llamas, losses)  # in the order in
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"all where none is given: {', '.join(f.__name__ for f in FILES)}")
-    parser.add_argument("--smollm2", type=Path, default=Path("out/smollm2"))
+    parser.add_argument("--smollm2", type=Path, default=Path("smollm2"))
     args = parser.parse_args()
     for make in FILES:
         if not args.names or make.__name__ in args.names:

@@ -1,6 +1,6 @@
 """Against the live Hugging Face tokenizers: ids and text of 1,000 varied strings, and what is saved is opened by transformers.
 
-Run in the peers' environment; SmolLM2 itself too where out/smollm2 is there.
+Run in the peers' environment; SmolLM2 itself too where smollm2 is there.
 """
 import sys
 import warnings
@@ -19,7 +19,7 @@ from data import templates, tokenizer  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 FOLDERS = {"trained": None, "gpt2_kind": TESTS / "golden" / "gpt2_kind", "smollm2_kind": TESTS / "golden" / "smollm2_kind",
-           "smollm2": TESTS.parent / "out" / "smollm2"}
+           "smollm2": TESTS.parent / "smollm2"}
 
 
 @pytest.fixture(params=FOLDERS)
@@ -27,7 +27,7 @@ def both(request, tmp_path):
     """Our tokenizer, and transformers' from the folder that ours was saved to."""
     folder = FOLDERS[request.param]
     if folder and not (folder / "tokenizer.json").is_file():
-        pytest.skip("needs out/smollm2: make smollm2")
+        pytest.skip("needs smollm2: make smollm2")
     ours = Tokenizer.load(folder) if folder else tokenizer.train(varied(2000, 5), 1024)
     templates.adopt(ours)
     ours.save(tmp_path)
