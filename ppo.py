@@ -160,7 +160,7 @@ def prepare(path, tok, room: int):
     train, _ = records.split(records.conversations(path, "prompt"))
     data = [r | {"ids": templates.render(tok, r["messages"], add_generation_prompt=True)[0]} for r in train]
     kept = [r for r in data if len(r["ids"]) <= room]
-    records.report(path, len(kept), {f"longer than {room} tokens": len(data) - len(kept)}, "prompts")
+    records.report(path, len(kept), {f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)}, "prompts")
     return kept
 
 

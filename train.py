@@ -200,10 +200,11 @@ class Run:
             sys.exit(0)
         if not self.start:
             shutil.rmtree(self.state, ignore_errors=True)
-        self.state.mkdir(parents=True, exist_ok=True)
         log = self.state / "metrics.jsonl"
-        log.touch()  # one line a step; what was logged after the last save is done again
-        os.truncate(log, sum(map(len, log.read_bytes().splitlines(keepends=True)[: self.start])))
+        with writing(self.state):
+            self.state.mkdir(parents=True, exist_ok=True)
+            log.touch()  # one line a step; what was logged after the last save is done again
+            os.truncate(log, sum(map(len, log.read_bytes().splitlines(keepends=True)[: self.start])))
 
     def _note(self) -> dict:
         try:

@@ -87,11 +87,12 @@ def held_out(prompt):
 
 def kind(path):
     """What a file's first record is: "conversation", "preference pair" or "ranking"."""
-    line, record = next(_read(path), (1, None))
-    try:
-        return _kind(record)
-    except ValueError as e:
-        raise ValueError(f"{path}:{line}: {e}") from None
+    for line, record in _read(path):
+        try:
+            return _kind(record)
+        except ValueError as e:
+            raise ValueError(f"{path}:{line}: {e}") from None
+    report(path, 0, {})
 
 
 def split(records):

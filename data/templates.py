@@ -61,7 +61,8 @@ def of(tokenizer):
         return TEMPLATES["chatml"]
     found = _known.get(_normal(tokenizer.chat_template))
     if found is None:
-        raise ValueError(f"the checkpoint's chat template is none of {', '.join(TEMPLATES)}: it begins {tokenizer.chat_template[:60]!r}")
+        raise ValueError(f"the checkpoint's chat template is none of {', '.join(TEMPLATES)}: it begins "
+                         f"{tokenizer.chat_template[:60]!r}; sft.py --format trains it with one of them")
     return found
 
 
