@@ -155,7 +155,7 @@ def some_groups(seed=0):
     return [
         (ids(5), [ids(1), ids(9), ids(3)], [(0, 1), (0, 2), (2, 1)]),
         (ids(1), [ids(4), ids(2)], [(1, 0)]),
-        (ids(12), [ids(6), ids(6)], [(0, 1)]),
+        (ids(12), [ids(6), [*ids(3), 0, *ids(2)]], [(0, 1)]),  # 0 is what rows are filled up with
     ]
 
 

@@ -153,9 +153,13 @@ def test_log_probabilities_of_answers_are_sums_with_their_end(model, tok):
 def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
     held = [{"messages": user(i["prompt"]), "item": i} for i in world.items(66, 0, "heldout")]
     by_prompt = {r["item"]["prompt"]: r["item"] for r in held}
-    rng = random.Random(0)
-    monkeypatch.setattr(evals, "answer", lambda m, t, prompts, *_: [
-        (world.demonstrate(by_prompt[p[-1]["content"]], rng)[0], [279], True) for p in prompts])  # fmt: skip
+    rng, said = random.Random(0), []
+
+    def answer(m, t, prompts, *_):
+        said[:] = [world.demonstrate(by_prompt[p[-1]["content"]], rng)[0] for p in prompts]
+        return [(text, [279], True) for text in said]
+
+    monkeypatch.setattr(evals, "answer", answer)
 
     def figures(score):
         monkeypatch.setattr(evals, "score_texts", lambda m, t, prompts, answers: [
@@ -166,11 +170,15 @@ def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
     assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["length_matched_accuracy"] == 1
     assert 0.3 < gold["swapped_prompts_accuracy"] < 0.9 and gold["pairs"] > 100  # manners are left when prompts are swapped
     assert 0.75 < gold["labeller_gold_accuracy"] < 0.97 and 0.65 < gold["labeller_agreement"] < 0.95
-    assert -1 <= gold["score_length_correlation"] <= 1
+    assert -1 <= gold["score_length_correlation"] < 0.9
     bad = figures(lambda item, a: -world.gold(item, a)[0])
     assert bad["pair_accuracy"] == bad["truth_accuracy"] == bad["length_matched_accuracy"] == 0
     assert figures(lambda item, a: 0.0)["pair_accuracy"] == figures(lambda item, a: 0.0)["truth_accuracy"] == 0.5
-    assert figures(lambda item, a: float(len(a.split())))["score_length_correlation"] == pytest.approx(1)
+    long = figures(lambda item, a: float(len(a.split())))
+    assert long["score_length_correlation"] == pytest.approx(1)
+    rows = [[(world.gold(r["item"], a)[0], len(a.split())) for a in said[4 * i : 4 * i + 4]] for i, r in enumerate(held)]
+    near = [x[1] > y[1] for row in rows for x in row for y in row if x[0] > y[0] and abs(x[1] - y[1]) <= 1]
+    assert long["length_matched_accuracy"] == pytest.approx(mean(near)) != pytest.approx(long["pair_accuracy"], abs=0.02)
 
 
 # ---------------------------------------------------------------- the script

@@ -10,7 +10,7 @@ from tiny import chat_tokenizer, folder, gradcheck, lm, metrics, user, write
 
 import hub
 import sft
-from data import templates
+from data import records, templates
 from model import generate
 from train import lr_at
 
@@ -123,6 +123,13 @@ def test_a_micro_batch_without_a_target_adds_nothing(run):
     assert lines[0]["loss"] == pytest.approx(log[0]["loss"], abs=2e-6) and lines[0]["targets"] == sum(a for _, a in RAGGED[:4])
 
 
+def test_every_example_comes_once_an_epoch_whatever_the_batch():
+    for size in (1, 3, 4, 7, 10):  # also where an epoch is no whole number of batches
+        seen = [i for step in range(-(-20 // size)) for i in records.batch(range(10), step, size, 5)][:20]
+        assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert records.batch(range(10), 0, 10, 5) != records.batch(range(10), 0, 10, 6)
+
+
 # ---------------------------------------------------------------- packing
 def test_packed_is_separate(model):
     data = examples(RAGGED)
@@ -168,6 +175,14 @@ def test_one_label_trains_one_position_the_one_before_it():
     expected = torch.zeros(2, 6, 9)
     expected[1, 3] = torch.softmax(model.h[1, 3], -1) - F.one_hot(torch.tensor(5), 9)
     assert n == 1 and torch.allclose(model.h.grad, expected, atol=1e-6)
+
+
+def test_the_head_runs_on_the_targets_alone(model):
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    sft.sft_loss(model, *sft.pack(examples(RAGGED), 32))
+    hook.remove()
+    assert rows == [sum(answer for _, answer in RAGGED)]
 
 
 def test_an_examples_first_token_is_not_predicted_from_its_neighbour(model):
