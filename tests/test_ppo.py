@@ -328,6 +328,40 @@ def test_advantages_are_whitened_over_the_round_and_every_loss_sees_the_rollouts
             assert {c[0][4] for c in (*policy, *critic)} == {0.2}
 
 
+def test_an_update_follows_the_two_losses_and_nothing_else(run, monkeypatch):
+    """KL is paid once, in the rewards: no term of it, of entropy or of anything else in the gradient of any update."""
+    models, expected, compared = {}, [], []
+
+    def remember(name, place):
+        real = getattr(ppo, name)
+        monkeypatch.setattr(ppo, name, lambda model, *a, **k: models.__setitem__(place, model) or real(model, *a, **k))
+
+    def differentiate(name, place, weight):
+        real = getattr(ppo, name)
+
+        def loss(*args):
+            out = real(*args)
+            parameters = list(models[place].parameters())
+            pg = out[0] if isinstance(out, tuple) else out * weight
+            expected.append(torch.autograd.grad(pg, parameters, retain_graph=True))
+            return out
+
+        monkeypatch.setattr(ppo, name, loss)
+
+    def clip(parameters, limit):
+        for p, g in zip(parameters, expected.pop(0), strict=True):
+            compared.append((p.grad - g).abs().max().item())
+        assert limit == 1.0
+
+    for name, place in (("logprobs", "policy"), ("values_of", "critic")):
+        remember(name, place)
+    differentiate("policy_loss", "policy", 1.0)
+    differentiate("value_loss", "critic", 0.25)
+    monkeypatch.setattr(ppo, "clip_grad_norm_", clip)
+    run(vf=0.25)
+    assert expected == [] and len(compared) > 100 and max(compared) < 1e-6
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update(run, temperature):
     calls, log = run(temperature=temperature, iterations=2)
