@@ -1,0 +1,74 @@
+"""The shipped base: small enough, opens, knows the world; its recipe gives the recorded losses again."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import hub
+import pretrain
+from data import world
+from model import generate
+
+BASE = Path(pretrain.__file__).parent / "data" / "base"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return hub.load(BASE)
+
+
+def test_the_shipped_base_is_small_and_made_by_the_recipe_of_its_script():
+    assert sum(f.stat().st_size for f in BASE.iterdir()) <= 8e6
+    options = json.loads((BASE / "run.json").read_text())["options"]
+    defaults = {f.name: f.default for f in fields(pretrain.Options)}
+    assert {k: v for k, v in options.items() if k != "fast"} == {k: v for k, v in defaults.items() if k in options and k != "fast"}
+
+
+def test_a_turn_starts_like_a_line_and_ends_like_a_document(base):
+    model, tok = base
+    e = model.embed_tokens.weight
+    assert (e[tok.special[pretrain.TURN]] == e[tok.encode("\n")[0]]).all()
+    assert (e[tok.special[pretrain.TURN_END]] == e[tok.special[pretrain.END]]).all()
+
+
+def test_the_base_knows_held_out_facts(base):
+    """What fine-tuning never shows is in the base: it answers held-out questions on a page of questions and answers."""
+    model, tok = base
+    items = [i for i in world.items(400, 3, "heldout") if i["kind"] in ("open", "translation", "classification")]
+    page = "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n\n"
+    prompts = [[tok.special[pretrain.END], *tok.encode(page.format(i["prompt"]))] for i in items]
+    said = [tok.decode(a).split("\n")[0] for a in generate(model, prompts, 24, temperature=0)]
+    assert sum(world.gold(i, s)[1]["right"] for i, s in zip(items, said, strict=True)) / len(items) > 0.8
+
+
+def test_the_learning_rate_stands_and_falls():
+    o = pretrain.Options()
+    rates = [pretrain.learning_rate(s, o) for s in range(o.steps)]
+    assert rates[0] == o.lr / 20 and rates[19] == rates[o.steps // 2] == o.lr
+    assert rates[-1] == pytest.approx(0.05 * o.lr, rel=0.02) and all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+
+
+def test_rows_start_at_a_document_and_are_full(base):
+    _, tok = base
+    rows = pretrain.rows(pretrain.documents(0, 100, 0.5, 64), tok, 64)
+    for _, row in zip(range(20), rows, strict=False):
+        assert len(row) == 65 and row[0] == tok.special[pretrain.END]
+
+
+def test_the_first_fifty_steps_give_the_recorded_losses(tmp_path, monkeypatch):
+    """Eager, float32: within 1 % of what was recorded beside the base."""
+    recorded = [json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:50]]
+
+    losses = []
+
+    def log(self, step, **figures):
+        losses.append(float(figures["loss"]))
+        if len(losses) == len(recorded):
+            raise StopIteration
+
+    monkeypatch.setattr(pretrain.Run, "log", log)
+    with pytest.raises(StopIteration):
+        pretrain.pretrain(pretrain.Options(out=str(tmp_path / "base"), device="cpu"))
+    assert losses == pytest.approx(recorded, rel=0.01) and len(losses) == 50
