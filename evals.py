@@ -129,8 +129,7 @@ def score_texts(model, tok, prompts, answers, size=64):
     ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
     out = []
     for i in range(0, len(ids), size):
-        tokens, mask, _ = join(*zip(*ids[i : i + size], strict=True), model.device)
-        out += last_score(model, tokens, mask).tolist()
+        out += last_score(model, *join(*zip(*ids[i : i + size], strict=True), model.device)).tolist()
     return out
 
 

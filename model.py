@@ -173,13 +173,16 @@ class Transformer(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def hidden(self, tokens, mask=None, segments=None, cache=None):
+    def hidden(self, tokens, mask=None, segments=None, cache=None, layout=None):
         """Hidden states after the last norm.
 
         tokens (B,T); mask (B,T): real tokens, padding on either side or none; segments (B,T): which packed example a token
-        belongs to, -1 on padding: a token sees its own example only and positions count from its start; cache: the past. → (B,T,D)
+        belongs to, -1 on padding: a token sees its own example only and positions count from its start; cache: the past;
+        layout: positions (B,T) and who sees whom (B,1,T,T) themselves. → (B,T,D)
         """
-        positions, allowed = (_packed if segments is not None else _padded)(tokens, segments if segments is not None else mask, cache)
+        if segments is not None:
+            layout = _packed(segments)
+        positions, allowed = layout or _padded(tokens, mask, cache)
         x = self.embed_tokens(tokens)
         cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.layers):
@@ -214,9 +217,9 @@ def _padded(tokens, mask, cache):
     return positions, (before & mask[:, None, None] | itself)  # padding sees itself, or its softmax would be 0/0
 
 
-def _packed(tokens, segments, cache):
+def _packed(segments):
     """The same for packed rows: block-diagonal and causal, positions counted from each example's first token."""
-    here = torch.arange(tokens.shape[1], device=tokens.device)
+    here = torch.arange(segments.shape[1], device=segments.device)
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     positions = here - torch.where(first, here, 0).cummax(1).values
@@ -273,43 +276,58 @@ def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
     return place
 
 
-def dense_hidden(model, tokens, mask, cache=None):
-    """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, without computing the padding: the rows'
-    real tokens are laid end to end in fewer, fuller rows, each seeing only itself. An empty cache is filled. (B,T) → (B,T,D)"""
-    lengths = mask.sum(1).tolist()
-    width = max(1, min(128, sum(lengths)), *lengths)  # short rows keep the attention matrix small
-    place = torch.tensor(first_fit(lengths, width), device=tokens.device)
-    row, column = mask.nonzero(as_tuple=True)
-    at = place[row, 0], place[row, 1] + (mask.long().cumsum(1) - 1)[row, column]
+def dense_hidden(model, tokens, mask, where=None, cache=None):
+    """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, with nothing computed twice or for nothing (B,T,D).
+
+    The rows' real tokens are laid end to end in fewer, fuller rows. A row that begins like the one before it (all up to its first
+    token in `where`; without `where`, the whole row) reads that beginning there: K answers to a prompt cost one prompt. Each token
+    sees its own row's tokens alone. An empty cache is filled.
+    """
+    lead = mask if where is None else mask & (where.cumsum(1) == 0)
+    alike = (lead[1:] == lead[:-1]).all(1) & ((tokens[1:] == tokens[:-1]) | ~lead[1:]).all(1)
+    new = F.pad(~alike, (1, 0), value=True)  # (B,) rows that begin a group, in which the others read their beginning
+    group, leader = new.long().cumsum(0) - 1, new.nonzero().squeeze(1)
+    keep = mask & (~lead | new[:, None])
+    lengths = torch.zeros_like(leader).index_add(0, group, keep.sum(1))
+    width = max(1, min(128, int(lengths.sum())), int(lengths.max()))  # short rows keep the attention matrix small
+    place = torch.tensor(first_fit(lengths.tolist(), width), device=tokens.device)[group]  # (B,2): row and column of its group
+    nth = keep.flatten().cumsum(0).view_as(keep) - 1 - (lengths.cumsum(0) - lengths)[group, None]  # a kept token's place in its group
+    column = place[:, 1:] + torch.where(lead, nth[leader[group]], nth)
+    at = place[:, :1].expand_as(column)[mask], column[mask]
     packed = tokens.new_zeros(int(place[:, 0].max()) + 1, width)
-    segments = torch.full_like(packed, -1)
-    packed[at], segments[at] = tokens[row, column], row
+    positions, own, begins = torch.zeros_like(packed), torch.full_like(packed, -1), torch.full_like(packed, -1)
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    packed[at], positions[at] = tokens[mask], (mask.long().cumsum(1) - 1)[mask]
+    own[at] = torch.where(lead, len(tokens) + group[:, None], rows)[mask]  # a name for each row's own tokens and each beginning
+    begins[at] = (len(tokens) + group[:, None]).expand_as(tokens)[mask]
+    here = torch.arange(width, device=tokens.device)
+    allowed = ((own[:, :, None] == own[:, None]) | (begins[:, :, None] == own[:, None])) & (here <= here[:, None])
     if cache is not None:
-        cache.place, cache.mask[:, : tokens.shape[1]] = (at, (row, column)), mask
-    h = model.hidden(packed, segments=segments, cache=cache)
+        cache.place, cache.mask[:, : tokens.shape[1]] = (at, mask.nonzero(as_tuple=True)), mask
+    h = model.hidden(packed, cache=cache, layout=(positions, allowed[:, None]))
     if cache is not None:
         cache.place, cache.length = None, tokens.shape[1]
-    return h.new_zeros(*tokens.shape, h.shape[-1]).index_put((row, column), h[at])
+    return h.new_zeros(*tokens.shape, h.shape[-1]).index_put(mask.nonzero(as_tuple=True), h[at])
 
 
 def logprobs(model, tokens, mask, where, temperature: float = 1.0):
     """log p(token t | tokens before t) where `where`, exactly 0 elsewhere; all (B,T). The head runs on the wanted rows only."""
     row, column = where[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     target = tokens[row, column + 1]
-    logits = wide(model.lm_head(dense_hidden(model, tokens, mask)[row, column])) / temperature
+    logits = wide(model.lm_head(dense_hidden(model, tokens, mask, where)[row, column])) / temperature
     values = -F.cross_entropy(logits, target, reduction="none")
     return torch.zeros(tokens.shape, device=tokens.device, dtype=values.dtype).index_put((row, column + 1), values)
 
 
-def scores(model, tokens, mask):
-    """A scalar model's score at every real token, 0 on padding (B,T)."""
-    return wide(model.score(dense_hidden(model, tokens, mask)).squeeze(-1)) * mask
+def scores(model, tokens, mask, where=None):
+    """A scalar model's score at every real token, 0 on padding (B,T). where: the answers, so that their prompts are read once."""
+    return wide(model.score(dense_hidden(model, tokens, mask, where)).squeeze(-1)) * mask
 
 
-def last_score(model, tokens, mask):
+def last_score(model, tokens, mask, where=None):
     """A scalar model's score of each row (B,): the one at its last real token."""
     last = torch.where(mask, torch.arange(tokens.shape[1], device=tokens.device), 0).amax(1, keepdim=True)
-    return scores(model, tokens, mask).gather(1, last).squeeze(1)
+    return scores(model, tokens, mask, where).gather(1, last).squeeze(1)
 
 
 def sample(logits, temperature: float, top_p: float, uniform):
@@ -351,7 +369,7 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)
     ids = None
     for step in range(max_new_tokens):
-        h = dense_hidden(model, tokens, mask, cache) if ids is None else model.hidden(ids[:, None], cache=cache)
+        h = dense_hidden(model, tokens, mask, cache=cache) if ids is None else model.hidden(ids[:, None], cache=cache)
         ids = sample(model.lm_head(h[:, -1]), temperature, top_p, uniform[step, rows])
         yield rows, ids
         going = ids != eos_id if eos_id is not None else torch.ones_like(ids, dtype=torch.bool)

@@ -85,20 +85,20 @@ def prepare_references(path, tok, length: int, seed: int, n=128):
 
 def scores_of(model, batch, device):
     """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), short prompts filled up with absent answers."""
-    tokens, mask, _ = join([p for p, answers, _ in batch for _ in answers], [a for _, answers, _ in batch for a in answers], device)
+    tokens, mask, where = join([p for p, answers, _ in batch for _ in answers], [a for _, answers, _ in batch for a in answers], device)
     ranks = torch.full((len(batch), max(len(r) for _, _, r in batch)), ABSENT)
     for i, (_, _, r) in enumerate(batch):
         ranks[i, : len(r)] = torch.tensor(r)
     ranks = ranks.to(device)
     with autocast(device):
-        flat = last_score(model, tokens, mask)
+        flat = last_score(model, tokens, mask, where)
     return torch.zeros(ranks.shape, device=device).masked_scatter(ranks != ABSENT, flat), ranks
 
 
 @torch.no_grad()
 def reference_scores(model, ids, device):
     """Mean and standard deviation of the scores of reference answers [(prompt ids, answer ids)]."""
-    scores = [last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device)[:2]) for i in range(0, len(ids), 32)]
+    scores = [last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device)) for i in range(0, len(ids), 32)]
     scores = torch.cat(scores)
     return scores.mean().item(), scores.std().item()
 

@@ -159,7 +159,7 @@ def test_positions_count_each_row_s_own_tokens(lm):
         positions, allowed = M._padded(*M.pad([[5, 6], [1, 2, 3, 4]], left=left), None)
         assert all(p[: len(e)] == e for p, e in zip(positions.tolist(), expected, strict=True))
         assert allowed is None or allowed.any(-1).all()  # not every attention kernel is finite where nothing may be seen
-    positions, _ = M._packed(torch.zeros(1, 7), torch.tensor([[0, 0, 0, 4, 4, 2, -1]]), None)
+    positions, _ = M._packed(torch.tensor([[0, 0, 0, 4, 4, 2, -1]]))
     assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
     cache = M.Cache(lm, 2, 6)
     lm.hidden(*M.pad([[5, 6], [1, 2, 3, 4]], left=True), cache=cache)
@@ -295,6 +295,21 @@ def test_cached_generation_is_the_plain_loop(lm, temperature, top_p, eos_id):
     answers = M.generate(lm, prompts, 14, temperature, top_p, eos_id, seed=3)
     with torch.no_grad():
         assert answers == plain_loop(lm, prompts, 14, temperature, top_p, eos_id, 3)
+
+
+def test_answers_to_one_prompt_read_it_once(lm):
+    """The same hidden states as each row alone, from fewer tokens; a prompt that comes again later is read again."""
+    a, b, c = ragged((9, 9, 5), 1)
+    prompts, answers = [a] * 4 + [b] * 3 + [a] + [c] * 2, ragged((3, 1, 7, 3, 2, 2, 8, 4, 1, 6), 2)
+    tokens, mask, where = M.join(prompts, answers)
+    read = []
+    with torch.no_grad():
+        expected = lm.hidden(tokens, mask)
+        hook = lm.embed_tokens.register_forward_hook(lambda m, x, y: read.append(x[0].shape))
+        shared = M.dense_hidden(lm, tokens, mask, where)
+        hook.remove()
+    close(shared[mask], expected[mask])
+    assert (shared[~mask] == 0).all() and read == [(1, 9 + 9 + 9 + 5 + sum(map(len, answers)))]
 
 
 def test_prompts_of_one_token(lm):

@@ -139,7 +139,7 @@ def test_every_answers_score_is_its_own(model):
 
 def test_every_answer_is_read_once_whatever_its_pairs(model, monkeypatch):
     read = []
-    monkeypatch.setattr(reward, "last_score", lambda m, tokens, mask: read.append(len(tokens)) or last_score(m, tokens, mask))
+    monkeypatch.setattr(reward, "last_score", lambda m, tokens, *masks: read.append(len(tokens)) or last_score(m, tokens, *masks))
     reward.scores_of(model, batch(), torch.device("cpu"))
     assert read == [4 + 2 + 3]  # K forward passes, K(K-1)/2 comparisons
 
