@@ -35,7 +35,7 @@ class Options:
     out: str = opt("out/dpo", "folder for the checkpoint")
     loss: str = opt("dpo", "the preference loss", choices=("dpo", "ipo", "simpo"))
     pairs: str = opt("all", "of a ranking: all pairs, or the best answer against the worst", choices=("all", "best_worst"))
-    steps: int = opt(150, "optimizer steps", at_least=1)
+    steps: int = opt(125, "optimizer steps", at_least=1)
     batch: int = opt(16, "prompts a step, each with all its pairs", at_least=1)
     accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
     length: int = opt(256, "tokens of prompt and answer; pairs with longer ones are dropped", at_least=2)

@@ -32,7 +32,7 @@ class Options:
     steps: int = opt(250, "optimizer steps", at_least=1)
     batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
     length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
-    lr: float = opt(3e-4, "peak learning rate", above=0)
+    lr: float = opt(1e-3, "peak learning rate", above=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
