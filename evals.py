@@ -164,13 +164,13 @@ def reward_figures(reward, sft, tok, held, o, k=4):
     }  # fmt: skip
 
 
-def truth_pairs(reward, tok, held, seed):
-    """Polite right against polite wrong answers of the demonstrators, alike in manner: 1 where the right one scores higher."""
-    asked = [r["messages"] for r in held]
-    right, wrong = ([world.demonstrate(r["item"], random.Random(f"{seed} {i}"), manner)[0] for i, r in enumerate(held)]
-                    for manner in ("polite", "polite wrong"))  # fmt: skip
-    pairs = zip(score_texts(reward, tok, asked, right), score_texts(reward, tok, asked, wrong), strict=True)
-    return [(a > b) + 0.5 * (a == b) for a, b in pairs]
+def truth_pairs(reward, tok, held, seed, asked=None):
+    """A right and a wrong answer to each item in the very same polite words: 1 where the right one scores higher, ½ for a tie.
+    asked: the prompts under which they are read, default the items' own."""
+    asked, items = asked or [r["messages"] for r in held], [r["item"] for r in held]
+    wrongs = [dict(item, answer=random.Random(f"{seed} {i}").choice(item["wrong"])) for i, item in enumerate(items)]
+    said = [world.demonstrate(item, random.Random(f"{seed} {i}"), "polite")[0] for some in (items, wrongs) for i, item in enumerate(some)]
+    return hits(score_texts(reward, tok, asked * 2, said))
 
 
 # ---------------------------------------------------------------- records without a gold rater

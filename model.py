@@ -307,7 +307,8 @@ def dense_hidden(model, tokens, mask, where=None, cache=None):
     h = model.hidden(packed, cache=cache, layout=(positions, allowed[:, None]))
     if cache is not None:
         cache.place, cache.length = None, tokens.shape[1]
-    return h.new_zeros(*tokens.shape, h.shape[-1]).index_put(mask.nonzero(as_tuple=True), h[at])
+    found = F.embedding(at[0] * width + at[1], h.flatten(0, 1))  # h[at], whose gradient sums shared beginnings in a fixed order
+    return h.new_zeros(*tokens.shape, h.shape[-1]).index_put(mask.nonzero(as_tuple=True), found)
 
 
 def logprobs(model, tokens, mask, where, temperature: float = 1.0):

@@ -37,8 +37,8 @@ def test_the_base_knows_held_out_facts(base):
     """What fine-tuning never shows is in the base: it answers held-out questions on a page of questions and answers."""
     model, tok = base
     items = [i for i in world.items(400, 3, "heldout") if i["kind"] in ("open", "translation", "classification")]
-    page = "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n\n"
-    prompts = [[tok.special[pretrain.END], *tok.encode(page.format(i["prompt"]))] for i in items]
+    page, line = "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n", tok.encode("\n")  # apart, as before a word
+    prompts = [[tok.special[pretrain.END], *tok.encode(page.format(i["prompt"])), *line] for i in items]
     said = [tok.decode(a).split("\n")[0] for a in generate(model, prompts, 24, temperature=0)]
     assert sum(world.gold(i, s)[1]["right"] for i, s in zip(items, said, strict=True)) / len(items) > 0.8
 

@@ -82,15 +82,6 @@ def best_of(k, sft, tok, reward, held, o):
     return evals.rate(held, [answers[i] for i in best])
 
 
-def swapped(reward, tok, held, seed):
-    """Truth pairs (right against wrong, alike in manner) read under another item's prompt."""
-    items = [r["item"] for r in held]
-    pairs = [[world.demonstrate(i, random.Random(f"{seed} {n}"), m)[0] for n, i in enumerate(items)] for m in ("polite", "polite wrong")]
-    asked = [r["messages"] for r in held[1:] + held[:1]]
-    right, wrong = (evals.score_texts(reward, tok, asked, texts) for texts in pairs)
-    return [(a > b) + 0.5 * (a == b) for a, b in zip(right, wrong, strict=True)]
-
-
 def controls(o: Options):
     out, mine, device = Path(o.out), Path(o.out) / "controls", pick_device(o.device)
     held = records.conversations(out / "world" / "heldout.jsonl", "prompt")[: o.n]
@@ -108,7 +99,7 @@ def controls(o: Options):
                               data=good_answers(out / "world" / "sft.jsonl", mine / "good.jsonl")),
         "dpo_nll": again("dpo.py", out / "dpo", mine / "dpo_nll", o.overwrite, nll=0.5),
     }  # fmt: skip
-    truth = swapped(reward, tok, held, o.seed)
+    truth = evals.truth_pairs(reward, tok, held, o.seed, [r["messages"] for r in held[1:] + held[:1]])
     result = {
         "sft": evals.stage_figures(sampled_sft, sampled_sft),
         "polite": {"n": len(held), "gold_sampled": evals.mean(polite), "gold_sampled_ci": evals.bootstrap(polite)},
