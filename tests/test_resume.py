@@ -54,7 +54,7 @@ def test_a_changed_input_is_refused_and_overwrite_starts_anew(small, tmp_path):
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:100]))
     refused(run("sft.py", **options), str(out), "finished with", f"{data} has changed", "--overwrite")
 
-    stages.kill_after(3, out / "state", "sft.py", overwrite=True, **options)
+    kill_after(3, out / "state", "sft.py", overwrite=True, **options)
     assert contents_without_state(out) == first, "the old checkpoint stays until the new one is finished"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:90]))
     refused(run("sft.py", **options), "unfinished", f"{data} has changed")

@@ -311,6 +311,15 @@ def test_overwrite_starts_anew_and_keeps_the_old_one_until_then(o, tmp_path):
     assert files(tmp_path / "toy") == old
 
 
+def test_a_run_that_was_overwritten_leaves_nothing_behind(o, whole, tmp_path):
+    """Not even where the new one was killed before its first save: nobody goes on from a state whose log is gone."""
+    for run, die_at in ((o, 4), (dataclasses.replace(o, lr=0.3, overwrite=True), 0)):
+        with pytest.raises(Killed):
+            toy(run, die_at)
+    toy(o)
+    assert files(tmp_path / "toy") == whole
+
+
 def test_a_changed_input_is_another_run(o, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("1")
