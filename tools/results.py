@@ -33,8 +33,8 @@ def cell(runs, key, scale=1.0, spread=False):
 
 
 def share_gained(runs, sft, perfect):
-    """What of the gold that SFT left to a perfect answer was gained, in per cent, with its interval."""
-    left = [100 / (perfect - s["gold_sampled"]) for s in sft]
+    """What share of the gold that SFT left to a perfect answer was gained, with its interval."""
+    left = [1 / (perfect - s["gold_sampled"]) for s in sft]
     return [{"share": k * r["gain_vs_sft"], "share_ci": k * r["gain_vs_sft_ci"]} for k, r in zip(left, runs, strict=True)]
 
 
@@ -54,7 +54,7 @@ def stages(results, short=False):
 
 
 def stage_row(name, runs, sft, perfect, short=False, compared=True):
-    gained = cell(share_gained(runs, sft, perfect), "share", spread=not short) if compared else "–"
+    gained = cell(share_gained(runs, sft, perfect), "share", 100, spread=not short) if compared else "–"
     row = [name, cell(runs, "gold_sampled"), gained, cell(runs, "right_greedy", 100), cell(runs, "win_vs_sft", 100) if compared else "–"]
     if short:
         return row
@@ -79,7 +79,7 @@ def controls(all_controls, perfect):
     rows = [["SFT", cell(sft, "gold_sampled"), "–", cell(sft, "right_sampled", 100), "–"]]
     for name in ("polite", "shuffled", "best_of_16", "good_answers", "dpo_nll"):
         runs = [c[name] for c in all_controls]
-        gained = cell(share_gained(runs, sft, perfect), "share") if "gain_vs_sft" in runs[0] else "–"
+        gained = cell(share_gained(runs, sft, perfect), "share", 100) if "gain_vs_sft" in runs[0] else "–"
         rows.append([NAMES[name], cell(runs, "gold_sampled"), gained, cell(runs, "right_sampled", 100), cell(runs, "kl_vs_sft")])
     rows.append(
         [
@@ -107,7 +107,7 @@ def main():
     found = [json.loads((f / "controls.json").read_text()) for f in folders if (f / "controls.json").exists()]
     n, perfect = results[0]["sft"]["n"], results[0]["perfect"]
     here = (
-        f"{o.seeds} seeds, {n} held-out prompts each; a perfect answer has {perfect:.1f}; the world's settings {world.settings_hash()[:12]}"
+        f"seeds: {o.seeds}, {n} held-out prompts each; a perfect answer has {perfect:.1f}; the world's settings {world.settings_hash()[:12]}"
     )
     put(Path("README.md"), "stages", stages(results, short=True) + f"\n\n{here}. RESULTS.md has the rest.")
     put(Path("RESULTS.md"), "stages", stages(results) + f"\n\n{here}.")
@@ -116,7 +116,7 @@ def main():
         put(
             Path("RESULTS.md"),
             "controls",
-            controls(found, perfect) + f"\n\n{len(found)} seeds, {found[0]['sft']['n']} prompts each.",
+            controls(found, perfect) + f"\n\nseeds: {len(found)}, {found[0]['sft']['n']} prompts each.",
         )
 
 
