@@ -107,7 +107,7 @@ def main():
     found = [json.loads((f / "controls.json").read_text()) for f in folders if (f / "controls.json").exists()]
     n, perfect = results[0]["sft"]["n"], results[0]["perfect"]
     here = (
-        f"seeds: {o.seeds}, {n} held-out prompts each; a perfect answer has {perfect:.1f}; the world's settings {world.settings_hash()[:12]}"
+        f"seeds: {o.seeds}, {n} held-out prompts each; a perfect answer {perfect:.1f}; the world's settings {world.settings_hash()[:12]}"
     )
     put(Path("README.md"), "stages", stages(results, short=True) + f"\n\n{here}. RESULTS.md has the rest.")
     put(Path("RESULTS.md"), "stages", stages(results) + f"\n\n{here}.")
