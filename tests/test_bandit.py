@@ -23,7 +23,10 @@ ANSWERS = answers_of()
 
 @pytest.fixture
 def start(tmp_path):
-    return bandit(tmp_path / "start", FIRST, AFTER)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+    yield bandit(tmp_path / "start", FIRST, AFTER)
+    torch.set_num_threads(threads)
 
 
 def prompt_ids():
