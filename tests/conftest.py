@@ -1,5 +1,10 @@
+import os
+
 import pytest
-import stages
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: threads that wait by spinning stall a busy machine
+
+import stages  # noqa: E402
 
 
 @pytest.fixture(scope="session")
