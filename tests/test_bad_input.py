@@ -15,7 +15,7 @@ from stages import copy, done, refused, run, saved_step, script
 from test_resume import contents
 
 import hub
-from data import templates, tokenizer
+from data import records, templates, tokenizer
 
 CHAT = {"messages": [*tiny.user("Hot or cold?"), {"role": "assistant", "content": "Hot."}]}
 PAIR = {"prompt": "Hot or cold?", "chosen": "Hot.", "rejected": "No."}
@@ -189,6 +189,8 @@ def test_malformed_records(stage, option, good, other, refuses, lines):
 def test_a_file_in_which_nothing_usable_is_left(refuses, lines, small):
     refuses("sft", "no usable conversations in it (dropped: 3 longer than 5 tokens)", data=lines(CHAT, CHAT, CHAT), length=5)
     long = "word " * 200
+    with pytest.raises(ValueError, match="no usable records in it"):
+        records.kind(lines(name="empty.jsonl"))
     asked = lines({"messages": tiny.user(long), "item": {"kind": "chat"}})
     for stage in ("ppo", "compare"):
         refuses(stage, "no usable prompts in it (dropped: 1 longer than 136 tokens (the context less --max-new-tokens))", data=asked)

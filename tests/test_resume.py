@@ -92,3 +92,12 @@ def test_ctrl_c(small, tmp_path):
     assert step > 0 and f"| {step}/24 [" in done("sft.py", out=out, **options).err
     done("sft.py", out=tmp_path / "whole", **options)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_batch_is_shown_beside_a_finished_run(small, tmp_path):
+    """--show-batch is no run: it neither needs OUT nor touches it."""
+    done("sft.py", out=tmp_path / "sft", **small["sft"])
+    before = contents(tmp_path / "sft")
+    for out in ("sft", "new"):
+        assert "\033[32m" in done("sft.py", out=tmp_path / out, show_batch=True, **small["sft"]).out
+    assert contents(tmp_path / "sft") == before and not (tmp_path / "new").exists()
