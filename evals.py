@@ -231,6 +231,9 @@ def evaluate_world(o, held, device):
             sft, sampled_sft, sft_tok = model, lines, tok
         kls = kl(model, sft, tok, held, sampled, device) if sft else None
         results[stage] = stage_figures(lines, greedy, sampled_sft, kls)
+        kinds = [r["item"]["kind"] for r in held]
+        right = {k: [a["right"] for a, kind in zip(greedy, kinds, strict=True) if kind == k] for k in sorted(set(kinds))}
+        results[stage]["right_greedy_by_kind"] = {k: mean(rights) for k, rights in right.items()}
         write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
         write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", greedy)
         show(stage, results[stage])
@@ -244,6 +247,8 @@ def evaluate_records(o, conversations, device):
     """Anyone's records: held-out loss a token of every stage, held-out preference accuracy of the reward model and of DPO's implicit
     reward log π - log π_sft, and answers to read."""
     results, reference = {}, None
+    if o.prefs and not (Path(o.out) / "sft" / "config.json").exists():
+        raise FileNotFoundError(f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward")
     held = records.split(conversations)[1][: o.n]
     pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
     asked, given = [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]

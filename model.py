@@ -276,6 +276,9 @@ def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
     return place
 
 
+GROUP = 16  # answers to one prompt that are laid end to end: what they cost in attention grows with the square of their number
+
+
 def dense_hidden(model, tokens, mask, where=None, cache=None):
     """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, with nothing computed twice or for nothing (B,T,D).
 
@@ -286,6 +289,8 @@ def dense_hidden(model, tokens, mask, where=None, cache=None):
     lead = mask if where is None else mask & (where.cumsum(1) == 0)
     alike = (lead[1:] == lead[:-1]).all(1) & ((tokens[1:] == tokens[:-1]) | ~lead[1:]).all(1)
     new = F.pad(~alike, (1, 0), value=True)  # (B,) rows that begin a group, in which the others read their beginning
+    count = torch.arange(len(new), device=new.device)
+    new |= (count - torch.where(new, count, 0).cummax(0).values) % GROUP == 0
     group, leader = new.long().cumsum(0) - 1, new.nonzero().squeeze(1)
     keep = mask & (~lead | new[:, None])
     lengths = torch.zeros_like(leader).index_add(0, group, keep.sum(1))

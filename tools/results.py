@@ -74,6 +74,12 @@ def reward(results):
     return table(["reward model, held-out prompts", "%"], rows)
 
 
+def kinds(results):
+    """Share right, greedy, of each kind of instruction."""
+    of = lambda kind: [cell([r[s]["right_greedy_by_kind"] for r in results], kind, 100) for s in ("sft", "ppo", "dpo", "simpo")]  # noqa: E731
+    return table(["right, greedy %", "SFT", "PPO", "DPO", "SimPO"], [[k, *of(k)] for k in results[0]["sft"]["right_greedy_by_kind"]])
+
+
 def controls(all_controls, perfect):
     sft = [c["sft"] for c in all_controls]
     rows = [["SFT", cell(sft, "gold_sampled"), "–", cell(sft, "right_sampled", 100), "–"]]
@@ -111,6 +117,7 @@ def main():
     )
     put(Path("README.md"), "stages", stages(results, short=True) + f"\n\n{here}. RESULTS.md has the rest.")
     put(Path("RESULTS.md"), "stages", stages(results) + f"\n\n{here}.")
+    put(Path("RESULTS.md"), "kinds", kinds(results))
     put(Path("RESULTS.md"), "reward", reward(results))
     if found:
         put(
