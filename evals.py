@@ -40,6 +40,11 @@ def mean(xs):
     return sum(xs) / len(xs)
 
 
+def ratio(parts):
+    """[(sum, count)] → the mean over all that was counted."""
+    return sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
+
+
 def bootstrap(xs, statistic=mean, rounds=1000, seed=0):
     """Half the width of the 95 % interval of a statistic of xs, by resampling (Efron 1979)."""
     draw = random.Random(seed)
@@ -135,14 +140,18 @@ def score_texts(model, tok, prompts, answers, size=64):
 
 def reward_figures(reward, sft, tok, held, o, k=4):
     """The reward model on k fresh answers of the SFT model to each held-out prompt, pairs of equal gold left out, and labellers on
-    the same pairs; and on pairs of demonstrations that differ only in truth. → reward's entry in results.json"""
+    the same pairs; on those pairs where one is right, the other wrong and their manner alike (truth); and on demonstrations in the very
+    same words but for the answer (minimal pairs). → reward's entry in results.json"""
     asked = [r["messages"] for r in held]
     prompts = [p for p in asked for _ in range(k)]
     answers = answer(sft, tok, prompts, o, 1.0, o.seed + 7)
     rows = [[answers[i * k + j] for j in range(k)] for i in range(len(held))]
     texts = [a[0] for a in answers]
     rank = lambda judge: torch.tensor([judge(r["item"], row) for r, row in zip(held, rows, strict=True)])  # noqa: E731
-    gold = rank(lambda item, row: [world.gold(item, a[0], a[2])[0] for a in row])
+    rated = [[world.gold(r["item"], a[0], a[2]) for a in row] for r, row in zip(held, rows, strict=True)]
+    gold = torch.tensor([[score for score, _ in row] for row in rated])
+    right = torch.tensor([[int(why["right"]) for _, why in row] for row in rated])
+    manner = torch.tensor([[4 * why["courteous"] + 2 * why["rude"] + why["finished"] for _, why in row] for row in rated])
     ranks = (gold[:, :, None] < gold[:, None]).sum(2)  # 0 the best
     first, second = (
         rank(lambda item, row, who=who: world.Labeller(f"eval {who}").rank(item, [a[0] for a in row], [a[2] for a in row])) for who in "ab"
@@ -153,11 +162,13 @@ def reward_figures(reward, sft, tok, held, o, k=4):
     near = (length[:, :, None] - length[:, None]).abs() <= 1
     order = lambda x: (x[:, :, None] - x[:, None]).sign()  # noqa: E731
     decided = (order(ranks) < 0) & (order(first) != 0) & (order(second) != 0)
-    truth = truth_pairs(reward, tok, held, o.seed)
+    truth, minimal = (order(right) > 0) & (order(manner) == 0), truth_pairs(reward, tok, held, o.seed)
+    by_prompt = list(zip(((order(scores) + 1) / 2 * truth).sum((1, 2)).tolist(), truth.sum((1, 2)).tolist(), strict=True))
     return {
         "pair_accuracy": pair_accuracy(scores, ranks), "labeller_gold_accuracy": pair_accuracy(-first.float(), ranks),
         "labeller_agreement": (order(first) == order(second))[decided].float().mean().item(),
-        "truth_accuracy": mean(truth), "truth_accuracy_ci": bootstrap(truth),
+        "truth_accuracy": ratio(by_prompt), "truth_accuracy_ci": bootstrap(by_prompt, ratio), "truth_pairs": int(truth.sum()),
+        "minimal_pairs_accuracy": mean(minimal), "minimal_pairs_accuracy_ci": bootstrap(minimal),
         "length_matched_accuracy": (order(scores)[near & (order(ranks) < 0)] > 0).float().mean().item(),
         "score_length_correlation": torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[0, 1].item(),
         "swapped_prompts_accuracy": pair_accuracy(swapped, ranks), "pairs": int((order(ranks) < 0).sum()),
@@ -186,10 +197,6 @@ def held_out_losses(model, tok, conversations, device, size=8):
         nll = -logprobs(model, tokens, mask, where.bool()).sum(1)
         out += zip(nll.tolist(), where[:, 1:].sum(1).tolist(), strict=True)
     return out
-
-
-def per_token(losses):
-    return sum(n for n, _ in losses) / sum(t for _, t in losses)
 
 
 @torch.no_grad()
@@ -256,7 +263,7 @@ def evaluate_records(o, conversations, device):
         model, tok = hub.language_model(path, device)
         losses = held_out_losses(model, tok, held, device)
         records.report(o.data, len(losses), {}, "held-out conversations")
-        results[stage] = {"n": len(losses), "loss_per_token": per_token(losses), "loss_per_token_ci": bootstrap(losses, per_token)}
+        results[stage] = {"n": len(losses), "loss_per_token": ratio(losses), "loss_per_token_ci": bootstrap(losses, ratio)}
         if pairs and stage != "base":
             logps = answer_logps(model, tok, asked, given, device)
             reference = reference or logps

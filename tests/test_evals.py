@@ -33,7 +33,7 @@ def test_bootstrap_is_the_normal_interval_where_there_is_one():
     assert bootstrap(xs) == pytest.approx(1.96 * 2 / 20, rel=0.15)
     assert bootstrap(xs) == bootstrap(xs) and bootstrap([1.0] * 50) == 0
     halves = [(a, 2.0) for a in xs]  # of a ratio of sums
-    assert bootstrap(halves, evals.per_token) == pytest.approx(bootstrap(xs) / 2, rel=0.05)
+    assert bootstrap(halves, evals.ratio) == pytest.approx(bootstrap(xs) / 2, rel=0.05)
 
 
 def test_pair_accuracy():
@@ -134,7 +134,7 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
     got = evals.held_out_losses(model, tok, chats, CPU, size=4)
     assert sorted(n for _, n in got) == sorted(n for _, n in expected)
     assert sorted(x for x, _ in got) == pytest.approx(sorted(x for x, _ in expected), abs=1e-3)
-    assert evals.per_token(got) == pytest.approx(sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5)
+    assert evals.ratio(got) == pytest.approx(sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5)
     long = {"messages": user("x" * 200) + [{"role": "assistant", "content": "a"}]}
     assert evals.held_out_losses(model, tok, [long, chats[0]], CPU) == [pytest.approx(expected[0], abs=1e-3)]
 
@@ -167,13 +167,16 @@ def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
         return evals.reward_figures(None, None, tok, held, options())
 
     gold = figures(lambda item, a: world.gold(item, a)[0])
-    assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["length_matched_accuracy"] == 1
+    assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["minimal_pairs_accuracy"] == gold["length_matched_accuracy"] == 1
     assert 0.3 < gold["swapped_prompts_accuracy"] < 0.9 and gold["pairs"] > 100  # manners are left when prompts are swapped
     assert 0.75 < gold["labeller_gold_accuracy"] < 0.97 and 0.65 < gold["labeller_agreement"] < 0.95
     assert -1 <= gold["score_length_correlation"] < 0.9
     bad = figures(lambda item, a: -world.gold(item, a)[0])
-    assert bad["pair_accuracy"] == bad["truth_accuracy"] == bad["length_matched_accuracy"] == 0
-    assert figures(lambda item, a: 0.0)["pair_accuracy"] == figures(lambda item, a: 0.0)["truth_accuracy"] == 0.5
+    assert bad["pair_accuracy"] == bad["truth_accuracy"] == bad["minimal_pairs_accuracy"] == bad["length_matched_accuracy"] == 0
+    blind = figures(lambda item, a: 0.0)
+    assert blind["pair_accuracy"] == blind["truth_accuracy"] == blind["minimal_pairs_accuracy"] == 0.5
+    polite = figures(lambda item, a: float(world.gold(item, a)[1]["courteous"]))  # manner alone says nothing of truth
+    assert polite["truth_accuracy"] == polite["minimal_pairs_accuracy"] == 0.5 < polite["pair_accuracy"]
     long = figures(lambda item, a: float(len(a.split())))
     assert long["score_length_correlation"] == pytest.approx(1)
     rows = [[(world.gold(r["item"], a)[0], len(a.split())) for a in said[4 * i : 4 * i + 4]] for i, r in enumerate(held)]

@@ -68,7 +68,8 @@ def reward(results):
         r["way"] = (r["pair_accuracy"] - 0.5) / (r["labeller_gold_accuracy"] - 0.5)
     lines = {"pairs in gold order": "pair_accuracy", "labellers, same pairs": "labeller_gold_accuracy",
              "share of the way from chance to the labellers": "way", "two labellers agree": "labeller_agreement",
-             "right over wrong, alike in manner": "truth_accuracy", "pairs of like length": "length_matched_accuracy",
+             "right over wrong, alike in manner": "truth_accuracy", "the same, in the very same words": "minimal_pairs_accuracy",
+             "pairs of like length": "length_matched_accuracy",
              "correlation of score and length × 100": "score_length_correlation"}  # fmt: skip
     rows = [[name, cell(runs, key, 100, spread=True)] for name, key in lines.items()]
     return table(["reward model, held-out prompts", "%"], rows)
