@@ -55,6 +55,8 @@ def language_model(path, device="cpu"):
 
 def save(path, model, tokenizer=None, dtype=None):
     """Writes the folder: weights in `dtype` (None: the embedding's), config, generation_config and the tokenizer's files."""
+    if any(name.endswith(".base") for name, _ in model.named_modules()):
+        raise ValueError(f"{path}: the model has adapters: lora.merge() takes them into the weights, lora.save_adapter() writes them alone")
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
@@ -73,8 +75,8 @@ def save(path, model, tokenizer=None, dtype=None):
 
 
 def hub_name(name: str) -> str:
-    """Our parameter's name as transformers spells it: the backbone lies under "model."."""
-    return name if name.startswith(("lm_head.", "score.")) else "model." + name
+    """Our parameter's or module's name as transformers spells it: the backbone lies under "model."."""
+    return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name
 
 
 def write_json(path: Path, content: dict):

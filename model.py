@@ -194,7 +194,7 @@ class Transformer(nn.Module):
     def forward(self, tokens, mask=None, segments=None, cache=None):
         """Logits (B,T,V); with a scalar head the score at every token (B,T)."""
         h = self.hidden(tokens, mask, segments, cache)
-        return self.score(h).squeeze(-1) if self.config.num_labels else self.lm_head(h)
+        return self.score(h.to(self.score.weight.dtype)).squeeze(-1) if self.config.num_labels else self.lm_head(h)
 
 
 def _padded(tokens, mask, cache):
@@ -234,15 +234,21 @@ def init_weights(model: Transformer, generator: torch.Generator):
             nn.init.normal_(p, 0.0, 0.02 / (2 * model.config.num_hidden_layers) ** 0.5 if residual else 0.02, generator=generator)
 
 
+def share(model: Transformer) -> Transformer:
+    """A copy of the model whose frozen tensors (parameters without gradient, buffers) are the very same, only trained ones are copied."""
+    frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in frozen})
+
+
 def scalar_model(model: Transformer, generator: torch.Generator | None = None) -> Transformer:
-    """A copy of the model whose language-model head is replaced by a scalar one, started from N(0, 1/(D+1)) (Stiennon et al. 2020)."""
-    config = copy.copy(model.config)
-    config.num_labels = 1
-    config.tie_word_embeddings = False
-    new = Transformer(config).to(model.device)
-    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("lm_head")}
-    new.load_state_dict(kept, strict=False)
-    nn.init.normal_(new.score.weight.data, std=(config.hidden_size + 1) ** -0.5, generator=generator)
+    """A share() of the model whose language-model head is replaced by a scalar one, trained, in float32, started from N(0, 1/(D+1))
+    (Stiennon et al. 2020)."""
+    new = share(model)
+    del new.lm_head
+    new.config.num_labels, new.config.tie_word_embeddings = 1, False
+    new.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="cpu", dtype=torch.float32)
+    nn.init.normal_(new.score.weight.data, std=(model.config.hidden_size + 1) ** -0.5, generator=generator)
+    new.score.to(model.device)
     return new
 
 
@@ -327,7 +333,8 @@ def logprobs(model, tokens, mask, where, temperature: float = 1.0):
 
 def scores(model, tokens, mask, where=None):
     """A scalar model's score at every real token, 0 on padding (B,T). where: the answers, so that their prompts are read once."""
-    return wide(model.score(dense_hidden(model, tokens, mask, where)).squeeze(-1)) * mask
+    h = dense_hidden(model, tokens, mask, where).to(model.score.weight.dtype)  # trained heads are float32, their base may be bf16
+    return wide(model.score(h).squeeze(-1)) * mask
 
 
 def last_score(model, tokens, mask, where=None):

@@ -1,0 +1,293 @@
+"""LoRA: a frozen linear layer learns a low-rank change beside it (Hu et al. 2021, equation 3), and PEFT's adapter folders.
+
+    y = W x + s B A x        A (r,in), B (out,r);  s = α/r, or α/√r (rsLoRA: Kalajdzievski 2023)
+
+B starts at zero: a model with a fresh adapter is the model without it, bit for bit, and the first step moves B alone. A and B are
+float32 whatever W is: bf16, or four bits (QLoRA: Dettmers et al. 2023). Several adapters lie side by side on one model, use() says which
+one counts, and none of them is the bare base: DPO's and PPO's reference. share() makes further models over the same frozen weights.
+A layer that lacks the adapter in use is its base alone. Dropout follows train() and eval(), as everywhere in torch.
+"""
+
+import difflib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hub import hub_name, read_json, write_json
+from model import share as share  # lora.share: policy, reference, critic and reward model as adapters over one frozen base
+from model import wide
+
+GROUPS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
+
+
+class LoRALinear(nn.Module):
+    """A linear layer (nn.Linear, or quantised) as `base`, and the adapters that lie on it by name; `active` is the one in use."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.active = base, None
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.A, self.B, self.settings = nn.ParameterDict(), nn.ParameterDict(), {}
+
+    def scale(self):
+        said = self.settings[self.active]
+        return said["lora_alpha"] / (said["r"] ** 0.5 if said["use_rslora"] else said["r"])
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active not in self.A:
+            return y
+        A, B = self.A[self.active], self.B[self.active]
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
+        x = F.dropout(x, self.settings[self.active]["lora_dropout"], self.training)
+        return (y + F.linear(F.linear(x, A) * self.scale(), B)).to(y.dtype)
+
+
+# -- add, switch, merge
+
+
+def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name="default", generator=None):
+    """Puts a fresh adapter on the linear layers that `targets` names, freezes everything else, and takes it into use → the model.
+
+    targets: attention, mlp, all (both), lm_head, names of modules (q_proj, layers.0.mlp.up_proj), or several of these, as a list or with
+    commas. A scalar model's `score` head is trained whole beside the adapter. ValueError for an unknown target, with the nearest one.
+    """
+    settings = checked("add_lora", dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora))
+    words = targets.split(",") if isinstance(targets, str) else targets
+    words = [w for word in words for w in GROUPS.get(word.strip(), [word.strip()])]
+    layers = linears(model)
+    for word in words:
+        if not any(matches(n, [word]) for n in layers):
+            known = [*GROUPS, *dict.fromkeys(n.rpartition(".")[2] for n in layers), *layers]
+            near = difflib.get_close_matches(word, known, 1, 0)[0]
+            raise ValueError(f"add_lora: targets names {word!r}, which is no linear layer of this model (did you mean {near}?)")
+    fresh = {}
+    for n, layer in layers.items():
+        if matches(n, words):
+            A = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), a=5**0.5, generator=generator)
+            fresh[n] = A, torch.zeros(layer.out_features, rank)
+    return attach(model, name, settings, fresh)
+
+
+def attach(model, name: str, settings: dict, tensors: dict, score=None, trainable=True):
+    """Puts an adapter's tensors {layer: (A, B)} on the layers and takes it into use → the model. score: the scalar head that goes with
+    it, by default the one that is there."""
+    if "." in name or not name:
+        raise ValueError(f"an adapter's name is {name!r}: one without a dot was expected")
+    if name in adapters(model):
+        raise ValueError(f"the model has an adapter named {name} already: give another name")
+    if trainable:
+        model.requires_grad_(False)
+        score = model.score.weight if model.config.num_labels and score is None else score
+    layers = linears(model)
+    for n, (A, B) in tensors.items():
+        layer = layers[n]
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer).train(model.training)
+            model.set_submodule(n, layer)
+        layer.A[name], layer.B[name] = (nn.Parameter(t.to(model.device, torch.float32), trainable) for t in (A, B))
+        layer.settings[name] = settings
+    if score is not None:  # a new parameter: the one that is there may be another model's too
+        model.score.weight = nn.Parameter(score.detach().to(model.device, torch.float32, copy=True), trainable)
+    use(model, name)
+    return model
+
+
+def linears(model) -> dict:
+    """{name: layer} of the layers that an adapter may lie on: every linear but the scalar head, a wrapped one as its LoRALinear."""
+    fits = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear)) or hasattr(m, "dequantize")}
+    return {n: m for n, m in fits.items() if n != "score" and not n.endswith(".base")}
+
+
+def matches(layer: str, wanted) -> bool:
+    """Does PEFT mean this layer? A pattern matches the whole of transformers' name, a list holds that name or its last parts."""
+    layer = hub_name(layer)
+    return bool(re.fullmatch(wanted, layer)) if isinstance(wanted, str) else any(("." + layer).endswith("." + w) for w in wanted)
+
+
+def adapters(model) -> list[str]:
+    """The names of the adapters on a model, in the order in which they came."""
+    return list(dict.fromkeys(name for m in model.modules() if isinstance(m, LoRALinear) for name in m.A))
+
+
+def use(model, name: str | None):
+    """Takes an adapter into use; None: the bare base. (A scalar head is the model's own, whichever adapter is in use.)"""
+    if name is not None and name not in (there := adapters(model)):
+        raise ValueError(f"the model has no adapter named {name}: it has {', '.join(there) or 'none'}")
+    for m in model.modules():
+        if isinstance(m, LoRALinear):
+            m.active = name
+
+
+def unmoved(model, before=None) -> list[str]:
+    """The trained parameters that have not moved: B's that are still zero; or, of an adapter that goes on from a saved one, whatever is
+    still equal to `before`, a share() of the model from then."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if before is None:
+        return [n for n, p in trained.items() if ".B." in n and not p.any()]
+    start = dict(before.named_parameters())
+    return [n for n, p in trained.items() if torch.equal(p, start[n])]
+
+
+@torch.no_grad()
+def merge(model):
+    """Takes the adapter in use into the weights, W + s B A in float32 and once rounded to W's dtype → the model, of plain linears.
+
+    Quantised weights are dequantised first; other adapters are dropped. A tied head that has an adapter is untied. Prints the drift: how
+    far the logits over a fixed page of tokens are from those before.
+    """
+    if adapters(model) and not any(m.active for m in model.modules() if isinstance(m, LoRALinear)):
+        raise ValueError(f"merge: no adapter is in use: call use(model, name) with one of {', '.join(adapters(model))} first")
+    c, training, seeded = model.config, model.training, torch.Generator().manual_seed(0)
+    page = torch.randint(c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded).to(model.device)
+    before = wide(model.eval()(page))
+    for n, layer in linears(model).items():
+        new = merged(layer)
+        model.set_submodule(n, new)
+        if n == "lm_head" and c.tie_word_embeddings and new.weight is not model.embed_tokens.weight:
+            c.tie_word_embeddings = False
+            print("merged: the head has an adapter and the embedding has none: they are untied from here on")
+    drift, what = (wide(model(page)) - before).abs(), "scores" if c.num_labels else "logits"
+    print(f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g}, {drift.mean():.2g} on average")
+    return model.train(training)
+
+
+def merged(layer) -> nn.Linear:
+    """The plain linear that does what a layer does with its adapter in use."""
+    base = layer.base if isinstance(layer, LoRALinear) else layer
+    weight = base.dequantize() if hasattr(base, "dequantize") else base.weight
+    if base is not layer and layer.active in layer.A:
+        delta = layer.scale() * wide(layer.B[layer.active]) @ wide(layer.A[layer.active])
+        weight = (wide(weight) + delta).to(weight.dtype)
+    elif isinstance(base, nn.Linear):
+        return base
+    new = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+    new.weight, new.bias = nn.Parameter(weight, False), base.bias
+    return new
+
+
+# -- PEFT's folders: adapter_config.json and adapter_model.safetensors
+
+INITS = (True, False, "gaussian", "orthogonal", "eva")  # of A and B alone; PiSSA, OLoRA, LoftQ, CorDA change the base too
+HARMLESS = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "layers_pattern"}
+HARMLESS |= {"megatron_core", "qalora_group_size", "eva_config"}  # they say nothing unless another key does
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save"}
+
+
+def save_adapter(model, path, base: str | None = None, name="default"):
+    """Writes an adapter as PEFT's folder; base: the name or folder of the model that it belongs to."""
+    layers = {n: m for n, m in linears(model).items() if isinstance(m, LoRALinear) and name in m.A}
+    if not layers:
+        raise ValueError(f"the model has no adapter named {name}: it has {', '.join(adapters(model)) or 'none'}")
+    path, scalar = Path(path), bool(model.config.num_labels)
+    tensors = {key(n, k): p[name] for n, m in layers.items() for k, p in (("lora_A", m.A), ("lora_B", m.B))}
+    tensors |= {key("score"): model.score.weight} if scalar else {}
+    targets = sorted({n.rpartition(".")[2] for n in layers})
+    if {n for n in linears(model) if matches(n, targets)} != layers.keys():  # the short names would mean more layers than these
+        targets = [hub_name(n) for n in layers]
+    said = {"peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": base}
+    said |= next(iter(layers.values())).settings[name] | {"target_modules": targets, "modules_to_save": ["score"] if scalar else None}
+    said |= {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "inference_mode": True, "init_lora_weights": True}
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"})
+    write_json(path / "adapter_config.json", said | {"rank_pattern": {}, "alpha_pattern": {}})
+    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")  # safetensors makes it the owner's alone
+
+
+def load_adapter(model, path, name="default", trainable=True):
+    """Puts a PEFT folder's adapter on the model and takes it into use → the model.
+
+    trainable: everything else is frozen; otherwise the adapter is, and the rest stays as it was. FileNotFoundError where a file is
+    missing; ValueError, before anything changes, where the config asks for what we lack or the tensors are not this model's.
+    """
+    path = Path(path)
+    said, chosen = read_config(path, model)
+    wanted = {key(n, "lora_A"): (said["r"], layer.in_features) for n, layer in chosen.items()}
+    wanted |= {key(n, "lora_B"): (layer.out_features, said["r"]) for n, layer in chosen.items()}
+    if said["modules_to_save"]:
+        wanted[key("score")] = tuple(model.score.weight.shape)
+    tensors = read_tensors(path / "adapter_model.safetensors", wanted, model)
+    pairs = {n: (tensors[key(n, "lora_A")], tensors[key(n, "lora_B")]) for n in chosen}
+    settings = {k: said[k] for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+    return attach(model, name, settings, pairs, tensors.get(key("score")), trainable)
+
+
+def key(layer: str, part="") -> str:
+    """A tensor's name in PEFT's file: what it wraps is "base_model.model", then transformers' name of the layer."""
+    return "base_model.model." + hub_name(".".join(filter(None, (layer, part, "weight"))))
+
+
+def read_config(path: Path, model) -> tuple[dict, dict]:
+    """adapter_config.json → what it says, defaults filled in, and the layers that it means. Refuses by name what we lack."""
+    where = path / "adapter_config.json"
+    if not where.is_file():
+        raise FileNotFoundError(f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT writes")
+    said = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "modules_to_save": None, "exclude_modules": None}
+    said |= {k: v for k, v in read_json(where).items() if v is not None}
+    if said.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type is {json.dumps(said.get('peft_type'))}, LORA was expected")
+    targets, skipped, heads = said.get("target_modules"), said["exclude_modules"] or [], said["modules_to_save"] or []
+    for k, v in (("target_modules", targets), ("exclude_modules", skipped), ("modules_to_save", heads)):
+        if not (isinstance(v, str) or isinstance(v, list) and all(isinstance(w, str) for w in v)):
+            raise ValueError(f"{where}: {k} is {json.dumps(v)}, names or a pattern were expected")
+    lacking = {k: v for k, v in said.items() if k not in HARMLESS | READ and v not in (False, "none", "", [], {})}
+    lacking |= {"init_lora_weights": init} if (init := lacking.pop("init_lora_weights", True)) not in INITS else {}
+    heads = [m for m in heads if not (model.config.num_labels and m in ("score", "classifier"))]  # PEFT itself always adds "classifier"
+    lacking |= {"modules_to_save": heads} if heads else {}
+    for k, v in lacking.items():
+        raise ValueError(f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model: plain LoRA is")
+    checked(where, said)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = GROUPS["all"]
+    try:
+        chosen = {n: m for n, m in linears(model).items() if matches(n, targets) and not matches(n, skipped)}
+    except re.error as e:
+        raise ValueError(f"{where}: target_modules or exclude_modules is no regular expression ({e})") from None
+    if not chosen:
+        raise ValueError(f"{where}: target_modules = {json.dumps(targets)} means no linear layer of this model")
+    return said, chosen
+
+
+def checked(where, said: dict) -> dict:
+    """An adapter's settings, in PEFT's words, or a ValueError."""
+    for k, kinds, fits, what in (
+        ("r", int, lambda v: v >= 1, "a whole number from 1"),
+        ("lora_alpha", (int, float), lambda v: 0 < v < float("inf"), "a number above 0"),
+        ("lora_dropout", (int, float), lambda v: 0 <= v < 1, "a number from 0, below 1"),
+        ("use_rslora", bool, lambda v: True, "true or false"),
+    ):
+        v = said[k]
+        if not isinstance(v, kinds) or isinstance(v, bool) != (kinds is bool) or not fits(v):
+            raise ValueError(f"{where}: {k} is {v!r}, {what} was expected")
+    return said
+
+
+def read_tensors(file: Path, wanted: dict, model) -> dict:
+    """The tensors that are wanted, by name and shape, and no others. (PEFT writes an adapted head's base along: it must be ours.)"""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: an adapter's weights were expected there, as PEFT's save_pretrained() writes them")
+    try:
+        with safe_open(file, "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
+    theirs = tensors.pop(key("lm_head", "base_layer"), None)
+    if theirs is not None and key("lm_head", "lora_A") in wanted:
+        head = getattr(model.lm_head, "base", model.lm_head).weight
+        if theirs.shape != head.shape or not torch.allclose(wide(theirs), wide(head).cpu(), rtol=0.01, atol=1e-3):  # but for 16 bits
+            raise ValueError(f"{file}: its lm_head is not this model's: the adapter belongs to another model")
+    for what, names in (("lacks", wanted.keys() - tensors), ("has, and its config does not ask for,", tensors.keys() - wanted)):
+        if names:
+            raise ValueError(f"{file} {what} {min(names)}: the adapter and this model are not a pair")
+    for k, shape in wanted.items():
+        if tuple(tensors[k].shape) != shape or not tensors[k].is_floating_point():
+            raise ValueError(f"{file}: {k} is {tuple(tensors[k].shape)} in {tensors[k].dtype}, floating point of {shape} was expected")
+    return tensors
