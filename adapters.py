@@ -241,8 +241,9 @@ def load_adapter(model, path, trainable=True):
 
 
 # What a config may say without changing what is computed here (a stored prefix is the keys and values, however they were made).
-SAID = "peft_type base_model_name_or_path revision peft_version auto_mapping inference_mode init_ia3_weights num_virtual_tokens init_weights"
-SAID += " prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs prefix_projection encoder_hidden_size"
+SAID = "peft_type base_model_name_or_path revision peft_version auto_mapping inference_mode init_ia3_weights num_virtual_tokens"
+SAID += " init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
+SAID += " prefix_projection encoder_hidden_size"
 
 
 def read_config(path: Path, model) -> tuple[str, int]:
