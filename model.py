@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, allowed, cache, layer):
+    def forward(self, x, cos, sin, allowed, cache, layer, past):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -93,6 +94,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if past is not None:  # virtual tokens, before every row's own
+            k, v = (torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2) for old, new in zip(past[layer], (k, v), strict=True))
         native = x.device.type == "cpu"  # a GPU's fast kernels with a mask want the key/value heads repeated
         if not native:  # query head h reads key/value head h // groups
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
@@ -132,7 +135,7 @@ class Cache:
         shape = (rows, c.num_key_value_heads, room, c.head_dim)
         self.kv = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(c.num_hidden_layers)]
         self.mask = torch.zeros(rows, room, dtype=torch.bool, device=like.device)
-        self.length, self.place = 0, None
+        self.length, self.place, self.past = 0, None, None
 
     def append(self, layer: int, k, v):
         """Stores a layer's new keys and values behind the old ones and returns both; of packed rows (place: from where, to where)
@@ -159,6 +162,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
+        self.virtual = None  # prompt or prefix tuning (adapters.py): a module that gives each layer `tokens` keys and values to begin with
+        self.checkpointing = False  # keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -173,6 +178,11 @@ class Transformer(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
+    @property
+    def context(self) -> int:
+        """How many tokens it can read: virtual ones take their part of the positions."""
+        return self.config.max_position_embeddings - (self.virtual.tokens if self.virtual is not None else 0)
+
     def hidden(self, tokens, mask=None, segments=None, cache=None, layout=None):
         """Hidden states after the last norm.
 
@@ -183,13 +193,25 @@ class Transformer(nn.Module):
         if segments is not None:
             layout = _packed(segments)
         positions, allowed = layout or _padded(tokens, mask, cache)
-        x = self.embed_tokens(tokens)
-        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, allowed, cache, i)
+        past = None
+        if self.virtual is not None:  # a past that all rows share: everyone sees it, positions go on from it
+            past = cache.past if cache is not None and cache.past else self.virtual.past(self)
+            if allowed is None:
+                allowed = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
+            positions, allowed = positions + self.virtual.tokens, F.pad(allowed, (self.virtual.tokens, 0), value=True)
+        x = self.blocks(self.embed_tokens(tokens), positions, allowed, cache, past)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length, cache.past = cache.length + tokens.shape[1], past
         return self.norm(x)
+
+    def blocks(self, x, positions, allowed=None, cache=None, past=None):
+        """The layers alone, on embeddings x (B,T,D). past: a pair of keys and values (1,kv_heads,P,head_dim) a layer → (B,T,D)."""
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None
+        for i, layer in enumerate(self.layers):
+            arguments = x, cos, sin, allowed, cache, i, past
+            x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+        return x
 
     def forward(self, tokens, mask=None, segments=None, cache=None):
         """Logits (B,T,V); with a scalar head the score at every token (B,T)."""
@@ -359,10 +381,9 @@ def sample(logits, temperature: float, top_p: float, uniform):
 
 def prompt_room(model, max_new_tokens: int) -> int:
     """How many tokens a prompt may have. ValueError where the answer alone fills the context."""
-    context = model.config.max_position_embeddings
-    if max_new_tokens >= context:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: the model's context is {context} tokens, prompt included; give fewer")
-    return context - max_new_tokens
+    if max_new_tokens >= model.context:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: the model's context is {model.context} tokens, prompt included; give fewer")
+    return model.context - max_new_tokens
 
 
 @torch.no_grad()
@@ -372,11 +393,11 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     Each answer draws its own uniforms, fixed by seed, row and step: what one row says does not depend on when others end.
     Raises ValueError where a prompt is empty or prompt and answer exceed the model's context.
     """
-    longest, room = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
+    longest = max(map(len, prompts)) + max_new_tokens
     if min(map(len, prompts)) == 0:
         raise ValueError("generate: a prompt is empty; give at least one token")
-    if longest > room:
-        raise ValueError(f"generate: prompt + answer = {longest} tokens exceed the model's context of {room}")
+    if longest > model.context:
+        raise ValueError(f"generate: prompt + answer = {longest} tokens exceed the model's context of {model.context}")
     uniform = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)).to(model.device)
     tokens, mask = pad(prompts, left=True, device=model.device)
     rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)

@@ -192,6 +192,40 @@ def llamas(smollm2):
         save_file({"tokens": tokens, "mask": mask, "out": out.contiguous()}, HERE / f"llama_{name}" / "expected.safetensors")
 
 
+ADAPTERS = {"ia3": "biases", "prompt": "tied", "prefix": "biases"}  # each with the Llama that it is for
+
+
+def peft_adapters(smollm2):
+    """peft_NAME/: IA3, a prompt, a prefix far from their start, as PEFT saves them. expected.safetensors: its float32 logits of padded
+    rows, and under the stored names the gradients of the mean negative log-likelihood of their tokens."""
+    import torch
+    from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    configs = {"ia3": IA3Config(), "prompt": PromptTuningConfig(num_virtual_tokens=5), "prefix": PrefixTuningConfig(num_virtual_tokens=5)}
+    for name, llama in ADAPTERS.items():
+        configs[name].task_type, folder, generator = "CAUSAL_LM", HERE / f"peft_{name}", torch.Generator().manual_seed(1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(HERE / f"llama_{llama}", dtype=torch.float32), configs[name])
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = torch.randn(p.shape, generator=generator) * 0.5 + (name == "ia3")
+        model.peft_config["default"].base_model_name_or_path = f"llama_{llama}"
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink()
+        model.eval()
+        tokens = torch.randint(3, 60, (2, 12), generator=generator)
+        mask = torch.ones_like(tokens)
+        mask[1, 7:] = tokens[1, 7:] = 0
+        logits, seen = model(input_ids=tokens, attention_mask=mask).logits[:, -12:], mask[:, 1:].bool()
+        torch.nn.functional.cross_entropy(logits[:, :-1][seen], tokens[:, 1:][seen]).backward()
+        grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
+        if name != "ia3":  # stored under a name that is not the parameter's
+            grads = dict(zip(["prompt_embeddings"], grads.values(), strict=True))
+        assert grads.keys() == load_file(folder / "adapter_model.safetensors").keys()
+        save_file({"tokens": tokens, "mask": mask, "out": logits.detach().contiguous()} | grads, folder / "expected.safetensors")
+
+
 class TRL:
     """TRL's own losses of pairs of answers, [(prompt ids, chosen ids, rejected ids)], by its trainers' methods on two HF models."""
 
@@ -308,7 +342,7 @@ def losses(smollm2):
     }
 
 
-FILES = (tokenizers, tokens, rendered, chats, llamas, losses)  # in the order in which they need each other
+FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, losses)  # in the order in which they need each other
 
 
 def main():
