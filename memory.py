@@ -1,0 +1,232 @@
+"""Where the memory goes, and what fits on a GPU: python -m memory
+
+                     bytes a parameter            full, float32      LoRA on bf16      LoRA on NF4 (QLoRA)
+    frozen weights                                —                  2                 0.52
+    trained weights  float32                      4                  4 of the few      4 of the few
+    gradients        as the trained weights       4                  4                 4
+    optimizer        Adam's two averages          8                  8                 8
+
+These are exact. What a forward pass keeps for the backward pass grows with the tokens, not with what is trained: it is estimated here by
+counting what autograd saves in each block of model.py (tests count it too), and then measured.
+"""
+
+import resource
+import sys
+
+import torch
+
+from model import Config
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
+UNIT = 2**30  # what a graphics card's maker calls 1 GB
+
+
+def shape(vocab, hidden, ffn, layers, heads, kv_heads, head_dim, tied=False):
+    return Config(vocab, hidden, ffn, layers, heads, kv_heads, head_dim, tie_word_embeddings=tied)
+
+
+SIZES = {
+    "135M": shape(49152, 576, 1536, 30, 9, 3, 64, True),  # SmolLM2
+    "0.5B": shape(151936, 896, 4864, 24, 14, 2, 64, True),  # Qwen2.5, without its biases
+    "1.1B": shape(32000, 2048, 5632, 22, 32, 4, 64),  # TinyLlama
+    "3B": shape(128256, 3072, 8192, 28, 24, 8, 128, True),  # Llama 3.2
+    "7B": shape(32000, 4096, 11008, 32, 32, 32, 128),  # Llama
+    "13B": shape(32000, 5120, 13824, 40, 40, 40, 128),
+    "34B": shape(32000, 8192, 22016, 48, 64, 8, 128),  # Code Llama
+    "65B": shape(32000, 8192, 22016, 80, 64, 64, 128),
+    "70B": shape(32000, 8192, 28672, 80, 64, 8, 128),  # Llama 2
+}
+
+
+# ---------------------------------------------------------------- exact
+def count(*models) -> dict:
+    """Bytes of the models' tensors as allocated, what they share once: {"frozen bfloat16": …, "trained": …, "gradients": …, …}.
+
+    A gradient is as large as its parameter, AdamW's state twice that, and a step counter of 4 bytes for each.
+    """
+    rows, seen = {}, set()
+    for t in (t for model in models for t in (*model.parameters(), *model.buffers())):
+        storage = t.untyped_storage()
+        if storage._cdata in seen:  # the address of the storage itself: its data's is 0 for every tensor on the meta device
+            continue
+        seen.add(storage._cdata)
+        kind = "trained" if t.requires_grad else _frozen(t.dtype)
+        rows[kind] = rows.get(kind, 0) + storage.nbytes()
+        if t.requires_grad:
+            _train(rows, t.nbytes)
+    return rows
+
+
+def _frozen(dtype) -> str:
+    return f"frozen {str(dtype).removeprefix('torch.')}"
+
+
+def _train(rows, nbytes, tensors=1):
+    rows["gradients"] = rows.get("gradients", 0) + nbytes
+    rows["optimizer"] = rows.get("optimizer", 0) + 2 * nbytes + 4 * tensors
+
+
+def linears(c: Config) -> dict:
+    """A block's linear layers: {name: (in, out)}."""
+    D, F, Q, KV = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = dict(q_proj=(D, Q), k_proj=(D, KV), v_proj=(D, KV), o_proj=(Q, D))
+    return attention | dict(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
+
+
+def named(targets) -> set:
+    """Names of the layers that LoRA lies on. targets: keys of TARGETS, names of a block's linear layers, lm_head; a list or with commas."""
+    words = targets.split(",") if isinstance(targets, str) else targets
+    names = {name for word in words for name in TARGETS.get(word, [word])}
+    if unknown := names - {*TARGETS["all"], "lm_head"}:
+        raise ValueError(f"targets names {min(unknown)!r}: {', '.join([*TARGETS, *TARGETS['all'], 'lm_head'])} were expected")
+    return names
+
+
+def adapted(c: Config, targets) -> list:
+    """(in, out) of each of these layers in the whole model."""
+    names, sizes = named(targets), linears(c)
+    blocks = [sizes[name] for name in sizes if name in names] * c.num_hidden_layers
+    return blocks + [(c.hidden_size, c.vocab_size)] * ("lm_head" in names)
+
+
+def tensors(c: Config) -> list:
+    """(what, size) of every parameter of a Transformer(c); what: linear, a block's weight matrix, score or other."""
+    D, sizes = c.hidden_size, linears(c)
+    block = [("linear", i * o) for i, o in sizes.values()] + [("other", D)] * 2
+    biased = (*ATTENTION,) * c.attention_bias + (*MLP,) * c.mlp_bias
+    block += [("other", sizes[name][1]) for name in biased]
+    heads = [("score", D)] if c.num_labels else [] if c.tie_word_embeddings else [("other", c.vocab_size * D)]
+    return block * c.num_hidden_layers + [("other", c.vocab_size * D), ("other", D)] + heads
+
+
+def parameters(c: Config) -> int:
+    return sum(n for _, n in tensors(c))
+
+
+def predict(c: Config, rank=0, targets="all", dtype=torch.float32, quant=None) -> dict:
+    """What count() gives, from the shape alone. rank 0: every parameter is trained, in float32; otherwise LoRA on `targets` (see adapted),
+    and a scalar head, over a base frozen in `dtype`, with quant="nf4" its blocks' matrices in 4 bits."""
+    if not rank:
+        rows = {"trained": 4 * parameters(c)}
+        _train(rows, rows["trained"], len(tensors(c)))
+        return rows
+    rows, fresh = {}, [4 * rank * n for size in adapted(c, targets) for n in size]  # an A (r,in) and a B (out,r) each
+    for what, n in tensors(c):
+        if what == "score":
+            fresh.append(4 * n)
+            continue
+        parts = nf4_bytes(n) if what == "linear" and quant == "nf4" else {dtype: n * dtype.itemsize}
+        for kind, size in parts.items():
+            rows[_frozen(kind)] = rows.get(_frozen(kind), 0) + size
+    rows["trained"] = sum(fresh)
+    _train(rows, sum(fresh), len(fresh))
+    return rows
+
+
+def nf4_bytes(n: int) -> dict:
+    """A weight of n numbers, double-quantised: 4 bits each, 8 for the scale of 64 numbers, 32 for the scale of 256 scales."""
+    blocks = -(-n // 64)
+    return {torch.uint8: -(-n // 2) + blocks, torch.float32: 4 * -(-blocks // 256)}
+
+
+# ---------------------------------------------------------------- estimated
+def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtype=torch.float32, quant=None, autocast=False,
+                checkpointing=False, gpu=False, packed=True) -> int:  # fmt: skip
+    """Bytes kept from a forward pass over `tokens` tokens in rows of `length` for its backward pass; the first four options as in predict.
+
+    Per token and block, x bytes for a number of the residual stream and e for one of a matrix product (2 under autocast):
+        norm         its input in float32 and one scale; what it normalised too, where its weight is trained
+        projections  the input of a trained weight or of an adapter, once where several read the same tensor; under autocast from a
+                     float32 stream each makes its own bf16 copy. A frozen weight keeps no input. LoRA's A x: r numbers an adapter
+        attention    q, k, v, output, one logsumexp a head, never the probabilities; packed rows: a row of the mask as numbers. A GPU's
+                     kernels get k and v repeated for every head
+        SwiGLU       gate x, silu(gate x), up x; their product is down's input
+    Beside these, autocast keeps bf16 copies of float32 matrices: of trained ones to the end of the forward pass, of frozen ones with
+    the activations. With checkpointing every block's input stays, and in the backward pass the contents of one block at a time.
+    """
+    D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
+    Q, KV = H * c.head_dim, (H if gpu else c.num_key_value_heads) * c.head_dim
+    x = dtype.itemsize
+    e = 2 if autocast else x
+    learns = set(linears(c)) & (named(targets) if rank else set(linears(c)))
+
+    def inputs(*names):
+        n = len(learns & set(names))
+        return n if e != x else min(n, 1)
+
+    norm = 4 * D + 4 + (0 if rank else x * D)
+    kept = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV + D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
+    block = 2 * norm + e * (kept + rank * len(learns) + packed * length) + 4 * H
+    rest = norm + e * D + 2 * 4 * c.head_dim + 8  # the last norm, the head's input, cos and sin, ids
+    per_token = (L * x * D + block if checkpointing else L * block) + rest
+    matrices, head = sum(i * o for i, o in linears(c).values()), c.vocab_size * D
+    copies = sum(rank * (i + o) for i, o in adapted(c, targets)) if rank else L * matrices + head
+    if rank and x == 4:
+        copies += head + (0 if quant else matrices * (1 if checkpointing else L))
+    return tokens * per_token + 2 * copies * autocast
+
+
+def logits(c: Config, targets: int) -> int:
+    """Bytes of the head's output over `targets` tokens at their peak, which is in the backward pass: the log-softmax, its gradient and the
+    logits' gradient, in float32. A scalar head has none."""
+    return 0 if c.num_labels else 3 * 4 * targets * c.vocab_size
+
+
+# ---------------------------------------------------------------- measured, and shown
+def measured(device) -> int:
+    """The most bytes this process has held so far: on a GPU by the tensors, elsewhere by the whole process, libraries included."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(rows: dict, c: Config | None = None) -> str:
+    """{what: bytes} as an aligned table with its sum; with a config the trained parameters' share of the model's."""
+    rows = rows | {"sum": sum(rows.values())}
+    unit, name = (UNIT, "GB") if rows["sum"] >= UNIT else (2**20, "MB")
+    lines = [f"{what:<{max(map(len, rows))}} {size / unit:>9,.2f} {name}" for what, size in rows.items()]
+    if c is not None:
+        n = rows.get("gradients", 0) // 4
+        lines.append(f"trained: {n:,} parameters, {n / parameters(c):.2%} of the model's {parameters(c):,}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- what fits
+METHODS = {
+    "full": dict(),
+    "full, paged": dict(paged=True),
+    "LoRA": dict(rank=64, dtype=torch.bfloat16),
+    "QLoRA": dict(rank=64, dtype=torch.bfloat16, quant="nf4"),
+    "QLoRA, paged": dict(rank=64, dtype=torch.bfloat16, quant="nf4", paged=True),
+}
+
+
+def need(c: Config, tokens=512, paged=False, **how) -> dict:
+    """Bytes on a GPU of a training step on one row of `tokens`, all of them targets, checkpointed, under bf16 autocast: {what: bytes}."""
+    rows = predict(c, **how)
+    if paged:  # on the GPU are the page in use and the two that are next; a page is twice its parameter, which is at most an embedding
+        largest = max(4 * how["rank"] * n for size in adapted(c, "all") for n in size) if how else max(4 * n for _, n in tensors(c))
+        rows["optimizer"] = min(rows["optimizer"], 3 * 2 * largest)
+    rows["activations"] = activations(c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True)
+    rows["logits"] = logits(c, tokens)
+    if how.get("quant"):  # the largest matrix, for a moment: in float32, then beside it in bf16
+        rows["dequantised"] = 6 * max(i * o for i, o in linears(c).values())
+    return rows
+
+
+def fits(cards=(8, 16, 24, 48)) -> str:
+    """Two Markdown tables: the GB that each size needs by each method, and the largest size that each card holds, 1 GB left free."""
+    gb = {size: {how: sum(need(c, **options).values()) / UNIT for how, options in METHODS.items()} for size, c in SIZES.items()}
+    head = [f"| {{}} | {' | '.join(METHODS)} |", "| --- |" + " ---: |" * len(METHODS)]
+    lines = [head[0].format("GB"), head[1]]
+    lines += [f"| {size} | {' | '.join(f'{n:.1f}' for n in row.values())} |" for size, row in gb.items()]
+    lines += ["", head[0].format("GPU"), head[1]]
+    for card in cards:
+        largest = [next((size for size in reversed(SIZES) if gb[size][how] <= card - 1), "—") for how in METHODS]
+        lines.append(f"| {card} GB | {' | '.join(largest)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(fits())
