@@ -6,11 +6,16 @@ DEVICE    ?= auto
 MODEL     ?= data/base
 DATA      ?=
 PREFS     ?=
+LORA      ?=
+QUANT     ?=
 FULL      ?=
 OVERWRITE ?=
 PY        ?= .venv/bin/python
 PYTHON    ?= python3
 
+# LORA=16: adapters of rank 16 in every stage, each on the merged model before it; with QUANT=nf4 all on the one 4-bit base
+FIRST   = $(if $(LORA),--lora $(LORA)$(if $(QUANT), --quant $(QUANT)))
+THEN    = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT),--lora $(LORA)))
 COMMON  = --seed $(SEED) --device $(DEVICE) $(if $(OVERWRITE),--overwrite)
 WORLD   = $(OUT)/world
 PROMPTS = $(if $(PREFS),$(OUT)/prompts.jsonl,$(WORLD)/prompts.jsonl)
@@ -68,24 +73,24 @@ world: $(READY) ## the embedded world's records
 	@test -f $(WORLD)/heldout.jsonl || $(PY) -m data.world --out $(WORLD) --seed $(SEED)
 
 sft: world ## stage 1: supervised fine-tuning
-	$(PY) sft.py --model $(MODEL) --data $(or $(DATA),$(WORLD)/sft.jsonl) --out $(OUT)/sft $(COMMON) $(SFT_ARGS)
+	$(PY) sft.py --model $(MODEL) --data $(or $(DATA),$(WORLD)/sft.jsonl) --out $(OUT)/sft $(COMMON) $(FIRST) $(SFT_ARGS)
 
 comparisons: sft ## stage 2a: answers, ranked
 	$(PY) compare.py --model $(OUT)/sft --data $(or $(PREFS),$(WORLD)/prompts.jsonl) --out $(OUT)/comparisons.jsonl $(COMMON) $(COMPARE_ARGS)
 
 reward: comparisons ## stage 2b: the reward model
 	$(PY) reward.py --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --reference $(or $(DATA),$(WORLD)/sft.jsonl) --out $(OUT)/reward \
-	  $(COMMON) $(REWARD_ARGS)
+	  $(COMMON) $(THEN) $(REWARD_ARGS)
 
 ppo: reward ## stage 3: PPO
 	$(if $(PREFS),$(PY) -m data.records $(PREFS) $(PROMPTS))
-	$(PY) ppo.py --model $(OUT)/sft --reward $(OUT)/reward --data $(PROMPTS) --out $(OUT)/ppo $(COMMON) $(PPO_ARGS)
+	$(PY) ppo.py --model $(OUT)/sft --reward $(OUT)/reward --data $(PROMPTS) --out $(OUT)/ppo $(COMMON) $(THEN) $(PPO_ARGS)
 
 dpo: comparisons ## the short cut: DPO
-	$(PY) dpo.py --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/dpo $(COMMON) $(DPO_ARGS)
+	$(PY) dpo.py --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/dpo $(COMMON) $(THEN) $(DPO_ARGS)
 
 simpo: comparisons ## the short cut without a reference: SimPO
-	$(PY) dpo.py --loss simpo --beta 2.5 --gamma 1.0 --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/simpo $(COMMON) $(SIMPO_ARGS)
+	$(PY) dpo.py --loss simpo --beta 2.5 --gamma 1.0 --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/simpo $(COMMON) $(THEN) $(SIMPO_ARGS)
 
 eval: ppo dpo $(if $(REAL),,simpo) ## OUT/results.json and OUT/answers
 	$(PY) evals.py --out $(OUT) --base $(MODEL) --seed $(SEED) --device $(DEVICE) $(if $(DATA),--data $(DATA) --prefs $(PREFS)) $(EVAL_ARGS)
@@ -143,4 +148,4 @@ clean: ## remove OUT
 
 help:
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
-	@echo; echo "Settable: OUT SEED SEEDS DEVICE MODEL DATA PREFS FULL=1 OVERWRITE=1 PY PYTHON CHAT"
+	@echo; echo "Settable: OUT SEED SEEDS DEVICE MODEL DATA PREFS LORA=16 QUANT=nf4 FULL=1 OVERWRITE=1 PY PYTHON CHAT"

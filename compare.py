@@ -8,7 +8,7 @@ it is only rewritten. reward.py reads what comes out as rankings, dpo.py as pair
 import json
 from dataclasses import dataclass
 
-import hub
+import tuning
 from data import records, templates, world
 from model import generate, prompt_room
 from train import Run, load_function, main, opt, pick_device
@@ -67,7 +67,7 @@ def compare(o: Options):
     if records.kind(o.data) == "preference pair":
         return run.finish(lambda path: write_jsonl(path, records.rankings(o.data)))
     judge = load_function(o.labeller) if file else None
-    model, tok = hub.language_model(o.model, pick_device(o.device))
+    model, tok = tuning.load(o.model, pick_device(o.device))
     end, prompts = templates.end_id(tok), prepare(o, tok, prompt_room(model, o.max_new_tokens))
     done = run.resume().get("records", [])
 

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import hub
+import tuning
 from data import records, templates
 from model import join, logprobs
 from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
 
 
 @dataclass
-class Options:
+class Options(tuning.Tuning):
     model: str = opt("out/sft", "the policy's start and the reference")
     data: str = opt("out/comparisons.jsonl", "rankings or preference pairs")
     out: str = opt("out/dpo", "folder for the checkpoint")
@@ -43,7 +43,7 @@ class Options:
     gamma: float = opt(1.0, "SimPO's margin γ (not γ/β)", at_least=0)
     label_smoothing: float = opt(0.0, "cDPO's ε: the share of labels that are taken to be wrong", at_least=0, below=0.5)
     nll: float = opt(0.0, "weight of the chosen answer's negative log-likelihood per token", at_least=0)
-    lr: float = opt(2e-4, "peak learning rate", above=0)
+    lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -121,17 +121,20 @@ def reference_logps(model, groups, device, size: int):
 
 def dpo(o: Options):
     device = pick_device(o.device)
-    run = Run(o, __file__, [o.model, o.data])
-    policy, tok = hub.language_model(o.model, device)
+    run = Run(o, __file__, [*tuning.inputs(o), o.data])
+    policy, tok = tuning.start(o, device)
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.config.max_position_embeddings))
     data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)  # no reference for what will not be read
     reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
     data = list(zip(data, reference, strict=True))
-    optimizer = adamw(policy, o.lr)
+    peak = tuning.learning_rate(o, 2e-4)
+    optimizer = adamw(policy, peak, paged=o.paged)
     run.resume(policy=policy, optimizer=optimizer)
+    targets, share = [sum(map(len, answers)) for (_, answers, _), _ in data], o.batch / o.accumulate / len(data)
+    watch = tuning.Watch(o, device, [policy], share * (sum(targets) + sum(len(p) for (p, _, _), _ in data)), share * sum(targets))
 
     for step in run.steps(o.steps):
-        lr = lr_at(step, o.steps, o.lr, o.warmup)
+        lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
         pairs = sum(len(pairs) for (_, _, pairs), _ in batch)  # of the whole step: the loss's denominator
@@ -160,7 +163,8 @@ def dpo(o: Options):
         optimizer.zero_grad()
         run.log(step, ("loss", "margin", "accuracy"), **figures, lr=lr, grad_norm=norm, pairs=pairs)
         run.save(step)
-    run.finish(lambda path: hub.save(path, policy, tok))
+    watch.finish()
+    run.finish(lambda path: tuning.save(o, path, policy, tok))
 
 
 if __name__ == "__main__":

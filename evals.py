@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import hub
+import tuning
 from data import records, templates, world
 from model import generate, join, last_score, logprobs, pad, prompt_room
 from train import main, opt, pick_device
@@ -231,7 +232,7 @@ def evaluate_world(o, held, device):
     results, sft, sampled_sft = {"perfect": world.PERFECT}, None, None
     asked = [r["messages"] for r in held]
     for stage, path in found(o).items():
-        model, tok = hub.language_model(path, device)
+        model, tok = tuning.load(path, device)
         sampled = answer(model, tok, asked, o, 1.0, o.seed)
         lines, greedy = rate(held, sampled), rate(held, answer(model, tok, asked, o, 0.0, o.seed))
         if stage == "sft":
@@ -260,7 +261,7 @@ def evaluate_records(o, conversations, device):
     pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
     asked, given = [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
     for stage, path in found(o).items():
-        model, tok = hub.language_model(path, device)
+        model, tok = tuning.load(path, device)
         losses = held_out_losses(model, tok, held, device)
         records.report(o.data, len(losses), {}, "held-out conversations")
         results[stage] = {"n": len(losses), "loss_per_token": ratio(losses), "loss_per_token_ci": bootstrap(losses, ratio)}

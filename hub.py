@@ -43,9 +43,9 @@ def load(path, device="cpu", dtype=torch.float32):
     return model, tokenizer
 
 
-def language_model(path, device="cpu"):
+def language_model(path, device="cpu", dtype=torch.float32, quant=None):
     """load() for a stage that goes on from a chat model: a reward model, or a folder without tokenizer, is a ValueError."""
-    model, tokenizer = load(path, device)
+    model, tokenizer = load(path, device, dtype, quant)
     if model.config.num_labels:
         raise ValueError(f"{path} is a reward model: a language model was expected, such as sft.py writes")
     if tokenizer is None:
@@ -61,6 +61,7 @@ def save(path, model, tokenizer=None, dtype=None):
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
     weights = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
+    weights = {k: v for k, v in weights.items() if not k.startswith("virtual.")}  # adapters.py's, in a folder of their own
     weights = {hub_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # as the stages sample; transformers' top_k is 50

@@ -19,7 +19,6 @@ length changes little, finished stays near 1. Hacked: reward climbs on while gol
 answers that it was trained on. Broken: reward does not move, kl or ratio_error are not 0 at the start, explained_variance stays under 0.
 """
 
-import copy
 import json
 import time
 from dataclasses import dataclass
@@ -28,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import hub
+import tuning
 from data import records, templates, world
-from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores
+from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores, share
 from train import Run, adamw, autocast, load_function, lr_at, main, opt, pick_device, set_lr
 
 
 @dataclass
-class Options:
+class Options(tuning.Tuning):
     model: str = opt("out/sft", "the policy's start and the reference")
     reward: str = opt("out/reward", "reward model's folder, or FILE.py:function")
     data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn")
@@ -44,7 +43,7 @@ class Options:
     batch: int = opt(128, "answers a round", at_least=1)
     minibatch: int = opt(32, "answers an update", at_least=1)
     epochs: int = opt(2, "passes over a round's answers", at_least=1)
-    lr: float = opt(2e-4, "peak learning rate of policy and critic", above=0)
+    lr: float = opt(0.0, "peak learning rate of policy and critic; 0: 2e-4, five times that for LoRA", at_least=0)
     warmup: int = opt(2, "rounds of linear warmup, then a line to 0", at_least=0)
     kl: float = opt(0.2, "β: cost of a nat of KL, in standard deviations of the reward", at_least=0)
     target_kl: float = opt(0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0)
@@ -119,18 +118,18 @@ def explained_variance(values, returns, mask):
 
 
 # ---------------------------------------------------------------- what the loop needs
-def load_reward(spec: str, tok, device):
-    """A folder or FILE.py:function → (a function that scores answers, the model or None), the folder's scores in its own
+def load_reward(o, reference, tok, device):
+    """--reward, a folder or FILE.py:function → (a function that scores answers, the model or None), the folder's scores in its own
     standard deviations from its reference answers."""
+    spec = o.reward
     if is_function(spec):
         judge = load_function(spec)
         return lambda _tokens, _mask, prompts, answers: torch.tensor(judge(prompts, answers), device=device), None
-    model, own = hub.load(spec, device)
+    model, own = tuning.reward_model(o, spec, reference, device)
     if not model.config.num_labels:
         raise ValueError(f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was expected")
     if own is None or vocabulary(own) != vocabulary(tok):
         raise ValueError(f"--reward {spec}: its vocabulary is not the policy's; train it on the same model (reward.py --model)")
-    model.requires_grad_(False)
     c = model.config
     return lambda tokens, mask, _prompts, _answers: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std, model
 
@@ -166,20 +165,24 @@ def prepare(path, tok, room: int):
 
 def ppo(o: Options):
     device = pick_device(o.device)
-    run = Run(o, __file__, [o.model, o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward, o.data])
-    policy, tok = hub.language_model(o.model, device)
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    judge, reward_model = load_reward(o.reward, tok, device)
-    critic = copy.deepcopy(reward_model).requires_grad_(True) if reward_model else scalar_model(policy)
+    run = Run(o, __file__, [*tuning.inputs(o), o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward, o.data])
+    policy, tok = tuning.start(o, device)
+    reference = share(policy).requires_grad_(False)  # a copy of what is trained; what is frozen is in memory once
+    judge, reward_model = load_reward(o, reference, tok, device)
+    critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
     end, prompts = templates.end_id(tok), prepare(o.data, tok, prompt_room(policy, o.max_new_tokens))
-    optimizer, critic_optimizer = adamw(policy, o.lr, eps=1e-5), adamw(critic, o.lr, eps=1e-5)
+    peak = tuning.learning_rate(o, 2e-4)
+    optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
     beta = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer).get("beta", o.kl)
+    answered = o.minibatch * o.max_new_tokens
+    watch = tuning.Watch(o, device, [policy, critic, reference, *([reward_model] if reward_model else [])],
+                         answered + o.minibatch * sum(len(r["ids"]) for r in prompts) / len(prompts), answered)  # fmt: skip
     logp_of = lambda model, *rows: logprobs(model, *rows, temperature=o.temperature)  # noqa: E731
 
     for it in run.steps(o.iterations, "iteration"):
         start = time.time()
-        set_lr(optimizer, lr_at(it, o.iterations, o.lr, o.warmup))
-        set_lr(critic_optimizer, lr_at(it, o.iterations, o.lr, o.warmup))
+        set_lr(optimizer, lr_at(it, o.iterations, peak, o.warmup))
+        set_lr(critic_optimizer, lr_at(it, o.iterations, peak, o.warmup))
         with torch.no_grad(), autocast(device):
             # 1. rollout
             batch = records.batch(prompts, it, o.batch, o.seed)
@@ -230,7 +233,8 @@ def ppo(o: Options):
         run.log(it, ("reward", "gold", "kl"), **figures, **({"gold": sum(gold) / len(gold)} if gold else {}))
         run.save(it, beta=beta)
 
-    run.finish(lambda path: hub.save(path, policy, tok))
+    watch.finish()
+    run.finish(lambda path: tuning.save(o, path, policy, tok))
 
 
 def check_ratio(new, old, device) -> float:

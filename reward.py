@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import hub
+import tuning
 from data import records, templates
 from evals import pair_accuracy
 from model import join, last_score, scalar_model
@@ -24,7 +24,7 @@ ABSENT = -1
 
 
 @dataclass
-class Options:
+class Options(tuning.Tuning):
     model: str = opt("out/sft", "checkpoint folder to start from")
     data: str = opt("out/comparisons.jsonl", "rankings, or preference pairs")
     reference: str = opt("out/world/sft.jsonl", "conversations whose answers get mean score 0 and deviation 1 in PPO")
@@ -32,7 +32,7 @@ class Options:
     steps: int = opt(250, "optimizer steps", at_least=1)
     batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
     length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
-    lr: float = opt(1e-3, "peak learning rate", above=0)
+    lr: float = opt(0.0, "peak learning rate; 0: 1e-3, five times that for LoRA", at_least=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -105,18 +105,21 @@ def reference_scores(model, ids, device):
 
 def reward(o: Options):
     device = pick_device(o.device)
-    run = Run(o, __file__, [o.model, o.data, o.reference])
-    sft, tok = hub.language_model(o.model, device)
+    run = Run(o, __file__, [*tuning.inputs(o), o.data, o.reference])
+    sft, tok = tuning.start(o, device)
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
+    del sft
     length = min(o.length, model.config.max_position_embeddings)
     train, held = records.split(records.rankings(o.data))
     data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]
     references = prepare_references(o.reference, tok, length, o.seed)
-    optimizer = adamw(model, o.lr)
+    peak = tuning.learning_rate(o, 1e-3)
+    optimizer = adamw(model, peak, paged=o.paged)
     run.resume(model=model, optimizer=optimizer)
+    watch = tuning.Watch(o, device, [model], o.batch / len(data) * sum(len(p) + sum(map(len, answers)) for p, answers, _ in data), 0)
 
     for step in run.steps(o.steps):
-        lr = lr_at(step, o.steps, o.lr, o.warmup)
+        lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         scores, ranks = scores_of(model, records.batch(data, step, o.batch, o.seed), device)
         loss = ranking_loss(scores, ranks)
@@ -132,7 +135,8 @@ def reward(o: Options):
         with torch.no_grad():
             figures = [pair_accuracy(*scores_of(model, held[i : i + o.batch], device)) for i in range(0, len(held), o.batch)]
         run.log(o.steps, held_out_accuracy=sum(figures) / len(figures))
-    run.finish(lambda path: hub.save(path, model, tok))
+    watch.finish()
+    run.finish(lambda path: tuning.save(o, path, model, tok))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import hub
+import tuning
 from data import records, templates
 from model import first_fit, wide
 from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
@@ -24,7 +24,9 @@ IGNORE = -100
 
 
 @dataclass
-class Options:
+class Options(tuning.Tuning):
+    adapter: str = opt("none", "in place of LoRA: IA3's factors, or virtual tokens", choices=("none", *tuning.KINDS))
+    virtual_tokens: int = opt(20, "how many, of a prompt or prefix", at_least=1)
     model: str = opt("data/base", "checkpoint folder to start from")
     data: str = opt("out/world/sft.jsonl", "conversations: chat JSONL, Alpaca, or prompt/completion")
     out: str = opt("out/sft", "folder for the checkpoint")
@@ -32,7 +34,7 @@ class Options:
     batch: int = opt(32, "conversations a step", at_least=1)
     accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
-    lr: float = opt(5e-4, "peak learning rate", above=0)
+    lr: float = opt(0.0, "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the others", at_least=0)
     warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0)
     weight_decay: float = opt(0.0, "AdamW's decay of matrices", at_least=0)
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
@@ -86,19 +88,23 @@ def show(examples, tok):
 
 def sft(o: Options):
     device = pick_device(o.device)
-    run = None if o.show_batch else Run(o, __file__, [o.model, o.data])
-    model, tok = hub.language_model(o.model, device)
+    run = None if o.show_batch else Run(o, __file__, [*tuning.inputs(o), o.data])
+    model, tok = tuning.start(o, device)
     form = templates.adopt(tok, o.format or None)
     data = prepare(o.data, tok, min(o.length, model.config.max_position_embeddings))
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)
-    optimizer = adamw(model, o.lr, o.weight_decay)
+    peak = tuning.learning_rate(o, 5e-4)
+    optimizer = adamw(model, peak, o.weight_decay, paged=o.paged)
     run.resume(model=model, optimizer=optimizer)
+    share = o.batch / o.accumulate / len(data)
+    watch = tuning.Watch(o, device, [model], share * sum(len(ids) for ids, _ in data),
+                         share * sum(label != IGNORE for _, labels in data for label in labels))  # fmt: skip
 
     for step in run.steps(o.steps):
         examples = records.batch(data, step, o.batch, o.seed)
         targets = sum(label != IGNORE for _, labels in examples for label in labels[1:])  # of the whole step: the loss's denominator
-        lr = lr_at(step, o.steps, o.lr, o.warmup)
+        lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         loss, part = 0.0, -(-len(examples) // o.accumulate)
         for i in range(0, len(examples), part):
@@ -115,7 +121,8 @@ def sft(o: Options):
         run.save(step)
 
     model.config.eos_token_id = templates.end_id(tok, form)
-    run.finish(lambda path: hub.save(path, model, tok))
+    watch.finish()
+    run.finish(lambda path: tuning.save(o, path, model, tok))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from quant import PagedAdamW
+
 # ---------------------------------------------------------------- options
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
@@ -89,12 +91,14 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-def adamw(model, lr: float, weight_decay=0.0, eps=1e-8):
-    """AdamW on the parameters that want a gradient, decay on matrices only (never on norms and biases)."""
+def adamw(model, lr: float, weight_decay=0.0, eps=1e-8, paged=False):
+    """AdamW on the parameters that want a gradient, decay on matrices only (never on norms and biases).
+    paged: its state leaves the GPU where room is short."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in wanted if p.dim() >= 2], [p for p in wanted if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
+    options = dict(lr=lr, betas=(0.9, 0.95), eps=eps)
+    return PagedAdamW(groups, **options) if paged else torch.optim.AdamW(groups, **options, fused=True)
 
 
 def lr_at(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "linear") -> float:
@@ -143,13 +147,14 @@ def _call(file: str, function, *args):
 
 # ---------------------------------------------------------------- a run
 def fingerprint(path) -> str:
-    """sha256 of a file, or of the files in a checkpoint folder that decide what it says."""
+    """sha256 of a file, or of the files in a checkpoint folder, and its adapter's, that decide what it says."""
     path, h = Path(path), hashlib.sha256()
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    for p in [p for p in sorted(path.iterdir()) if p.name in names or p.suffix == ".safetensors"] if path.is_dir() else [path]:
+    names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [p for p in sorted([*path.glob("*"), *path.glob("adapter/*")]) if p.name in names or p.suffix == ".safetensors"]
+    for p in files if path.is_dir() else [path]:
         with open(p, "rb") as f:
             h.update(hashlib.file_digest(f, "sha256").digest())
     return h.hexdigest()
@@ -260,6 +265,7 @@ class Run:
             shutil.copy(self.state / "metrics.jsonl", aside)
             write(aside if self.home == self.out else aside / self.out.name)
         (self.home / "config.json").unlink(missing_ok=True)  # from here until the last rename there is no checkpoint to read
+        shutil.rmtree(self.home / "adapter", ignore_errors=True)  # of the run before, with --overwrite
         for file in sorted(aside.iterdir(), key=lambda f: f.name == self.result.name):
             os.replace(file, self.result if file.name == self.result.name else self.home / file.name)
         self.saved.unlink(missing_ok=True)  # first: what is left without it is never taken for a run

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-import hub
+import tuning
 from data import templates
 from model import decode
 from train import autocast, main, opt, pick_device
@@ -104,7 +104,7 @@ def command(line: str, o: Options, talk: list) -> bool:
 
 def load(o: Options):
     """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it has no room for."""
-    model, tok = hub.load(o.model, pick_device(o.device))
+    model, tok = tuning.load(o.model, pick_device(o.device))
     room = model.config.max_position_embeddings
     if model.config.num_labels:
         raise ValueError(f"{o.model}: a reward model, which scores answers and gives none; a language model was expected")

@@ -1,0 +1,170 @@
+"""What a stage trains, chosen once, before its loop: every weight, or an adapter on a frozen base, which may be 4-bit.
+
+    model, tok = tuning.start(o, device)       what --model names, as the options ask
+    …                                          the loop trains what wants a gradient, and never asks what that is
+    tuning.save(o, path, model, tok)           OUT is a plain checkpoint, the adapter merged into it; OUT/adapter the adapter alone
+
+A stage starts from the merged checkpoint of the one before it: a new adapter lies on a base that has learnt what came before. With
+--keep-base it starts from the base, as it was, and goes on with the adapter. Then all stages share one base, PPO's four networks hold it in
+memory once, and a 4-bit base is never rounded again: merged weights are not on the 4-bit grid, and another quantisation would undo part
+of what was learnt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import adapters
+import hub
+import lora
+import memory
+from data.tokenizer import Tokenizer
+from model import scalar_model, share
+from train import opt
+
+KINDS = tuple(adapters.PEFT_TYPE)
+LORA_LR = 5  # LoRA wants a larger learning rate than the weights (Schulman et al. 2025 find about ten times; measured in RESULTS.md)
+
+
+@dataclass
+class Tuning:
+    """The options that say what is trained; each stage's own ones follow."""
+
+    lora: int = opt(0, "rank of LoRA on the frozen weights; 0: every weight is trained", at_least=0)
+    alpha: float = opt(0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", at_least=0)
+    targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head, or names of modules, with commas")
+    quant: str = opt("none", "the frozen weights in 4 bits", choices=("none", "nf4"))
+    paged: bool = opt(False, "optimizer state in pages that move to the CPU when the GPU is full")
+    checkpointing: bool = opt(False, "keep each block's input alone and compute the rest again in the backward pass")
+    keep_base: bool = opt(False, "go on with the adapter of --model on the base below it, not from the two merged")
+
+
+def kind(o) -> str:
+    """What is trained: "weights", "lora" or one of KINDS."""
+    adapter = getattr(o, "adapter", "none")
+    return "lora" if o.lora or o.keep_base else adapter if adapter != "none" else "weights"
+
+
+def check(o):
+    """ValueError for options that do not go together."""
+    if kind(o) == "weights" and o.quant != "none":
+        raise ValueError(f"--quant {o.quant}: 4-bit weights cannot be trained; give --lora R (or --keep-base) too")
+    if o.keep_base and o.lora:
+        raise ValueError("--keep-base goes on with the adapter that is there, --lora makes a new one: give one of them")
+    if getattr(o, "adapter", "none") != "none" and (o.lora or o.keep_base):
+        raise ValueError(f"--adapter {o.adapter} stands for itself: leave --lora and --keep-base out")
+
+
+def learning_rate(o, weights: float) -> float:
+    """--lr, or where that is 0 what fits what is trained."""
+    return o.lr or {"weights": weights, "lora": LORA_LR * weights, **adapters.LEARNING_RATE}[kind(o)]
+
+
+# ---------------------------------------------------------------- checkpoint folders
+def load(path, device="cpu", dtype=torch.float32, quant=None):
+    """hub.language_model(), with the prompt or prefix that lies beside the weights where that is how they were tuned."""
+    model, tok = hub.language_model(path, device, dtype, quant)
+    file = Path(path) / "adapter" / "adapter_config.json"
+    if file.exists() and hub.read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        adapters.load_adapter(model, file.parent, trainable=False)
+        model.requires_grad_(True)
+    return model, tok
+
+
+def base_of(path) -> str:
+    """The folder of the model that the adapter of a stage's folder lies on."""
+    folder = Path(path) / "adapter"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave --keep-base out")
+    return hub.read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+
+
+def inputs(o) -> list[str]:
+    """The folders that a run of a stage reads its model from."""
+    check(o)
+    return [o.model, *([base_of(o.model)] if o.keep_base else [])]
+
+
+def start(o, device):
+    """The stage's model and tokenizer; what is to be trained wants a gradient, and nothing else does."""
+    quant, frozen = (None if o.quant == "none" else o.quant), kind(o) != "weights"
+    dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    if not o.keep_base:
+        model, tok = load(o.model, device, dtype, quant)
+        if model.virtual is not None and kind(o) != "weights":
+            raise ValueError(f"{o.model} has a prompt or prefix before it: another adapter does not go with it")
+        return tune(o, model, tok), tok
+    model, tok = hub.load(base_of(o.model), device, dtype, quant)[0], Tokenizer.load(Path(o.model))
+    model.config.eos_token_id = hub.read_config(Path(o.model)).eos_token_id
+    lora.load_adapter(model, f"{o.model}/adapter")
+    model.checkpointing = o.checkpointing
+    return model, tok
+
+
+def tune(o, model, tok=None):
+    """Adds the adapter that the options ask for, and freezes the rest. → the model"""
+    if kind(o) == "lora":
+        lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, o.targets)
+    elif kind(o) in KINDS:
+        adapters.add_adapter(model, kind(o), o.virtual_tokens, tokenizer=tok)
+    model.checkpointing = o.checkpointing
+    return model
+
+
+def reward_model(o, path, reference, device):
+    """PPO's reward model: a folder, or with --keep-base its adapter on the reference's base. What a critic will train wants a gradient."""
+    if not o.keep_base:
+        return hub.load(path, device, quant=None if o.quant == "none" else o.quant)
+    if Path(base_of(path)).resolve() != Path(base_of(o.model)).resolve():
+        raise ValueError(f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one base was expected")
+    model, said = scalar_model(reference), hub.read_config(Path(path))
+    model.config.reward_mean, model.config.reward_std = said.reward_mean, said.reward_std
+    return lora.load_adapter(model, f"{path}/adapter", name="reward"), Tokenizer.load(Path(path))
+
+
+def critic_of(o, reward):
+    """A network that starts as the reward model, which is frozen from here on, and trains what the policy trains."""
+    if o.lora:
+        return tune(o, share(reward.requires_grad_(False)))
+    critic = share(reward)
+    reward.requires_grad_(False)
+    return critic
+
+
+def save(o, path, model, tok):
+    """A plain checkpoint, and beside it in path/adapter what was trained, where that was an adapter."""
+    folder = path / "adapter"
+    if names := lora.adapters(model):
+        lora.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])
+        lora.merge(model)
+    elif adapters.parts(model):
+        adapters.save_adapter(model, folder, o.model)
+        model = adapters.merge(model) if model.virtual is None else model
+    hub.save(path, model, tok)
+
+
+# ---------------------------------------------------------------- what is said about it
+class Watch:
+    """The memory table before the loop; after it the memory that was really used, and the adapters that have not moved."""
+
+    def __init__(self, o, device, models: list, tokens: float, targets: float, length=128):
+        """models: all that the stage holds, the trained one first; of a pass: tokens, targets, and how long packed rows are."""
+        first, self.device = models[0], device
+        self.model, self.start = first, {}
+        if kind(o) != "weights":
+            self.start = {n: p.detach().clone() for n, p in first.named_parameters() if p.requires_grad}
+        rows, c, dtype = memory.count(*models), first.config, first.embed_tokens.weight.dtype
+        rank = next((m.settings[m.active]["r"] for m in first.modules() if isinstance(m, lora.LoRALinear)), 0)
+        how = dict(rank=rank, targets=o.targets, dtype=dtype, quant=None if o.quant == "none" else o.quant)
+        rows["activations (estimate)"] = memory.activations(c, int(tokens), length, **how, autocast=device.type == "cuda",
+                                                            checkpointing=o.checkpointing, gpu=device.type == "cuda")  # fmt: skip
+        rows["logits (estimate)"] = memory.logits(c, int(targets))
+        print(memory.table(rows, c))
+
+    def finish(self):
+        print(f"memory: {memory.measured(self.device) / memory.UNIT:.2f} GB at most" + (
+            "" if self.device.type == "cuda" else ", with Python and its libraries"))  # fmt: skip
+        now = dict(self.model.named_parameters())
+        if still := [n for n, p in self.start.items() if n in now and torch.equal(p, now[n])]:
+            print(f"warning: {len(still)} of the adapter's {len(self.start)} tensors have not moved ({still[0]}): are they used?")
