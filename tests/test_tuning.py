@@ -1,0 +1,188 @@
+"""What a stage trains: every adapter in every stage, killed and resumed, merged and kept, and PPO's four networks over one base."""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import stages
+import torch
+from safetensors.torch import load_file
+from stages import done, interrupt, refused, run, script
+from test_resume import contents
+from tiny import metrics
+
+import hub
+import lora
+import memory
+import tuning
+from model import share
+from train import pick_device
+
+CPU = pick_device("cpu")
+LORA = dict(lora=4, alpha=8, targets="attention,down_proj")
+WAYS = {
+    "lora": LORA,
+    "qlora": LORA | dict(quant="nf4", paged=True),
+    "checkpointing": LORA | dict(checkpointing=True),
+    "paged": dict(paged=True),
+    "ia3": dict(adapter="ia3"),
+    "prompt": dict(adapter="prompt", virtual_tokens=3, lr=0.05),
+    "prefix": dict(adapter="prefix", virtual_tokens=3),
+}
+KEEP = dict(quant="nf4", keep_base=True)
+
+
+def files(out):
+    """A run's bytes, its adapter's among them."""
+    adapter = {f"adapter/{f.name}": f.read_bytes() for f in Path(out, "adapter").glob("*")}
+    aside = Path(out).with_name("aside")
+    if adapter:
+        Path(out, "adapter").rename(aside)
+    try:
+        return contents(out) | adapter
+    finally:
+        if adapter:
+            aside.rename(Path(out, "adapter"))
+
+
+@pytest.fixture(scope="module")
+def qlora(small, tmp_path_factory):
+    """SFT and reward model as adapters over one 4-bit base → their folders."""
+    at = tmp_path_factory.mktemp("qlora")
+    done("sft.py", out=at / "sft", **small["sft"] | WAYS["qlora"] | dict(steps=30, lr=0.02))
+    done("reward.py", out=at / "reward", **small["reward"] | KEEP | dict(model=at / "sft", lr=0.01))
+    return at
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sft_killed_and_resumed_with_each_adapter(way, small, tmp_path):
+    options = {k: v for k, v in small["sft"].items() if k != "lr"} | WAYS[way] | dict(save_every=2)
+    whole = done("sft.py", out=tmp_path / "whole", **options)
+    interrupt(2, tmp_path / "broken", "sft.py", **options)
+    done("sft.py", out=tmp_path / "broken", **options)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert "warning" not in whole.out and "sum" in whole.out and "trained" in whole.out and "GB at most" in whole.out
+    losses = [line["loss"] for line in metrics(tmp_path / "whole")]
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert (tmp_path / "whole" / "adapter" / "adapter_config.json").exists() == (way != "paged")
+
+
+@pytest.mark.parametrize("stage", ("reward", "ppo", "dpo", "simpo"))
+@pytest.mark.parametrize("keep", (False, True))
+def test_the_other_stages_with_lora(stage, keep, small, qlora, tmp_path):
+    """On the merged model a new adapter, or the old one on its 4-bit base; killed and resumed = uninterrupted."""
+    options = {k: v for k, v in small[stage].items() if k != "lr"} | dict(save_every=2)
+    options |= KEEP | dict(model=qlora / "sft") if keep else LORA
+    if keep and stage == "ppo":
+        options["reward"] = qlora / "reward"
+    whole = done(script(stage), out=tmp_path / "whole", **options)
+    interrupt(1, tmp_path / "broken", script(stage), **options)
+    done(script(stage), out=tmp_path / "broken", **options)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert "warning" not in whole.out
+    first = metrics(tmp_path / "whole")[0]
+    if stage == "dpo":
+        assert first["loss"] - 0.1 * first["nll"] == pytest.approx(math.log(2), abs=1e-5) or first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    if stage == "ppo":
+        assert first["ratio_error"] < 1e-5 and abs(first["kl"]) < 1e-5
+    said = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == (small["sft"]["model"] if keep else str(options["model"]))
+
+
+def options(**changes):
+    o = dict(lora=0, alpha=0.0, targets="all", quant="none", paged=False, checkpointing=False, keep_base=False, seed=0)
+    return Namespace(**o | changes)
+
+
+@torch.no_grad()
+def test_the_merged_folder_is_the_adapter_on_its_base(small, qlora):
+    model, tok = tuning.start(options(model=qlora / "sft", **KEEP), CPU)
+    merged, same = tuning.load(qlora / "sft")
+    tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert (model(tokens) - merged(tokens)).abs().max() < 1e-4
+    assert tok.special == same.special and model.config.eos_token_id == merged.config.eos_token_id
+    base = hub.load(small["sft"]["model"], quant="nf4")[0]
+    lora.use(model, None)
+    assert torch.equal(model(tokens), base(tokens))
+
+
+def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
+    o = options(model=qlora / "sft", **KEEP)
+    policy, _ = tuning.start(o, CPU)
+    reference = share(policy).requires_grad_(False)
+    reward, _ = tuning.reward_model(o, qlora / "reward", reference, CPU)
+    critic = tuning.critic_of(o, reward)
+    frozen = {k: v for k, v in memory.count(policy).items() if k.startswith("frozen")}
+    rows = memory.count(policy, critic, reference, reward)
+    adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    score = policy.config.hidden_size * 4
+    assert rows["frozen uint8"] == frozen["frozen uint8"]
+    assert rows["frozen float32"] == frozen["frozen float32"] + 2 * adapter + score  # reference's and reward model's adapter
+    assert rows["trained"] == 2 * adapter + score  # policy's, critic's
+    assert not any(p.requires_grad for p in (*reference.parameters(), *reward.parameters()))
+    tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(policy(tokens), reference(tokens)) and torch.equal(critic(tokens), reward(tokens))
+        folder, _ = hub.load(qlora / "reward")
+        assert (folder(tokens) - reward(tokens)).abs().max() < 1e-4
+        for p in critic.parameters():
+            p.add_(0.1) if p.requires_grad else None
+        assert not torch.equal(critic(tokens), reward(tokens)) and torch.equal(policy(tokens), reference(tokens))
+        assert (folder(tokens) - reward(tokens)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_prompt_stays_beside_the_weights(small, tmp_path):
+    done("sft.py", out=tmp_path / "sft", **small["sft"] | WAYS["prompt"])
+    model, tok = tuning.load(tmp_path / "sft")
+    tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    base = hub.load(small["sft"]["model"])[0]
+    assert not torch.allclose(model(tokens), base(tokens), atol=1e-2)
+    model.virtual = None
+    assert torch.equal(model(tokens), base(tokens))
+    assert "virtual" not in " ".join(load_file(tmp_path / "sft" / "model.safetensors"))
+    done("compare.py", out=tmp_path / "c.jsonl", **small["compare"] | dict(model=tmp_path / "sft"))
+    refused(run("dpo.py", out=tmp_path / "dpo", **small["dpo"] | LORA | dict(model=tmp_path / "sft")), "prompt or prefix")
+
+
+def test_a_head_with_lora_is_written_untied(small, tmp_path):
+    done("sft.py", out=tmp_path / "sft", **small["sft"] | dict(lora=4, targets="all,lm_head", steps=4))
+    c = hub.read_config(tmp_path / "sft")
+    assert not c.tie_word_embeddings and hub.load(tmp_path / "sft")[0].lm_head.weight.shape == (400, 32)
+
+
+def test_learning_rates():
+    assert tuning.learning_rate(options(lr=0.0), 1e-3) == 1e-3
+    assert tuning.learning_rate(options(lr=0.0, lora=4), 1e-3) == tuning.LORA_LR * 1e-3
+    assert tuning.learning_rate(options(lr=0.0, adapter="ia3"), 1e-3) == tuning.adapters.LEARNING_RATE["ia3"]
+    assert tuning.learning_rate(options(lr=0.3, lora=4), 1e-3) == 0.3
+
+
+@pytest.mark.parametrize(("stage", "wrong", "words"), (
+    ("sft", dict(quant="nf4"), ("--quant nf4", "--lora")),
+    ("sft", dict(lora=-1), ("--lora is -1", "at least 0")),
+    ("sft", dict(lora=4, targets="q_prj"), ("targets names 'q_prj'", "did you mean q_proj")),
+    ("sft", dict(lora=4, adapter="ia3"), ("--adapter ia3", "leave --lora")),
+    ("sft", dict(adapter="prompt", virtual_tokens=1000), ("1000 virtual tokens", "context")),
+    ("dpo", dict(keep_base=True), ("has no adapter", "--keep-base")),
+    ("dpo", dict(keep_base=True, lora=4), ("--keep-base", "give one")),
+    ("ppo", dict(quant="nf5"), ("--quant", "nf4")),
+))  # fmt: skip
+def test_options_that_do_not_go_together(stage, wrong, words, small, tmp_path):
+    refused(run(script(stage), out=tmp_path / "out", **small[stage] | wrong), *words)
+
+
+def test_an_adapter_that_has_not_moved_is_named(small, capsys):
+    model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), CPU)
+    watch = tuning.Watch(options(lora=2), CPU, [model], 10, 10)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad and n != "layers.1.mlp.up_proj.B.default":
+                p.add_(1.0)
+    watch.finish()
+    assert "warning: 1 of the adapter's" in (said := capsys.readouterr().out) and "layers.1.mlp.up_proj.B.default" in said
+
+
+assert stages  # the fixture `small` lives there
