@@ -6,7 +6,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import stages
 import torch
 from safetensors.torch import load_file
 from stages import done, interrupt, refused, run, script
@@ -185,4 +184,7 @@ def test_an_adapter_that_has_not_moved_is_named(small, capsys):
     assert "warning: 1 of the adapter's" in (said := capsys.readouterr().out) and "layers.1.mlp.up_proj.B.default" in said
 
 
-assert stages  # the fixture `small` lives there
+
+def test_readme_s_table_of_what_fits_is_the_code_s():
+    text = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    assert memory.fits().split("\n\n")[1] == text.split("<!-- fits -->\n")[1].split("\n<!-- /fits -->")[0]
