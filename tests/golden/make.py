@@ -342,7 +342,51 @@ def losses(smollm2):
     }
 
 
-FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, losses)  # in the order in which they need each other
+LORAS = {  # base, PEFT's settings
+    "list": ("tied", dict(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=6)),
+    "pattern": ("biases", dict(target_modules=r".*\.1\.(self_attn|mlp)\.(k|o|up|down)_proj", r=3, lora_alpha=5, use_rslora=True)),
+    "head": ("tied", dict(target_modules=["gate_proj", "lm_head"], r=2, lora_alpha=2)),
+    "scores": ("scores", dict(target_modules="all-linear", r=2, lora_alpha=4, use_rslora=True, task_type="SEQ_CLS")),
+}
+
+
+def random_adapter(model, seed: int):
+    """What PEFT trains, set to numbers that matter."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def loras(smollm2):
+    """lora_NAME/: adapters as PEFT saves them, over llama_NAME in float32; in expected.safetensors its logits (scores: pooled) of the
+    base's tokens, and for the sum of their squares over real tokens the gradients of all that is trained, by the adapter file's names."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for name, (base, said) in LORAS.items():
+        kind = AutoModelForSequenceClassification if base == "scores" else AutoModelForCausalLM
+        peer, folder = kind.from_pretrained(HERE / f"llama_{base}", dtype=torch.float32), HERE / f"lora_{name}"
+        peer = random_adapter(get_peft_model(peer, LoraConfig(**dict(task_type="CAUSAL_LM") | said)), len(name))
+        peer.save_pretrained(folder)
+        (folder / "README.md").unlink()
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": f"llama_{base}"}
+        config["target_modules"] = sorted(t) if isinstance(t := config["target_modules"], list) else t
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        rows = load_file(HERE / f"llama_{base}" / "expected.safetensors")
+        out = peer(input_ids=rows["tokens"], attention_mask=rows["mask"]).logits
+        (out if base == "scores" else out[rows["mask"].bool()]).square().sum().backward()
+        found = {n.replace(".default", "").replace(".modules_to_save", ""): p.grad for n, p in peer.named_parameters() if p.requires_grad}
+        save_file({"out": out.detach().contiguous()} | found, folder / "expected.safetensors")
+
+
+FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, losses, loras)  # in the order in which they need each other
 
 
 def main():
