@@ -110,15 +110,14 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
         raise ValueError(f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to {model.context - 1}")
     if text is not None and (kind == "ia3" or kind == "prefix" and reparametrise):
         raise ValueError("a text starts a prompt, or a prefix without reparametrisation: give no text")
-    model.requires_grad_(False)
     if kind == "ia3":
-        return wrap(model)
-    c, ids = model.config, torch.randint(model.config.vocab_size, (tokens,), generator=generator)
-    if text is not None:
-        if not (read := tokenizer.encode(text)):
-            raise ValueError("the text that starts a prompt is empty")
-        ids = torch.tensor((read * tokens)[:tokens])
-    virtual = Prompt(wide(model.embed_tokens(ids.to(model.device))))
+        return wrap(model.requires_grad_(False))
+    c = model.config
+    ids = torch.randint(c.vocab_size, (tokens,), generator=generator).tolist() if text is None else tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the text that starts a prompt is empty")
+    model.requires_grad_(False)
+    virtual = Prompt(wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device))))
     if kind == "prefix" and not reparametrise:
         kv = torch.stack([torch.cat(pair) for pair in virtual.past(model)])  # (layers, 2, kv_heads, P, head_dim)
         virtual = Prefix(wide(kv.permute(3, 0, 1, 2, 4).flatten(1)))
