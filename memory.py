@@ -142,8 +142,9 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
         attention    q, k, v, output, one logsumexp a head, never the probabilities; packed rows: a row of the mask as numbers. A GPU's
                      kernels get k and v repeated for every head
         SwiGLU       gate x, silu(gate x), up x; their product is down's input
-    Beside these, autocast keeps bf16 copies of float32 matrices: of trained ones to the end of the forward pass, of frozen ones with
-    the activations. With checkpointing every block's input stays, and in the backward pass the contents of one block at a time.
+    Beside these, autocast keeps bf16 copies of float32 matrices. With checkpointing every block's input stays; besides, at the end of the
+    forward pass the copies of trained matrices, or in the backward pass one block's contents and copies with two gradients as wide as
+    its feed-forward. (The first block over a frozen embedding keeps less than said: nothing before it learns.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
     Q, KV = H * c.head_dim, (H if gpu else c.num_key_value_heads) * c.head_dim
@@ -159,12 +160,16 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
     kept = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV + D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
     block = 2 * norm + e * (kept + rank * len(learns) + packed * length) + 4 * H
     rest = norm + e * D + 2 * 4 * c.head_dim + 8  # the last norm, the head's input, cos and sin, ids
-    per_token = (L * x * D + block if checkpointing else L * block) + rest
-    matrices, head = sum(i * o for i, o in linears(c).values()), c.vocab_size * D
-    copies = sum(rank * (i + o) for i, o in adapted(c, targets)) if rank else L * matrices + head
-    if rank and x == 4:
-        copies += head + (0 if quant else matrices * (1 if checkpointing else L))
-    return tokens * per_token + 2 * copies * autocast
+
+    def copied(names, size):  # bf16 copies of a block's matrices
+        return 2 * autocast * sum(size(*io) for name, io in linears(c).items() if name in names)
+
+    fresh = copied(learns, lambda i, o: rank * (i + o) if rank else i * o)
+    frozen = copied(linears(c), lambda i, o: i * o) if rank and x == 4 and not quant else 0
+    outside = tokens * rest + (2 * autocast * c.vocab_size * D if x == 4 else 0)
+    if not checkpointing:
+        return L * (tokens * block + fresh + frozen) + outside
+    return L * tokens * x * D + max(L * fresh, tokens * (block + 2 * e * F) + fresh + frozen) + outside
 
 
 def logits(c: Config, targets: int) -> int:

@@ -54,19 +54,19 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def expected():
-    """What torch's AdamW makes of 40 steps."""
+    """What torch's AdamW makes of 24 steps."""
     params = parameters()
     optimizer = torch.optim.AdamW(groups(params), lr=1e-3, foreach=False, fused=False)
-    train(optimizer, params, range(40))
+    train(optimizer, params, range(24))
     return everything(optimizer, params)
 
 
-@pytest.mark.parametrize("budget", [None, 0, max(PAGE), 2 * max(PAGE), 40_000, sum(PAGE) - 1, sum(PAGE)])
-@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+@pytest.mark.parametrize("budget", [None, 0, 2 * max(PAGE), sum(PAGE) - 1, sum(PAGE)])
+@pytest.mark.parametrize("ahead", [0, 2, 9])
 def test_equals_torch_bit_for_bit_under_any_budget(budget, ahead, expected):
     params = parameters()
     optimizer = PagedAdamW(groups(params), lr=1e-3, budget=budget, ahead=ahead)
-    train(optimizer, params, range(40))
+    train(optimizer, params, range(24))
     equal(everything(optimizer, params), expected)
     assert bool(optimizer.host) == (budget is not None and budget < sum(PAGE)), "pages have been on the host, or never"
 
@@ -191,9 +191,9 @@ def test_a_step_that_runs_out_of_memory_evicts_and_goes_on(seed, monkeypatch, ex
     optimizer = PagedAdamW(groups(params), lr=1e-3)
     train(optimizer, params, range(6))  # failing begins where there is something to evict
     assert not optimizer.host
-    probe.fail = (torch.rand(60, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist()
+    probe.fail = (torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist()
     probe.fail = [now and not before for before, now in zip([True, *probe.fail], probe.fail, strict=False)]
-    train(optimizer, params, range(6, 40))
+    train(optimizer, params, range(6, 24))
     assert not probe.fail and optimizer.host
     equal(everything(optimizer, params), expected)
 
@@ -228,18 +228,53 @@ def test_a_page_ahead_that_finds_no_memory_comes_when_its_turn_does(monkeypatch,
     probe, params = Probe(monkeypatch), parameters()
     optimizer = PagedAdamW(groups(params), lr=1e-3, ahead=1)
     probe.fail = [False, False, True]  # the first page, its scratch memory, the second page
-    train(optimizer, params, range(40))
+    train(optimizer, params, range(24))
     equal(everything(optimizer, params), expected)
 
 
 def test_offload_sends_all_pages_away_and_changes_nothing(expected):
     params = parameters()
     optimizer = PagedAdamW(groups(params), lr=1e-3)
-    for step in range(40):
+    for step in range(24):
         train(optimizer, params, [step])
         if step % 3 == 0:
             optimizer.offload()
             assert optimizer.held == 0 and not optimizer.resident
+    equal(everything(optimizer, params), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("budget", [None, 2 * max(PAGE), 40_000])
+def test_a_page_on_its_way_is_waited_for(budget, seed, monkeypatch, expected):
+    """A side stream as slow as may be: what is ordered there happens, in order, only when something waits for it."""
+    queue = []
+
+    def run(until=None):
+        while queue and (until is None or any(event is until for event, _, _ in queue)):
+            _, to, source = queue.pop(0)
+            to.copy_(source)
+
+    class Side:
+        synchronize = staticmethod(run)
+
+    class Main:
+        wait_event = staticmethod(run)
+
+    probe, params = Probe(monkeypatch), parameters()
+    optimizer = PagedAdamW(groups(params), lr=1e-3, budget=budget)
+
+    def copy(to, source):
+        queue.append((object(), to, source))
+        return queue[-1][0]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Main)
+    optimizer._copy, optimizer.stream, optimizer.budget = copy, Side, budget or 10**9
+    monkeypatch.setattr(optimizer, "_host_page", lambda p: optimizer.host.setdefault(p, probe.empty((2, *p.shape)).fill_(7.0)))
+    train(optimizer, params, range(6))
+    probe.fail = (torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist()
+    probe.fail = [now and not before for before, now in zip([True, *probe.fail], probe.fail, strict=False)]
+    train(optimizer, params, range(6, 24))
+    optimizer.offload()
     equal(everything(optimizer, params), expected)
 
 
@@ -256,7 +291,7 @@ def test_resumed_equals_uninterrupted(before, after, expected, tmp_path):
     optimizer = PagedAdamW(groups(params), lr=1e-3, budget=after)
     _restore(optimizer, load_file(tmp_path / "state.safetensors"))
     assert optimizer.held == 0, "nothing is put on the device before its turn"
-    train(optimizer, params, range(13, 40))
+    train(optimizer, params, range(13, 24))
     equal(everything(optimizer, params), expected)
 
 
@@ -271,10 +306,10 @@ def test_states_of_torch_and_paged_are_interchangeable(first, expected):
     one, two = (torchs, paged) if first == "torch" else (paged, torchs)
     params = parameters()
     optimizer = one(groups(params))
-    train(optimizer, params, range(20))
-    again = two(groups(params))
+    train(optimizer, params, range(11))
+    again = two([dict(params=group["params"]) for group in groups(params)])  # the groups' settings come with the state
     again.load_state_dict(optimizer.state_dict())
-    train(again, params, range(20, 40))
+    train(again, params, range(11, 24))
     equal(everything(again, params), expected)
 
 
@@ -315,7 +350,7 @@ def test_on_a_gpu_pages_change_nothing(budget):
     for make in (torch.optim.AdamW, PagedAdamW):
         params = parameters("cuda")
         optimizer = make(groups(params), lr=1e-3, **(dict(budget=budget) if make is PagedAdamW else dict(foreach=False, fused=False)))
-        train(optimizer, params, range(40))
+        train(optimizer, params, range(24))
         out.append(everything(optimizer, params))
     equal(*out)
     assert all(page.is_pinned() for page in optimizer.host.values()) and all(page.is_cuda for page in optimizer.resident.values())

@@ -1,0 +1,266 @@
+"""The memory table: exact where it says so, against the tensors themselves; estimates against what autograd keeps and what is alive."""
+
+import contextlib
+
+import pytest
+import tiny
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import memory
+import quant
+from memory import SIZES, UNIT, activations, count, fits, logits, measured, need, nf4_bytes, parameters, predict, table
+from model import Config, Transformer
+from sft import sft_loss
+
+EMBEDDED = Config(1024, 192, 512, 5, 6, 2, 32, tie_word_embeddings=True)
+SMALL_VOCABULARY = Config(64, 192, 512, 8, 6, 2, 32, tie_word_embeddings=True)
+
+
+def build(c, rank=0, targets="all", dtype=torch.float32, quantised=False, device="cpu"):
+    with torch.device(device):
+        model = Transformer(c)
+    if rank:
+        model.to(dtype)
+        if quantised:
+            quantize_model(model)
+        pytest.importorskip("lora").add_lora(model, rank, rank, targets)
+    return model
+
+
+def quantize_model(model):
+    if not hasattr(quant, "quantize_model"):
+        pytest.skip("without NF4")
+    quant.quantize_model(model)
+
+
+# ---------------------------------------------------------------- exact
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_labels": 1}, {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("targets", [None, "all", "attention", "mlp", "q_proj,down_proj", ["k_proj", "mlp"], "all,lm_head"])
+def test_predicted_equals_counted(changes, targets):
+    if "num_labels" in changes and targets == "all,lm_head":
+        return
+    c, rank = tiny.lm(**changes).config, 3 if targets else 0
+    for dtype in (torch.float32, torch.bfloat16):
+        assert predict(c, rank, targets, dtype) == count(build(c, rank, targets, dtype))
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 16), (30, 7), (5, 7), (256, 65)])
+def test_predicted_equals_counted_in_4_bits(rows, columns):
+    """Blocks that do not fill up, an odd count of numbers, more than one block of scales."""
+    c = tiny.lm(hidden_size=columns, intermediate_size=rows).config
+    model = build(c, 3, "mlp", torch.bfloat16, quantised=True)
+    assert predict(c, 3, "mlp", torch.bfloat16, "nf4") == count(model)
+    assert count(model)["frozen uint8"] < parameters(c)
+
+
+def test_4_bits_are_4_127_bits():
+    assert sum(nf4_bytes(4096 * 4096).values()) * 8 / 4096**2 == 4 + 8 / 64 + 32 / (64 * 256)
+    assert nf4_bytes(65) == {torch.uint8: 33 + 2, torch.float32: 4}
+
+
+@pytest.mark.parametrize("size, published", [
+    ("135M", 134_515_008), ("1.1B", 1_100_048_384), ("3B", 3_212_749_824), ("7B", 6_738_415_616), ("13B", 13_015_864_320),
+    ("34B", 33_743_970_304), ("65B", 65_285_660_672), ("70B", 68_976_648_192), ("0.5B", 494_032_768 - 24 * (896 + 2 * 128)),
+])  # fmt: skip
+def test_shapes_are_the_published_ones(size, published):
+    assert parameters(SIZES[size]) == published
+
+
+@pytest.mark.parametrize("size", ["135M", "0.5B", "7B"])
+def test_predicted_equals_counted_at_full_size(size):
+    """On the meta device, where a tensor has a shape and no memory."""
+    model = build(SIZES[size], device="meta")
+    assert predict(SIZES[size]) == count(model) and count(model)["trained"] == 4 * parameters(SIZES[size])
+    assert predict(SIZES[size], 16, "all", torch.bfloat16) == count(build(SIZES[size], 16, "all", torch.bfloat16, device="meta"))
+
+
+def test_what_is_shared_counts_once():
+    policy, other = tiny.lm(), tiny.lm()
+    policy.requires_grad_(False)
+    alone = count(policy)
+    other.load_state_dict(policy.state_dict(), assign=True)  # the same memory in other parameters
+    other.requires_grad_(False)
+    assert count(policy, other) == count(policy, policy) == alone == {"frozen float32": 4 * parameters(policy.config)}
+    other.norm.weight = torch.nn.Parameter(torch.ones(16))
+    assert count(policy, other) == alone | {"trained": 64, "gradients": 64, "optimizer": 128 + 4}
+
+
+def test_a_view_counts_as_what_it_keeps_alive():
+    module = torch.nn.Module()
+    module.register_buffer("part", torch.zeros(10)[:5])
+    assert count(module) == {"frozen float32": 40}
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.AdamW, quant.PagedAdamW])
+def test_gradients_and_optimizer_are_what_a_step_leaves(make):
+    model = tiny.lm()
+    model.embed_tokens.requires_grad_(False)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    rows = count(model)
+    assert rows["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert rows["optimizer"] == sum(t.nbytes for state in optimizer.state_dict()["state"].values() for t in state.values())
+
+
+# ---------------------------------------------------------------- estimated
+def saved(model, B, T, autocast):
+    """Bytes that sft_loss keeps for its backward pass, each storage once, the model's own and the log-softmax left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept, tokens = {}, torch.arange(B * T).view(B, T) % model.config.vocab_size
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), t  # t is held: another's memory must not take its address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, n = sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
+    return sum(size for size, _ in kept.values()) - 4 * n * model.config.vocab_size
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rank, targets, dtype, within", [
+    (0, "all", torch.float32, 0.001), (16, "all", torch.float32, 0.04), (16, "attention", torch.float32, 0.05),
+    (4, "mlp", torch.float32, 0.12), (16, "all", torch.bfloat16, 0.04), (16, "down_proj,v_proj", torch.bfloat16, 0.1),
+])  # fmt: skip
+def test_activations_are_what_autograd_keeps(rank, targets, dtype, autocast, within):
+    if dtype == torch.bfloat16 and not autocast:
+        return
+    model = build(EMBEDDED, rank, targets, dtype)
+    for B, T in ((4, 64), (1, 200)):
+        expected = saved(model, B, T, autocast)
+        found = activations(EMBEDDED, B * T, T, rank, targets, dtype, autocast=autocast)
+        assert abs(found / expected - 1) < within, found / expected
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_activations_over_4_bits(dtype, autocast):
+    model = build(EMBEDDED, 16, "all", dtype, quantised=True)
+    expected = saved(model, 4, 64, autocast)
+    assert abs(activations(EMBEDDED, 256, 64, 16, "all", dtype, "nf4", autocast) / expected - 1) < 0.05
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that were alive at once in tensors made inside; `now` those that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.refs, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if torch.is_tensor(t) and t.untyped_storage()._cdata not in self.known:
+                self.refs[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
+        self.most = max(self.most, self.now())
+        return out
+
+    def now(self):
+        self.refs = {k: v for k, v in self.refs.items() if not v[0].expired()}
+        return sum(size for _, size in self.refs.values())
+
+    def run(self, model, B, T, autocast=False):
+        tokens = torch.arange(B * T).view(B, T) % model.config.vocab_size
+        segments = torch.zeros_like(tokens)
+        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), tokens, segments)}
+        with self:
+            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+                loss, _ = sft_loss(model, tokens, tokens, segments)
+            loss.backward()
+        return self.most
+
+
+@pytest.mark.parametrize("rank, autocast", [(0, False), (0, True), (16, False)])
+def test_a_step_peaks_at_activations_and_logits(rank, autocast):
+    peak = Alive().run(build(EMBEDDED, rank), 4, 64, autocast)
+    assert abs((activations(EMBEDDED, 256, 64, rank, autocast=autocast) + logits(EMBEDDED, 4 * 63)) / peak - 1) < 0.03
+
+
+@pytest.mark.parametrize("rank, targets, dtype", [
+    (0, "all", torch.float32), (16, "all", torch.float32), (16, "attention", torch.float32), (16, "all", torch.bfloat16),
+])  # fmt: skip
+def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtype):
+    c, autocast = SMALL_VOCABULARY, dtype == torch.bfloat16
+    model = build(c, rank, targets, dtype)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients have a row of their own
+    for layer in model.layers:
+        layer.forward = lambda *a, forward=layer.forward: checkpoint(forward, *a, use_reentrant=False)
+    peak = Alive().run(model, 8, 64, autocast)
+    found = activations(c, 512, 64, rank, targets, dtype, autocast=autocast, checkpointing=True)
+    assert abs(found / peak - 1) < 0.15, found / peak
+    assert found < 0.35 * activations(c, 512, 64, rank, targets, dtype, autocast=autocast)
+
+
+def test_a_scalar_head_has_no_logits():
+    assert logits(tiny.lm(num_labels=1).config, 100) == 0 and logits(tiny.lm().config, 100) == 100 * 280 * 12
+
+
+# ---------------------------------------------------------------- shown
+def test_the_table():
+    assert table({"frozen bfloat16": 3 * 2**20, "trained": 2**19}).splitlines() == [
+        "frozen bfloat16      3.00 MB",
+        "trained              0.50 MB",
+        "sum                  3.50 MB",
+    ]
+    c = SIZES["7B"]
+    lines = table(predict(c, 16, "all", torch.bfloat16, "nf4"), c).splitlines()
+    assert lines[0] == "frozen uint8         3.11 GB" and lines[-1] == "trained: 39,976,960 parameters, 0.59% of the model's 6,738,415,616"
+    assert lines[-2].endswith("GB") and len({len(line) for line in lines[:-1]}) == 1
+
+
+def test_measured_is_at_least_what_was_held():
+    x = torch.ones(30_000_000)
+    assert measured("cpu") > x.nbytes
+    assert measured("cpu") < 64 * UNIT
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="targets names 'attn': attention, mlp, all, q_proj"):
+        predict(EMBEDDED, 4, "attn")
+
+
+def test_what_fits():
+    cards = fits().split("\n\n")[1].splitlines()
+    assert cards[0] == "| GPU | full | full, paged | LoRA | QLoRA | QLoRA, paged |" and len(cards) == 2 + 4
+    sizes = ["—", *SIZES]
+    for card in cards[2:]:
+        name, full, paged, lora, qlora, both = (cell.strip() for cell in card.strip("|").split("|"))
+        order = [sizes.index(s) for s in (full, paged, lora, qlora, both)]
+        assert order == sorted(order)
+        gb = sum(need(SIZES[qlora], 512, **memory.METHODS["QLoRA"]).values()) / UNIT
+        assert gb <= int(name.split()[0]) - 1
+    assert sum(need(SIZES["7B"], **memory.METHODS["QLoRA"]).values()) < 10 * UNIT
+    assert sum(need(SIZES["65B"], **memory.METHODS["QLoRA, paged"]).values()) < 48 * UNIT
+
+
+# ---------------------------------------------------------------- on a GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rank, checkpointed", [(0, False), (16, False), (16, True)])
+def test_on_a_gpu_the_estimate_meets_the_measured_peak(rank, checkpointed):
+    c = Config(8192, 768, 2048, 12, 12, 4, 64, tie_word_embeddings=True)
+    torch.cuda.empty_cache()
+    model = build(c, rank, "all", torch.bfloat16 if rank else torch.float32).cuda()
+    if checkpointed:
+        for layer in model.layers:
+            layer.forward = lambda *a, forward=layer.forward: checkpoint(forward, *a, use_reentrant=False)
+    tokens = torch.arange(4096, device="cuda").view(8, 512)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for step in range(2):
+        if step:
+            torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    how = dict(rank=rank, dtype=torch.bfloat16 if rank else torch.float32, autocast=True, gpu=True, checkpointing=checkpointed)
+    expected = sum(count(model).values()) + activations(c, 4096, 512, **how) + logits(c, 8 * 511)
+    assert abs(expected / measured("cuda") - 1) < 0.15
