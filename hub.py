@@ -16,28 +16,40 @@ from safetensors.torch import save_file
 
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
+from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 
 CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a config may say beside our own fields: a value that changes nothing here, or the model is another one.
 HARMLESS = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "partial_rotary_factor": (1,)}
-HARMLESS |= {"sliding_window": (), "quantization_config": ()}
+HARMLESS |= {"sliding_window": ()}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
 HARMLESS |= dict.fromkeys(("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,))
 
 
-def load(path, device="cpu", dtype=torch.float32):
+def load(path, device="cpu", dtype=torch.float32, quant=None):
     """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`.
+
+    quant="nf4": the blocks' linear layers in 4 bits, each quantised as it is read, so that the whole model is never there in `dtype`.
+    Those that bitsandbytes has quantised in the folder stay as they are.
 
     FileNotFoundError where something is missing, ValueError where it is there and cannot be used; one sentence each.
     """
     path = Path(path)
     config = read_config(path)
+    if quant not in (None, "nf4"):
+        raise ValueError(f'quant = {json.dumps(quant)} is unknown: "nf4" was expected, or nothing for {dtype} weights')
     with torch.device("meta"):  # shapes only: the weights below are the first to take memory
         model = Transformer(config)
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}: they are not a pair")
-    model.load_state_dict(read_weights(path, model, device, dtype), assign=True)
+    weights = read_weights(path, model, device, dtype, quant)
+    quantize_model(model, [name for name in block_linears(model) if weights[f"{name}.weight"].dtype == torch.uint8])
+    try:
+        model.load_state_dict(weights, assign=True)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     if config.tie_word_embeddings and not config.num_labels:
         model.lm_head.weight = model.embed_tokens.weight
     return model, tokenizer
@@ -56,6 +68,8 @@ def language_model(path, device="cpu"):
 def save(path, model, tokenizer=None, dtype=None):
     """Writes the folder: weights in `dtype` (None: the embedding's), config, generation_config and the tokenizer's files."""
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
+    if any(isinstance(m, Linear4bit) for m in model.modules()):
+        raise ValueError(f"{path}: a model in 4 bits is not written; put its layers back into 16 or 32 bits first (Linear4bit.dequantize)")
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
     weights = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
@@ -104,6 +118,12 @@ def read_config(path: Path) -> Config:
         if key in said and said[key] not in allowed:
             known = f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
             raise ValueError(f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {known}")
+    if "quantization_config" in said:
+        packed = {"bnb_4bit_quant_storage": "uint8"} | said["quantization_config"] if isinstance(said["quantization_config"], dict) else {}
+        for key, value in NF4.items():
+            if packed.get(key) != value:
+                got = f"quantization_config.{key} = {json.dumps(packed.get(key))}"
+                raise ValueError(f"{where} asks for {got}, which tinytune does not know: only {json.dumps(value)} is")
     theta = rope_theta(where, said)
     for key in SHAPE:
         if type(said.get(key)) is not int or said[key] < 1:
@@ -185,26 +205,36 @@ def token_ids(c: Config, tokenizer) -> dict:
 # -- weights
 
 
-def read_weights(path: Path, model, device, dtype) -> dict:
-    """The model's tensors, read one by one. Missing, unexpected and mis-shaped ones are refused before anything is used."""
+def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
+    """The model's tensors, read one by one. Missing, unexpected and mis-shaped ones are refused before anything is used.
+
+    A weight in 4 bits, the folder's or with `quant` made here, is the several tensors of bitsandbytes' state dict; Linear4bit checks them.
+    """
     wanted = {hub_name(k): (k, tuple(v.shape)) for k, v in model.state_dict().items()}
+    linears = {f"{name}.weight" for name in block_linears(model)}
     tied = model.config.tie_word_embeddings and not model.config.num_labels
     weights, extra = {}, []
     for file in weight_files(path):
         try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
-                    shape = tuple(f.get_slice(name).get_shape())
-                    if name not in wanted:
+                    owner = name[: name.find(".weight.") + 7] if ".weight." in name else name  # of .absmax and the like
+                    key, expected = wanted.get(owner, (None, None))
+                    if key is None or owner != name and key not in linears:
                         extra += [name] if not name.endswith("rotary_emb.inv_freq") else []  # old folders: computed here
                         continue
-                    key, expected = wanted[name]
-                    if shape != expected:
-                        raise ValueError(f"{file}: {name} has the shape {shape}, config.json asks for {expected}")
                     tensor = f.get_tensor(name)
+                    if owner != name or tensor.dtype == torch.uint8 and key in linears:
+                        weights[key + name[len(owner) :]] = tensor.to(device, copy=True)
+                        continue
+                    if tensor.shape != expected:
+                        raise ValueError(f"{file}: {name} has the shape {tuple(tensor.shape)}, config.json asks for {expected}")
                     if not tensor.is_floating_point():
-                        raise ValueError(f"{file}: {name} is {tensor.dtype}: quantised weights are not read; get the 16-bit checkpoint")
-                    weights[key] = tensor.to(device, dtype, copy=True)  # a copy: the file's memory map is not kept
+                        raise ValueError(f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is read")
+                    if quant and key in linears:
+                        weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
+                    else:
+                        weights[key] = tensor.to(device, dtype, copy=True)  # a copy: the file's memory map is not kept
         except SafetensorError as e:
             raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
     if tied:

@@ -49,7 +49,7 @@ def to_codes(x, values, size: int):
     x (n,) float32 → codes (n,) uint8, absmax (ceil(n/size),) float32. The last block may be shorter.
     """
     rest = -x.numel() % size
-    blocks = F.pad(x, (0, rest)).view(-1, size)
+    blocks = (F.pad(x, (0, rest)) if rest else x).view(-1, size)
     absmax = blocks.abs().amax(1)
     if not absmax.isfinite().all():
         raise ValueError("a weight to be quantised has values that are not finite (inf or nan); get the checkpoint again")
@@ -215,21 +215,24 @@ class Linear4bit(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.weight.state_dict(prefix + "weight"))
+        if self.codes is not None:
+            destination.update(self.weight.state_dict(prefix + "weight"))
 
-    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, *rest):
         name = prefix + "weight"
         own = {k: v for k, v in state.items() if k == name or k.startswith(name + ".")}
-        super()._load_from_state_dict({k: v for k, v in state.items() if k not in own}, prefix, metadata, *rest)
+        super()._load_from_state_dict({k: v for k, v in state.items() if k not in own}, prefix, metadata, strict, missing, *rest)
+        if not own:
+            return missing.append(name)
         weight = NF4.from_state_dict(own, name)
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"{name} has the shape {weight.shape}, {(self.out_features, self.in_features)} was expected")
-        old, assign = self.codes, metadata.get("assign_to_params_buffers", False)
-        self.hold(weight)
-        if not assign:
+        if not metadata.get("assign_to_params_buffers"):  # load_state_dict(assign=True) takes the tensors themselves
+            device = weight.codes.device if self.codes is None else self.codes.device
             for k in self.TENSORS:
-                t = getattr(self, k)
-                setattr(self, k, t if t is None else t.to(t.device if old is None else old.device, copy=True))
+                t = getattr(weight, k)
+                setattr(weight, k, t if t is None else t.to(device, copy=True))
+        self.hold(weight)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
