@@ -232,7 +232,10 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                     if not tensor.is_floating_point():
                         raise ValueError(f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is read")
                     if quant and key in linears:
-                        weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
+                        try:
+                            weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
+                        except ValueError as e:
+                            raise ValueError(f"{file}: {name}: {e}") from None
                     else:
                         weights[key] = tensor.to(device, dtype, copy=True)  # a copy: the file's memory map is not kept
         except SafetensorError as e:
