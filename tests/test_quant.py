@@ -28,6 +28,8 @@ def layer(out=48, width=80, bias=True, seed=0, **options):
     linear = nn.Linear(width, out, bias=bias)
     with torch.no_grad():
         linear.weight.copy_(normal(out, width, seed=seed) * 0.1)
+        if bias:
+            linear.bias.copy_(normal(out, seed=seed + 1))
     return Linear4bit(linear, **options)
 
 
@@ -69,7 +71,7 @@ def test_bitsandbytes_own_numbers(case):
         step = torch.cat((DYNAMIC_VALUES.diff(), torch.zeros(1)))[absmax.int()]
         apart = (DYNAMIC_VALUES[ours.absmax.int()] - DYNAMIC_VALUES[absmax.int()]).abs() * scale
         assert (apart <= step.clamp(min=4 / 65535) * scale + 1e-12).all()
-        assert (ours.absmax != absmax).float().mean() < 0.02 or scale.max() < 1e-30
+        assert (ours.absmax != absmax).sum() <= 1 or scale.max() < 1e-30  # of a weight of one block nothing is left without the mean
 
 
 def test_the_case_of_double_quantisation_has_two_blocks_and_few_differences():
@@ -175,15 +177,19 @@ def test_autocast_computes_in_its_type():
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(x)
         z = nn.functional.linear(x, ours.dequantize(), ours.bias)
-    assert y.dtype == torch.bfloat16 and (y - z).abs().max() < 0.03
+    assert y.dtype == torch.bfloat16 and (y - z).abs().max() < 0.01 * z.abs().max()
     y.float().sum().backward()
-    assert x.grad.dtype == torch.float32 and (x.grad - ours.dequantize().sum(0)).abs().max() < 0.03
+    whole = ours.dequantize().sum(0)
+    assert x.grad.dtype == torch.float32 and 0 < (x.grad - whole).abs().max() < 0.01 * whole.abs().max()
+
+
+def live_tensors():
+    gc.collect()
+    return [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
 
 
 def large_tensors(numbers):
-    gc.collect()
-    alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() >= numbers and t.is_floating_point()]
-    return {t.data_ptr() for t in alive}
+    return {t.data_ptr() for t in live_tensors() if t.numel() >= numbers and t.is_floating_point()}
 
 
 def test_no_full_precision_copy_is_alive():
@@ -276,6 +282,7 @@ def test_state_dicts_that_do_not_fit():
         ({name: None}, "nf4 is missing, or not what"),
         ({name: torch.zeros(3, dtype=torch.uint8)}, "nf4 is missing, or not what"),
         ({name: words(shape="x")}, "nf4 is missing, or not what"),
+        ({name: words(shape=None)}, "nf4 is missing, or not what"),
         ({name: words(dtype="int8")}, "nf4 is missing, or not what"),
         ({name: words(nested_blocksize=128)}, "nf4 is missing, or not what"),
         ({name: words(shape=[80, 48])}, r"the shape \(80, 48\), \(48, 80\) was expected"),
@@ -317,17 +324,16 @@ def test_loading_quantises_the_blocks_layers_alone(tmp_path):
 
 
 def test_one_tensor_at_a_time_is_whole_while_loading(tmp_path, monkeypatch):
-    folder, alive = tiny.folder(tmp_path, hidden_size=64, intermediate_size=128), []
+    folder, alive = tiny.folder(tmp_path, hidden_size=64, intermediate_size=128, num_hidden_layers=1), []
     quantize = hub.quantize_nf4
 
     def counted(weight):
-        gc.collect()
-        alive.append(len([t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta and tuple(t.shape) == (128, 64)]))
+        alive.append(sum(not t.is_meta and t.shape in ((128, 64), (64, 128), (64, 64)) for t in live_tensors()))
         return quantize(weight)
 
     monkeypatch.setattr(hub, "quantize_nf4", counted)
     hub.load(folder, quant="nf4")
-    assert len(alive) == 14 and max(alive) <= 2  # the file's and the one in `dtype`, the same where they are alike
+    assert len(alive) == 7 and max(alive) <= 2  # the file's and the one in `dtype`, here the same
 
 
 def test_what_is_refused(tmp_path):
