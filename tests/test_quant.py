@@ -128,6 +128,16 @@ def test_ties_take_the_lower_code():
     assert codes[1:16].tolist() == list(range(15)) and codes[16:31].tolist() == list(range(1, 16))
 
 
+def test_a_short_last_block_is_divided_by_its_absmax():
+    """Whole blocks are multiplied by its reciprocal, as bitsandbytes does: where a number is almost a tie the codes differ."""
+    middles, absmax = (NF4_VALUES[1:] + NF4_VALUES[:-1]) / 2, torch.tensor(0.013)
+    block = torch.cat((absmax[None], middles * absmax, torch.zeros(48)))
+    codes = quantize_nf4(torch.cat((block, block[:20]))).codes
+    codes = torch.cat((codes >> 4, codes & 15), 1).flatten()
+    whole, short = torch.bucketize(block * (1 / absmax), middles), torch.bucketize(block[:20] / absmax, middles)
+    assert codes[:64].tolist() == whole.tolist() and codes[64:].tolist() == short.tolist() and (whole[:20] != short).any()
+
+
 def test_pieces_larger_than_one_step():
     """More than the 2^19 numbers that are dequantised at a time."""
     w = normal(600, 1000)

@@ -210,6 +210,7 @@ def nf4_weights():
         "zeros": torch.randn(6, 64, generator=generator) * (torch.arange(6) % 3 > 0)[:, None],
         "zero_end": torch.cat((torch.randn(64, generator=generator), torch.zeros(5))),
         "outliers": torch.randn(20, 64, generator=generator) * 0.01,
+        "short": torch.cat((ties, ties[:20])) * 0.013,  # the last block is not a whole one; the products are no exact ties
         "tiny": torch.randn(2, 64, generator=generator) * 1e-38,
     }
     weights["outliers"][[3, 17], [5, 60]] = torch.tensor([40.0, -9.0])
