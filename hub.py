@@ -22,9 +22,9 @@ CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a config may say beside our own fields: a value that changes nothing here, or the model is another one.
 HARMLESS = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "partial_rotary_factor": (1,)}
-HARMLESS |= {"sliding_window": ()}
-NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
-HARMLESS |= dict.fromkeys(("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,))
+HARMLESS |= dict.fromkeys(("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,)) | {"sliding_window": ()}
+# What a quantization_config must say; the rest of it (compute type, double quantisation, skipped layers) the tensors themselves show.
+PACKED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
 
 
 def load(path, device="cpu", dtype=torch.float32, quant=None):
@@ -123,7 +123,7 @@ def read_config(path: Path) -> Config:
             raise ValueError(f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {known}")
     if "quantization_config" in said:
         packed = {"bnb_4bit_quant_storage": "uint8"} | said["quantization_config"] if isinstance(said["quantization_config"], dict) else {}
-        for key, value in NF4.items():
+        for key, value in PACKED.items():
             if packed.get(key) != value:
                 got = f"quantization_config.{key} = {json.dumps(packed.get(key))}"
                 raise ValueError(f"{where} asks for {got}, which tinytune does not know: only {json.dumps(value)} is")
@@ -235,7 +235,10 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                     if not tensor.is_floating_point():
                         raise ValueError(f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is read")
                     if quant and key in linears:
-                        weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
+                        try:
+                            weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
+                        except ValueError as e:
+                            raise ValueError(f"{file}: {name}: {e}") from None
                     else:
                         weights[key] = tensor.to(device, dtype, copy=True)  # a copy: the file's memory map is not kept
         except SafetensorError as e:

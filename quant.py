@@ -130,11 +130,12 @@ class NF4:
 
         try:
             said = json.loads(bytes(state[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
-            n, size, dtype = prod(said["shape"]), said["blocksize"], getattr(torch, said["dtype"])
+            shape, size, dtype = tuple(map(int, said["shape"])), int(said["blocksize"]), getattr(torch, said["dtype"])
             nested, offset = "nested_offset" in said, said.get("nested_offset", 0.0)
             assert size % 2 == 0 and said.get("nested_blocksize", NESTED) == NESTED and dtype.is_floating_point
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError):
             raise ValueError(f"{name}.quant_state.bitsandbytes__nf4 is missing, or not what bitsandbytes writes of an NF4 weight") from None
+        n = prod(shape)
         blocks = -(-n // size)
         codes = tensor("", (-(-n // 2), 1), torch.uint8)
         absmax = tensor(".absmax", (blocks,), torch.uint8 if nested else torch.float32)
@@ -142,7 +143,7 @@ class NF4:
         if nested:
             tensor(".nested_quant_map", (256,), torch.float32, DYNAMIC_VALUES)
         nested = tensor(".nested_absmax", (-(-blocks // NESTED),), torch.float32) if nested else None
-        return cls(codes, absmax, nested, offset, size, tuple(said["shape"]), dtype)
+        return cls(codes, absmax, nested, offset, size, shape, dtype)
 
 
 def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:

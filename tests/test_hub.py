@@ -306,7 +306,7 @@ def test_tensors_that_do_not_fit(folder):
     edit_weights(folder, model__norm__weight=torch.ones(33))
     refused(folder, ValueError, r"model.norm.weight has the shape \(33,\), config.json asks for \(32,\)")
     edit_weights(folder, model__norm__weight=torch.ones(32, dtype=torch.int8))
-    refused(folder, ValueError, "model.norm.weight is torch.int8: quantised weights are not read")
+    refused(folder, ValueError, "model.norm.weight is torch.int8: of quantised weights only NF4")
     edit_weights(folder, model__norm__weight=torch.ones(32), model__layers__0__self_attn__q_norm__weight=torch.ones(8))
     refused(folder, ValueError, "does not ask for, model.layers.0.self_attn.q_norm.weight;")
 

@@ -226,6 +226,83 @@ def peft_adapters(smollm2):
         save_file({"tokens": tokens, "mask": mask, "out": logits.detach().contiguous()} | grads, folder / "expected.safetensors")
 
 
+def nf4_weights():
+    """{name: weight} in which a quantiser can go wrong: odd sizes, blocks of zeros, exact ties, outliers, blocks across rows."""
+    import torch
+    from bitsandbytes.functional import get_4bit_type
+
+    generator = torch.Generator().manual_seed(0)
+    values = get_4bit_type("nf4", "cpu")
+    ties = torch.cat((torch.ones(1), (values[1:] + values[:-1]) / 2, torch.zeros(48)))
+    weights = {
+        "plain": torch.randn(12, 64, generator=generator) * 0.02,
+        "nested": torch.randn(260, 64, generator=generator) * torch.linspace(0.01, 0.1, 260)[:, None],
+        "odd": torch.randn(7, 11, generator=generator),
+        "one": torch.tensor([-0.3]),
+        "across": torch.randn(10, 50, generator=generator) * 0.1,
+        "ties": torch.stack((ties, -ties * 0.125)),
+        "zeros": torch.randn(6, 64, generator=generator) * (torch.arange(6) % 3 > 0)[:, None],
+        "zero_end": torch.cat((torch.randn(64, generator=generator), torch.zeros(5))),
+        "outliers": torch.randn(20, 64, generator=generator) * 0.01,
+        "short": torch.cat((ties, ties[:20])) * 0.013,  # the last block is not a whole one; the products are no exact ties
+        "tiny": torch.randn(2, 64, generator=generator) * 1e-38,
+    }
+    weights["outliers"][[3, 17], [5, 60]] = torch.tensor([40.0, -9.0])
+    return weights
+
+
+def nf4(smollm2):
+    """nf4.safetensors: weights, and what bitsandbytes makes of them on a CPU, in three types, the scales quantised (2) or not (1)."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from safetensors.torch import save_file
+
+    out = {}
+    for name, weight in nf4_weights().items():
+        only = {"tiny": (torch.float32,), "nested": (torch.bfloat16,)}  # two blocks of scales, large
+        for dtype in only.get(name, (torch.float32, torch.bfloat16, torch.float16)):
+            at, w = f"{name}.{str(dtype)[6:]}", weight.to(dtype)
+            for double in (False, True)[name == "nested" :]:
+                codes, state = quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type="nf4")
+                whole = dequantize_4bit(codes, state).view(w.shape)
+                out |= {at: w, f"{at}.codes": codes, f"{at}.absmax{1 + double}": state.absmax, f"{at}.whole{1 + double}": whole}
+                if double:
+                    out |= {f"{at}.nested": state.state2.absmax, f"{at}.offset": state.offset.clone()}
+    save_file(out, HERE / "nf4.safetensors")
+    (HERE / "nf4.safetensors").chmod(0o644)
+
+
+def llama_nf4(smollm2):
+    """llama_nf4/: a tiny Llama in NF4 as transformers saves it with bitsandbytes, its float32 logits in expected.safetensors.
+
+    Rows are whole blocks: where a block spans rows of a multiple of 16, bitsandbytes 0.50.2 takes wrong scales on CPUs with AVX-512.
+    In eval() it may compute in bf16; there is no dropout.
+    """
+    import tempfile
+
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    shape = dict(vocab_size=60, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model, generator = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=True)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with tempfile.TemporaryDirectory() as whole:
+        model.save_pretrained(whole)
+        model = LlamaForCausalLM.from_pretrained(whole, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(HERE / "llama_nf4")
+    model = LlamaForCausalLM.from_pretrained(HERE / "llama_nf4", dtype=torch.float32).train()
+    tokens = torch.randint(3, 60, (2, 12), generator=generator)
+    with torch.no_grad():
+        out = model(tokens).logits
+    save_file({"tokens": tokens, "out": out.contiguous()}, HERE / "llama_nf4" / "expected.safetensors")
+    (HERE / "llama_nf4" / "model.safetensors").chmod(0o644)
+
+
 class TRL:
     """TRL's own losses of pairs of answers, [(prompt ids, chosen ids, rejected ids)], by its trainers' methods on two HF models."""
 
@@ -386,7 +463,7 @@ def loras(smollm2):
         save_file({"out": out.detach().contiguous()} | found, folder / "expected.safetensors")
 
 
-FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, losses, loras)  # in the order in which they need each other
+FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses)  # in the order in which they need each other
 
 
 def main():
