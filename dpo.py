@@ -123,7 +123,7 @@ def dpo(o: Options):
     device = pick_device(o.device)
     run = Run(o, __file__, [*tuning.inputs(o), o.data])
     policy, tok = tuning.start(o, device)
-    data = prepare(o.data, o.pairs, tok, min(o.length, policy.config.max_position_embeddings))
+    data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
     data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)  # no reference for what will not be read
     reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
     data = list(zip(data, reference, strict=True))

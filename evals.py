@@ -190,7 +190,7 @@ def truth_pairs(reward, tok, held, seed, asked=None):
 def held_out_losses(model, tok, conversations, device, size=8):
     """[(sum of the targets' negative log-likelihoods, their number)] of each conversation."""
     ids = [templates.render(tok, c["messages"]) for c in conversations]
-    ids = sorted(((i, lab) for i, lab in ids if len(i) <= model.config.max_position_embeddings), key=lambda x: len(x[0]))
+    ids = sorted(((i, lab) for i, lab in ids if len(i) <= model.context), key=lambda x: len(x[0]))
     out = []
     for at in range(0, len(ids), size):
         tokens, mask = pad([i for i, _ in ids[at : at + size]], device=device)

@@ -1,4 +1,4 @@
-"""4-bit weights: NF4 with double quantisation, and the linear layer that computes from them (QLoRA, Dettmers et al. 2023).
+"""QLoRA's two savings (Dettmers et al. 2023): 4-bit weights, with the linear layer that computes from them, and the paged optimizer.
 
 A weight is cut, row after row, into blocks of 64 numbers (a block may span rows). What is kept of a block is its largest absolute value
 and for each number which of the 16 values of NF4 is nearest to its share of it:

@@ -109,7 +109,7 @@ def reward(o: Options):
     sft, tok = tuning.start(o, device)
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
     del sft
-    length = min(o.length, model.config.max_position_embeddings)
+    length = min(o.length, model.context)
     train, held = records.split(records.rankings(o.data))
     data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]
     references = prepare_references(o.reference, tok, length, o.seed)

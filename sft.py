@@ -91,7 +91,7 @@ def sft(o: Options):
     run = None if o.show_batch else Run(o, __file__, [*tuning.inputs(o), o.data])
     model, tok = tuning.start(o, device)
     form = templates.adopt(tok, o.format or None)
-    data = prepare(o.data, tok, min(o.length, model.config.max_position_embeddings))
+    data = prepare(o.data, tok, min(o.length, model.context))
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)
     peak = tuning.learning_rate(o, 5e-4)

@@ -224,7 +224,7 @@ def test_prompts_of_another_world(refuses, lines):
         ("simpo", "--gamma is -1.0, it must be at least 0", dict(gamma=-1)),
         ("sft", "--batch is 0, it must be at least 1", dict(batch=0)),
         ("sft", "--steps is 0, it must be at least 1", dict(steps=0)),
-        ("sft", "--lr is nan, it must be above 0", dict(lr="nan")),
+        ("sft", "--lr is nan, it must be at least 0", dict(lr="nan")),
         ("sft", "argument --steps: invalid int value: 'many'", dict(steps="many")),
         ("sft", "unknown option --learning-rate", dict(learning_rate=1)),
         ("sft", "unknown option --step (did you mean --steps?)", dict(step=1)),

@@ -9,6 +9,7 @@ from tiny import answers_of, bandit, chat_tokenizer, folder, gradcheck, lm, metr
 
 import hub
 import ppo
+import tuning
 from data import templates
 from model import join, last_score, logprobs, scalar_model
 from ppo import adapt, explained_variance, gae, kl_estimates, masked_mean, policy_loss, value_loss, values_of, whiten
@@ -235,7 +236,9 @@ def test_a_value_is_read_before_its_token(critic):
 
 def test_a_reward_models_folder_scores_in_its_own_standard_deviations(tmp_path, critic):
     hub.save(tmp_path / "rm", critic, chat_tokenizer())
-    judge, model = ppo.load_reward(str(tmp_path / "rm"), chat_tokenizer(), "cpu")
+    o = ppo.Options(reward=str(tmp_path / "rm"))
+    judge, model = ppo.load_reward(o, None, chat_tokenizer(), "cpu")
+    assert tuning.critic_of(o, model) is not model
     tokens, real, _ = join([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
     assert torch.allclose(judge(tokens, real, None, None), (last_score(critic, tokens, real) - 0.25) / 2.0)
     assert not any(p.requires_grad for p in model.parameters())

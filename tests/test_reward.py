@@ -170,7 +170,7 @@ def test_training_evaluation_and_ppo_read_the_same_text(tmp_path, model):
     rankings = [{"prompt": c, "responses": [t, t + "!"], "ranks": [1, 0]} for c, t in zip(chats, texts, strict=True)]
     trained = reward.scores_of(model, reward.prepare("x", rankings, tok, 128), torch.device("cpu"))[0][:, 0]
     evaluated = torch.tensor(evals.score_texts(model, tok, chats, texts))
-    judge, _ = ppo.load_reward(str(tmp_path / "rm"), tok, "cpu")
+    judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, tok, "cpu")
     asked = [templates.render(tok, c, add_generation_prompt=True)[0] for c in chats]
     answers = [[*tok.encode(t), templates.end_id(tok)] for t in texts]  # as the sampler leaves them
     in_ppo = judge(*join(asked, answers)[:2], chats, texts)
@@ -211,7 +211,7 @@ def test_it_learns_the_ranking_and_its_reference_answers_have_mean_0_and_deviati
     log = metrics(tmp_path / "rm")
     assert log[-1]["held_out_accuracy"] > 0.95 and log[39]["loss"] < 0.2 < 0.4 < log[0]["loss"]
     model, tok = hub.load(tmp_path / "rm")
-    judge, _ = ppo.load_reward(str(tmp_path / "rm"), tok, "cpu")
+    judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, tok, "cpu")
     ids = [templates.answer_ids(tok, c["messages"][:-1], c["messages"][-1]["content"]) for c in chats]
     scores = judge(*join(*zip(*ids, strict=True))[:2], None, None)
     assert abs(scores.mean()) < 0.05 and abs(scores.std() - 1) < 0.05

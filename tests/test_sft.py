@@ -65,7 +65,7 @@ def run(tmp_path, monkeypatch):
             seen.append([p.grad.clone() for p in parameters])
             return torch.zeros(())
 
-        def adamw(model, *args):
+        def adamw(model, *args, **options):
             optimizer = real(model, *args)
             optimizer.register_step_pre_hook(lambda o, *_: rates.extend({g["lr"] for g in o.param_groups}))
             return optimizer

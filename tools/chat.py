@@ -105,7 +105,7 @@ def command(line: str, o: Options, talk: list) -> bool:
 def load(o: Options):
     """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it has no room for."""
     model, tok = tuning.load(o.model, pick_device(o.device))
-    room = model.config.max_position_embeddings
+    room = model.context
     if model.config.num_labels:
         raise ValueError(f"{o.model}: a reward model, which scores answers and gives none; a language model was expected")
     if tok is None:
@@ -120,7 +120,7 @@ def load(o: Options):
 def answer(model, tok, o: Options, talk: list, ends, seed: int):
     """Answers the talk's last message and adds the answer; a message that has no room or got no answer is taken back."""
     try:
-        ids = fit(tok, o.system, talk, model.config.max_position_embeddings - o.max_new_tokens)
+        ids = fit(tok, o.system, talk, model.context - o.max_new_tokens)
     except ValueError as e:
         talk.pop()
         return say(e)

@@ -463,7 +463,8 @@ def loras(smollm2):
         save_file({"out": out.detach().contiguous()} | found, folder / "expected.safetensors")
 
 
-FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses)  # in the order in which they need each other
+# in the order in which they need each other
+FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses)
 
 
 def main():
