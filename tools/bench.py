@@ -189,7 +189,7 @@ def qlora7b(o, ours: bool):
         peer = LlamaForCausalLM(LlamaConfig(**said))
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     build(peer, [name for name, _ in blocks(peer)], lambda m: bitsandbytes_linear(m, compute), device)
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config, device=device)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)
     model, optimizer = peft(peer, 64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     turn, _ = step(model, lambda m: m(input_ids=tokens, labels=tokens).loss, optimizer, 512, device)
@@ -316,8 +316,8 @@ def memory(o):
         reward = lora.add_lora(scalar_model(reference), RANK, 2 * RANK, name="reward")
         critic = share(reward)
         one, four = weights(policy, reference, reward, critic), weights(*models)
-        print(f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: {whole / packed:.2f} times that")
-        print(f"PPO's four networks, {dtype}: as models {four:,} bytes, over one 4-bit base with LoRA r = {RANK} {one:,}: {one / four:.3f}")
+        print(f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: ratio {whole / packed:.2f}")
+        print(f"PPO, {dtype}: four models {four:,} bytes, LoRA r = {RANK} over one 4-bit base {one:,}: ratio {one / four:.3f}")
 
 
 def make(words):
