@@ -1,56 +1,323 @@
-"""How fast: python -m tools.bench sampling | make …
+"""How fast and how large, beside the peers: python -m tools.bench TASK   (make bench has the peers)
 
-sampling: tokens a second of model.generate and of transformers' generate, alternating in one process, as a ratio: 128 ragged prompts,
-answers of up to 40 tokens that end where they end. Needs transformers (`make bench` has it).
-make …: minutes and the largest process's peak memory of a make command, `python -m tools.bench make all OUT=out/timed`.
+    sampling     model.generate beside transformers': 128 ragged prompts, answers of up to 40 tokens that end where they end
+    lora         a training step of --model, LoRA r = 16 on every linear layer, beside a loop over PEFT: packed there, padded here
+    qlora        the same on NF4, double-quantised, beside PEFT and bitsandbytes
+    dequantise   a double-quantised weight of two sizes and types, beside bitsandbytes
+    qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512 tokens, checkpointed; with --limit GB the
+                 process has no more than that, and the optimizer's state is paged (then, and without the peers, alone)
+    memory       alone, counted: --model's linear layers in bf16 and NF4; PPO's four networks over one 4-bit base and as four models
+    make …       alone: minutes and the largest process's peak memory of a make command, `python -m tools.bench make all OUT=out/timed`
+
+Each side is a process of its own, both of the same interpreter, and they take turns, so that a busy machine is busy for both; the first
+round warms up. Both have the same weights, adapters and data, and must begin with the same loss.
 """
 
-import argparse
+import importlib.util
+import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 import hub
+import lora
 from data import records, templates
-from model import generate, pad
+from memory import SIZES, UNIT, count, measured, shape
+from model import Transformer, generate, pad, scalar_model, share
+from quant import Linear4bit, PagedAdamW, block_linears, quantize_nf4
+from sft import IGNORE, pack, sft_loss
+from train import adamw, autocast, main, opt, pick_device
+
+SIZES = SIZES | {"tiny": shape(500, 64, 96, 2, 4, 2, 16)}  # runs without a GPU too
+RANK, LR = 16, 1e-4
 
 
-def sampling(folder: str, data: str, rounds: int):
+@dataclass
+class Options:
+    model: str = opt("smollm2", "checkpoint folder")
+    data: str = opt("out/world/sft.jsonl", "conversations; for sampling such as end in a user's turn")
+    batch: int = opt(8, "conversations of a training step", at_least=1)
+    rounds: int = opt(10, "rounds after the first", at_least=1)
+    size: str = opt("7B", "qlora7b: the model's shape", choices=tuple(SIZES))
+    limit: float = opt(0.0, "qlora7b: GB of GPU memory that the process may have; 0: all", at_least=0)
+    device: str = opt("auto", "cpu, cuda or auto")
+    case: str = opt("", "of the task (set by the parent)")
+    side: str = opt("", "which side this process is (set by the parent)")
+
+
+# ---------------------------------------------------------------- the sides: set up → a round (its number → units of work), what must agree
+def sampling(o, ours: bool):
+    device = pick_device(o.device)
+    model, tok = hub.load(o.model, device)
+    some = records.conversations(o.data, "prompt")[:128]
+    prompts, end = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in some], templates.end_id(tok)
+    if ours:
+        return lambda seed: sum(map(len, generate(model, prompts, 40, eos_id=end, seed=seed))), None
     from transformers import AutoModelForCausalLM
 
-    model, tok = hub.load(folder)
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    some = records.conversations(data, "prompt")[:128]
-    prompts = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in some]
-    end = templates.end_id(tok)
-    tokens, mask = pad(prompts, left=True)
+    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device)
+    tokens, mask = pad(prompts, left=True, device=device)
+    options = dict(max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0)
 
-    def ours(seed):
-        return sum(map(len, generate(model, prompts, 40, eos_id=end, seed=seed)))
-
-    def theirs(seed):
+    def turn(seed):
         torch.manual_seed(seed)
-        out = peer.generate(
-            tokens, attention_mask=mask.long(), max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0
-        )
-        answers = out[:, tokens.shape[1] :].tolist()
+        answers = peer.generate(tokens, attention_mask=mask.long(), **options)[:, tokens.shape[1] :].tolist()
         return sum(a.index(end) + 1 if end in a else len(a) for a in answers)
 
-    speeds = {ours: [], theirs: []}
-    for r in range(rounds + 1):  # the first round warms up
-        for run in (ours, theirs):
-            start = time.perf_counter()
-            count = run(r)
-            speeds[run].append(count / (time.perf_counter() - start))
-    a, b = speeds[ours][1:], speeds[theirs][1:]
-    ratios = [x / y for x, y in zip(a, b, strict=True)]
-    print(f"tinytune {statistics.median(a):,.0f} tokens/s, transformers {statistics.median(b):,.0f} tokens/s")
-    print(f"ratio {statistics.median(ratios):.2f} (median of {rounds}; {min(ratios):.2f} to {max(ratios):.2f})")
+    return turn, None
+
+
+def alike(model):
+    """The trained tensors, A before B in each layer on both sides, get the same random numbers: B is not 0, so that both count."""
+    seeded = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.copy_(torch.randn(p.shape, generator=seeded) * 0.02)
+    return model
+
+
+def step(model, loss_of, optimizer, tokens: int, device):
+    """A training step as a round."""
+
+    def turn(_):
+        with autocast(device):
+            loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return tokens
+
+    with torch.no_grad(), autocast(device):
+        return turn, loss_of(model).item()
+
+
+def training(o, ours: bool, quant=None):
+    """As sft.py steps, or as a loop over PEFT is written by hand: a padded batch, labels of -100, the model's own loss."""
+    device = pick_device(o.device)
+    model, tok = hub.load(o.model, device, quant=quant if ours else None)
+    some = records.batch(records.conversations(o.data), 0, o.batch, 0)
+    templates.adopt(tok)
+    examples = [templates.render(tok, r["messages"]) for r in some]
+    count, width = sum(len(ids) for ids, _ in examples), max(len(ids) for ids, _ in examples)
+    if ours:
+        alike(lora.add_lora(model, RANK, 2 * RANK))
+        packed = pack(examples, max(128, width), device)
+        return step(model, lambda m: torch.div(*sft_loss(m, *packed)), adamw(model, LR), count, device)
+    del model
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device)
+    if quant:
+        for name, m in blocks(peer):
+            peer.set_submodule(name, bitsandbytes_linear(m, torch.float32))
+    tokens, mask = pad([ids for ids, _ in examples], device=device)
+    labels, _ = pad([labels for _, labels in examples], fill=IGNORE, device=device)
+    batch = dict(input_ids=tokens, attention_mask=mask.long(), labels=labels)
+    model, optimizer = peft(peer, RANK)
+    return step(model, lambda m: m(**batch).loss, optimizer, count, device)
+
+
+def qlora(o, ours: bool):
+    return training(o, ours, "nf4")
+
+
+def peft(peer, rank: int):
+    """A model of transformers' with LoRA as PEFT does it, and torch's AdamW on that."""
+    from peft import LoraConfig, get_peft_model
+
+    model = alike(get_peft_model(peer, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])).train())
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(wanted, LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def blocks(peer):
+    return [(name, m) for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+
+
+def bitsandbytes_linear(linear, dtype):
+    """bitsandbytes' layer with this weight, double-quantised, computing in dtype."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    new = Linear4bit(linear.in_features, linear.out_features, False, dtype, compress_statistics=True, quant_type="nf4", device="meta")
+    new.weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    return new.to(linear.weight.device)
+
+
+def dequantise(o, ours: bool):
+    device, (rows, columns, dtype) = pick_device(o.device), o.case.split()
+    weight = torch.randn(int(rows), int(columns), generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype)) * 0.02
+    if ours:
+        whole = quantize_nf4(weight).dequantize
+    else:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        whole = lambda: dequantize_4bit(codes, state)  # noqa: E731
+    many = -(-(2**28) // weight.numel())
+    return lambda _: sum(whole() is not None for _ in range(many)), whole().double().abs().sum().item()
+
+
+def qlora7b(o, ours: bool):
+    """The model is built on the device, one layer after another: nothing is whole in 16 bits."""
+    device, c = pick_device(o.device), SIZES[o.size]
+    if device.type != "cuda" and o.size != "tiny":
+        raise ValueError(f"qlora7b: {o.size} needs a GPU, here is none; --size tiny shows that it runs")
+    if o.limit and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, o.limit * UNIT / torch.cuda.mem_get_info(device)[1]), device)
+    tokens = torch.randint(c.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(device)
+    if ours:
+        with torch.device("meta"):
+            model = Transformer(c)
+        build(model, block_linears(model), Linear4bit, device)
+        lora.add_lora(model, 64, 128)
+        model.checkpointing, segments = True, torch.zeros_like(tokens)
+        optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], LR) if o.limit else adamw(model, LR)
+        turn, _ = step(model, lambda m: torch.div(*sft_loss(m, tokens, tokens, segments)), optimizer, 512, device)
+        return turn, None
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    said = {k: v for k, v in hub.config_json(c, torch.bfloat16).items() if k not in ("architectures", "model_type")}
+    with torch.device("meta"):
+        peer = LlamaForCausalLM(LlamaConfig(**said))
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    build(peer, [name for name, _ in blocks(peer)], lambda m: bitsandbytes_linear(m, compute), device)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)
+    model, optimizer = peft(peer, 64)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    turn, _ = step(model, lambda m: m(input_ids=tokens, labels=tokens).loss, optimizer, 512, device)
+    return turn, None
+
+
+@torch.no_grad()
+def build(model, linears, four_bit, device):
+    """Random weights for a model of the meta device: these linear layers through `four_bit`, the rest in bf16."""
+    for name, m in list(model.named_modules()):
+        if own := list(m.parameters(recurse=False)):
+            m.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device, recurse=False)
+            for p in m.parameters(recurse=False):
+                nn.init.normal_(p, 1.0 if own[0].dim() == 1 else 0.0, 0.02)
+            if name in linears:
+                model.set_submodule(name, four_bit(m))
+
+
+# task: (both sides, what a unit of work is, the cases that are measured one after another)
+TASKS = {
+    "sampling": (sampling, "tokens", [""]),
+    "lora": (training, "tokens", [""]),
+    "qlora": (qlora, "tokens", [""]),
+    "dequantise": (dequantise, "matrices", ["4096 4096 float32", "576 1536 float32", "4096 4096 bfloat16", "576 1536 bfloat16"]),
+    "qlora7b": (qlora7b, "tokens", [""]),
+}
+PEERS = ("transformers", "peft", "bitsandbytes")
+
+
+# ---------------------------------------------------------------- two processes that take turns
+def work(setup):
+    """One side, in its own process: sets up and says {"first": …}, then for each number that comes on stdin runs that round and says
+    {"units", "seconds", "peak"}. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    say = lambda **words: print(json.dumps(words), file=answers, flush=True)  # noqa: E731
+    turn, first = setup()
+    say(first=first)
+    cuda = torch.cuda.is_initialized()
+    for line in sys.stdin:
+        start = time.perf_counter()
+        units = turn(int(line))
+        if cuda:
+            torch.cuda.synchronize()
+        say(units=units, seconds=time.perf_counter() - start, peak=measured("cuda" if cuda else "cpu"))
+
+
+def hear(worker) -> dict:
+    line = worker.stdout.readline()
+    if not line:
+        raise ValueError(f"a side has ended with exit status {worker.wait()}; what it said stands above: {' '.join(worker.args[1:])}")
+    return json.loads(line)
+
+
+def alternate(commands: dict, rounds: int) -> dict:
+    """{side: command} → {side: [{"units", "seconds", "peak"} of each round]}. The sides set up one after another, must agree in what
+    they say first, and take turns; who is first changes every round; the round that warms up is left out."""
+    workers, firsts = {}, {}
+    try:
+        for side, command in commands.items():
+            workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            firsts[side] = hear(workers[side])["first"]
+        known = [f for f in firsts.values() if f is not None]
+        if known:
+            print("first, " + ", ".join(f"{side} {f:.6g}" for side, f in firsts.items()))
+        if known and max(known) - min(known) > 1e-3 * abs(max(known)):
+            raise ValueError(f"the sides do not compute the same: {firsts}")
+        found = {side: [] for side in workers}
+        for r in range(rounds + 1):
+            for side in sorted(workers, reverse=bool(r % 2)):
+                print(r, file=workers[side].stdin, flush=True)
+                found[side].append(hear(workers[side]))
+    finally:
+        for w in workers.values():
+            w.stdin.close()
+            w.wait()
+    return {side: answers[1:] for side, answers in found.items()}
+
+
+def report(found: dict, unit: str) -> str:
+    """Medians, the ratio of the first side to the second with its spread over the rounds, peak memory."""
+    speeds = {side: [a["units"] / a["seconds"] for a in answers] for side, answers in found.items()}
+    lines = [f"{side:12s} {statistics.median(s):,.1f} {unit}/s, peak memory {found[side][-1]['peak'] / UNIT:.2f} GB"
+             for side, s in speeds.items()]  # fmt: skip
+    if len(speeds) == 2:
+        ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
+        middle = statistics.median(ratios)
+        lines.append(f"ratio        {middle:.2f} of their speed, {1 / middle:.2f} of their time "
+                     f"(median of {len(ratios)} rounds; speed {min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    return "\n".join(lines)
+
+
+def beside(task: str, o):
+    _, unit, cases = TASKS[task]
+    missing = [p for p in PEERS if not importlib.util.find_spec(p)]
+    alone = task == "qlora7b" and (o.limit or missing)
+    if missing and not alone:
+        raise ValueError(f"{task}: needs {' and '.join(missing)}, which this Python lacks; `make bench` has them")
+    for case in cases:
+        print(" ".join(filter(None, (task, case))), flush=True)
+        words = [w for k, v in vars(o).items() if k not in ("case", "side") for w in (f"--{k}", str(v))]
+        command = [sys.executable, "-m", "tools.bench", task, *words, "--case", case, "--side"]
+        sides = {"tinytune": [*command, "ours"]} | ({} if alone else {"peers": [*command, "theirs"]})
+        print(report(alternate(sides, o.rounds), unit), flush=True)
+
+
+# ---------------------------------------------------------------- alone
+def weights(*models) -> int:
+    """Bytes of the models' weights as allocated, what they share once."""
+    return sum(size for what, size in count(*models).items() if what == "trained" or what.startswith("frozen"))
+
+
+def memory(o):
+    c = hub.read_config(Path(o.model))
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.device("meta"):
+            models = [Transformer(c).to(dtype) for _ in range(4)]  # policy, reference, reward model, critic
+        names = block_linears(models[0])
+        models[2:] = [scalar_model(m.requires_grad_(False)).to("meta") for m in models[2:]]
+        small, _ = hub.load(o.model, dtype=dtype, quant="nf4")
+        whole, packed = (weights(nn.ModuleList(m.get_submodule(n) for n in names)) for m in (models[0], small))
+        policy = lora.add_lora(small, RANK, 2 * RANK)
+        reference = share(policy).requires_grad_(False)
+        reward = lora.add_lora(scalar_model(reference), RANK, 2 * RANK, name="reward")
+        critic = share(reward)
+        one, four = weights(policy, reference, reward, critic), weights(*models)
+        print(f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: ratio {whole / packed:.2f}")
+        print(f"PPO, {dtype}: four models {four:,} bytes, LoRA r = {RANK} over one 4-bit base {one:,}: ratio {one / four:.3f}")
 
 
 def make(words):
@@ -60,17 +327,19 @@ def make(words):
     print(f"make {' '.join(words)}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak:.2f} GiB, {os.cpu_count()} cores")
 
 
-def main():
-    if sys.argv[1:2] == ["make"]:
-        return make(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["sampling"])
-    parser.add_argument("--model", default="out/sft", help="checkpoint folder")
-    parser.add_argument("--data", default="out/world/heldout.jsonl", help="conversations that end in a user's turn")
-    parser.add_argument("--rounds", type=int, default=10)
-    o = parser.parse_args()
-    sampling(o.model, o.data, o.rounds)
+def bench(task: str, o: Options):
+    if task == "memory":
+        memory(o)
+    elif o.side:
+        work(lambda: TASKS[task][0](o, o.side == "ours"))
+    else:
+        beside(task, o)
 
 
 if __name__ == "__main__":
-    main()
+    if (task := sys.argv.pop(1) if len(sys.argv) > 1 else "") == "make":
+        make(sys.argv[1:])
+    elif task in (*TASKS, "memory"):
+        main(lambda o: bench(task, o), Options, __doc__)
+    else:
+        sys.exit(__doc__ if task in ("", "-h", "--help") else f"bench.py: no task {task}: {', '.join(TASKS)}, memory or make was expected")
