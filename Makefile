@@ -33,29 +33,32 @@ real: smollm2 ## the same on SmolLM2-135M, into OUT/real; with FULL=1 for a GPU,
 	$(if $(DATA),$(if $(PREFS),,$(error make real: DATA= needs PREFS= too)),$(if $(PREFS),$(error make real: PREFS= needs DATA= too)))
 	$(MAKE) all OUT=$(OUT)/real MODEL=smollm2 REAL=$(if $(FULL),full,short)
 
+LR = --lr $(if $(LORA),$(2),$(1))
 ifdef QUICK
 SFT_ARGS     = --steps 100
-COMPARE_ARGS = --prompts 400
-REWARD_ARGS  = --steps 40
-PPO_ARGS     = --iterations 5
+COMPARE_ARGS = --prompts 800
+REWARD_ARGS  = --steps 100
+PPO_ARGS     = --iterations 6 $(call LR,4e-4,2e-3)
 DPO_ARGS     = --steps 25
 SIMPO_ARGS   = $(DPO_ARGS)
 EVAL_ARGS    = --n 400
+else ifndef REAL
+SIMPO_ARGS   = --steps 200 $(call LR,3e-4,1.5e-3)
 endif
 ifeq ($(REAL),short)
-SFT_ARGS     = --steps 40 --batch 8 --lr 5e-5 --length 512
+SFT_ARGS     = --steps 40 --batch 8 $(call LR,5e-5,2.5e-4) --length 512
 COMPARE_ARGS = --prompts 100 --k 4
-REWARD_ARGS  = --steps 40 --batch 8 --lr 2e-5 --length 512
-PPO_ARGS     = --iterations 4 --batch 16 --minibatch 8 --epochs 1 --lr 5e-6
-DPO_ARGS     = --steps 30 --batch 8 --lr 1e-5 --length 512
+REWARD_ARGS  = --steps 40 --batch 8 $(call LR,2e-5,1e-4) --length 512
+PPO_ARGS     = --iterations 4 --batch 16 --minibatch 8 --epochs 1 $(call LR,5e-6,2.5e-5)
+DPO_ARGS     = --steps 30 --batch 8 $(call LR,1e-5,5e-5) --length 512
 EVAL_ARGS    = --n 100 --batch 16
 endif
 ifeq ($(REAL),full)
-SFT_ARGS     = --steps 300 --batch 32 --lr 5e-5 --length 1024
+SFT_ARGS     = --steps 300 --batch 32 $(call LR,5e-5,2.5e-4) --length 1024
 COMPARE_ARGS = --prompts 1000 --k 4
-REWARD_ARGS  = --steps 200 --batch 16 --lr 2e-5 --length 1024
-PPO_ARGS     = --iterations 40 --batch 128 --minibatch 32 --lr 5e-6 --max-new-tokens 128
-DPO_ARGS     = --steps 150 --batch 32 --lr 1e-5 --length 1024
+REWARD_ARGS  = --steps 200 --batch 16 $(call LR,2e-5,1e-4) --length 1024
+PPO_ARGS     = --iterations 40 --batch 128 --minibatch 32 $(call LR,5e-6,2.5e-5) --max-new-tokens 128
+DPO_ARGS     = --steps 150 --batch 32 $(call LR,1e-5,5e-5) --length 1024
 EVAL_ARGS    = --n 1000 --max-new-tokens 128
 endif
 

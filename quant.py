@@ -71,15 +71,21 @@ def tables(device):
 
 
 def look_up(codes, table, scale, size: int, dtype=torch.float32):
-    """table[codes], each block of `size` numbers times its scale, rounded to dtype: flat, whole blocks. One piece at a time, small
-    enough for a processor's cache, so that the result is all the memory that it takes."""
+    """table[codes], each block of `size` numbers times its scale, rounded to dtype: flat, whole blocks. A large weight goes piece by
+    piece, small enough for a processor's cache, so that the result is nearly all the memory that it takes."""
     per = table.element_size() // 4  # numbers to a code
     if rest := -codes.numel() % (size // per):
         codes = F.pad(codes.view(-1), (0, rest))
-    out = torch.empty(len(scale), size, dtype=dtype, device=codes.device)
+
+    def values(codes):
+        return table.index_select(0, codes.view(-1).int()).view(torch.float32).view(-1, size)
+
     piece = max(1, 2 ** (19 if codes.device.type == "cpu" else 24) // size)
-    for c, s, o in zip(codes.view(-1).split(piece * size // per), scale.split(piece), out.split(piece), strict=True):
-        torch.mul(table.index_select(0, c.int()).view(torch.float32).view(-1, size), s[:, None], out=o)
+    if len(scale) <= 2 * piece:
+        return values(codes).mul_(scale[:, None]).to(dtype).view(-1)
+    out = torch.empty(len(scale), size, dtype=dtype, device=codes.device)
+    for c, s, o in zip(codes.split(piece * size // per), scale.split(piece), out.split(piece), strict=True):
+        torch.mul(values(c), s[:, None], out=o)
     return out.view(-1)
 
 

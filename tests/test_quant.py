@@ -138,11 +138,13 @@ def test_a_short_last_block_is_divided_by_its_absmax():
     assert codes[:64].tolist() == whole.tolist() and codes[64:].tolist() == short.tolist() and (whole[:20] != short).any()
 
 
-def test_pieces_larger_than_one_step():
-    """More than the 2^19 numbers that are dequantised at a time."""
-    w = normal(600, 1000)
-    whole = quantize_nf4(w, double_quant=False).dequantize()
-    assert torch.equal(whole[590:], quantize_nf4(w.flatten()[590 * 1000 - 48 :], double_quant=False).dequantize()[48:].view(10, 1000))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight_goes_in_pieces(dtype):
+    """More than 2^20 numbers, and not whole blocks at the end, against the same weight in parts of whole blocks."""
+    w = normal(1100, 1000).to(dtype).flatten()[:-3]
+    parts = [quantize_nf4(p, double_quant=False).dequantize() for p in w.split(64 * 3000)]
+    assert torch.equal(quantize_nf4(w, double_quant=False).dequantize(), torch.cat(parts))
+    assert torch.cat(parts).dtype == dtype and (torch.cat(parts) - w).abs().max() < 1
 
 
 def test_what_cannot_be_quantised():
