@@ -180,11 +180,6 @@ def ia3_key(name: str) -> str:
     return f"base_model.model.{hub_name(name)}.ia3_l"
 
 
-def unmoved(model, before: dict) -> list[str]:
-    """Names in state(model) of which a row (a factor, a virtual token) is what it was in `before`: training has not reached it."""
-    return [k for k, v in state(model).items() if (v == before[k]).all(-1).any()]
-
-
 def merge(model):
     """IA3's factors become part of the weights, in the weights' own type. ValueError for prompts and prefixes. → the model"""
     if model.virtual is not None:

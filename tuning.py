@@ -151,12 +151,11 @@ class Watch:
     def __init__(self, o, device, models: list, tokens: float, targets: float, length=128):
         """models: all that the stage holds, the trained one first; of a pass: tokens, targets, and how long packed rows are."""
         first, self.device = models[0], device
-        self.model, self.start = first, {}
-        if kind(o) != "weights":
-            self.start = {n: p.detach().clone() for n, p in first.named_parameters() if p.requires_grad}
+        self.model, self.start = first, share(first) if kind(o) != "weights" else None
         rows, c, dtype = memory.count(*models), first.config, first.embed_tokens.weight.dtype
-        rank = next((m.settings[m.active]["r"] for m in first.modules() if isinstance(m, lora.LoRALinear)), 0)
-        how = dict(rank=rank, targets=o.targets, dtype=dtype, quant=None if o.quant == "none" else o.quant)
+        adapted = {n.rpartition(".")[2]: m.settings[m.active]["r"] for n, m in first.named_modules() if isinstance(m, lora.LoRALinear)}
+        rank = max(adapted.values(), default=int(kind(o) != "weights"))
+        how = dict(rank=rank, targets=list(adapted), dtype=dtype, quant=None if o.quant == "none" else o.quant)
         rows["activations (estimate)"] = memory.activations(c, int(tokens), length, **how, autocast=device.type == "cuda",
                                                             checkpointing=o.checkpointing, gpu=device.type == "cuda")  # fmt: skip
         rows["logits (estimate)"] = memory.logits(c, int(targets))
@@ -165,6 +164,5 @@ class Watch:
     def finish(self):
         print(f"memory: {memory.measured(self.device) / memory.UNIT:.2f} GB at most" + (
             "" if self.device.type == "cuda" else ", with Python and its libraries"))  # fmt: skip
-        now = dict(self.model.named_parameters())
-        if still := [n for n, p in self.start.items() if n in now and torch.equal(p, now[n])]:
-            print(f"warning: {len(still)} of the adapter's {len(self.start)} tensors have not moved ({still[0]}): are they used?")
+        if self.start and (still := lora.unmoved(self.model, self.start)):
+            print(f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are they used?")

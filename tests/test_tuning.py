@@ -152,6 +152,13 @@ def test_a_head_with_lora_is_written_untied(small, tmp_path):
     assert not c.tie_word_embeddings and hub.load(tmp_path / "sft")[0].lm_head.weight.shape == (400, 32)
 
 
+def test_layers_named_one_by_one(small, tmp_path):
+    done("sft.py", out=tmp_path / "sft", **small["sft"] | dict(lora=4, targets="layers.0.mlp.up_proj,k_proj", steps=2))
+    found = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
+    assert {k.split("model.model.")[1].rsplit(".", 2)[0] for k in found} == {
+        "layers.0.mlp.up_proj", "layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj"}  # fmt: skip
+
+
 def test_learning_rates():
     assert tuning.learning_rate(options(lr=0.0), 1e-3) == 1e-3
     assert tuning.learning_rate(options(lr=0.0, lora=4), 1e-3) == tuning.LORA_LR * 1e-3
@@ -163,6 +170,7 @@ def test_learning_rates():
     ("sft", dict(quant="nf4"), ("--quant nf4", "--lora")),
     ("sft", dict(lora=-1), ("--lora is -1", "at least 0")),
     ("sft", dict(lora=4, targets="q_prj"), ("targets names 'q_prj'", "did you mean q_proj")),
+    ("sft", dict(lora=4, targets="layers.0.mlp.up_proj", virtual_tokens=0), ("--virtual-tokens is 0",)),
     ("sft", dict(lora=4, adapter="ia3"), ("--adapter ia3", "leave --lora")),
     ("sft", dict(adapter="prompt", virtual_tokens=1000), ("1000 virtual tokens", "context")),
     ("dpo", dict(keep_base=True), ("has no adapter", "--keep-base")),
@@ -181,7 +189,7 @@ def test_an_adapter_that_has_not_moved_is_named(small, capsys):
             if p.requires_grad and n != "layers.1.mlp.up_proj.B.default":
                 p.add_(1.0)
     watch.finish()
-    assert "warning: 1 of the adapter's" in (said := capsys.readouterr().out) and "layers.1.mlp.up_proj.B.default" in said
+    assert "warning: 1 of the adapter's tensors have not moved (layers.1.mlp.up_proj.B.default)" in capsys.readouterr().out
 
 
 
