@@ -42,8 +42,6 @@ PPO_ARGS     = --iterations 6 $(call LR,4e-4,2e-3)
 DPO_ARGS     = --steps 25
 SIMPO_ARGS   = $(DPO_ARGS)
 EVAL_ARGS    = --n 400
-else ifndef REAL
-SIMPO_ARGS   = --steps 200 $(call LR,3e-4,1.5e-3)
 endif
 ifeq ($(REAL),short)
 SFT_ARGS     = --steps 40 --batch 8 $(call LR,5e-5,2.5e-4) --length 512
