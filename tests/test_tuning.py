@@ -155,7 +155,7 @@ def test_a_head_with_lora_is_written_untied(small, tmp_path):
 def test_layers_named_one_by_one(small, tmp_path):
     done("sft.py", out=tmp_path / "sft", **small["sft"] | dict(lora=4, targets="layers.0.mlp.up_proj,k_proj", steps=2))
     found = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
-    assert {k.split("model.model.")[1].rsplit(".", 2)[0] for k in found} == {
+    assert {k.removeprefix("base_model.model.model.").rsplit(".", 2)[0] for k in found} == {
         "layers.0.mlp.up_proj", "layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj"}  # fmt: skip
 
 
