@@ -46,9 +46,9 @@ endif
 ifeq ($(REAL),short)
 SFT_ARGS     = --steps 40 --batch 8 $(call LR,5e-5,2.5e-4) --length 512
 COMPARE_ARGS = --prompts 100 --k 4
-REWARD_ARGS  = --steps 40 --batch 8 $(call LR,2e-5,1e-4) --length 512
+REWARD_ARGS  = --steps 25 --batch 8 $(call LR,2e-5,1e-4) --length 512
 PPO_ARGS     = --iterations 4 --batch 16 --minibatch 8 --epochs 1 $(call LR,5e-6,2.5e-5)
-DPO_ARGS     = --steps 30 --batch 8 $(call LR,1e-5,5e-5) --length 512
+DPO_ARGS     = --steps 25 --batch 8 $(call LR,1e-5,5e-5) --length 512
 EVAL_ARGS    = --n 100 --batch 16
 endif
 ifeq ($(REAL),full)
