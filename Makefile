@@ -131,7 +131,7 @@ lint: $(READY) ## ruff
 	.venv-peers/bin/pip install -q -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-parity: .venv-peers/ready smollm2 ## compare with the live peers: transformers, tokenizers, TRL
+parity: .venv-peers/ready smollm2 ## compare with the live peers: transformers, tokenizers, TRL, PEFT, bitsandbytes
 	.venv-peers/bin/python -m pytest tests/parity
 
 bench: .venv-peers/ready sft ## sampling beside transformers
