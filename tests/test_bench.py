@@ -187,6 +187,18 @@ def test_losses_of_plain_text_are_the_sum_over_all_tokens_but_the_first():
         assert count == ids.shape[1] - 1 and nll == pytest.approx(-logps[torch.arange(count), ids[0, 1:]].sum().item(), rel=1e-5)
 
 
+def test_accuracy_is_by_the_implicit_reward_and_counted_by_prompt(tmp_path):
+    a, b = folder(tmp_path / "a", std=0.5), folder(tmp_path / "b", seed=1, std=0.5)
+    texts = ("one", "two", "no"), ("two", "a", "sure, of"), ("one", "x", "y z")
+    pairs = [dict(prompt=user(asked), chosen=w, rejected=l) for asked, w, l in texts]
+    assert lighter.accuracies(a, a, pairs, "cpu") == [(1.0, 2), (0.5, 1)]  # a model against itself: ties
+    swapped = [dict(p, chosen=p["rejected"], rejected=p["chosen"]) for p in pairs]
+    found = lighter.accuracies(b, a, pairs, "cpu")
+    assert found == [(n - won, n) for won, n in lighter.accuracies(b, a, swapped, "cpu")] == [
+        (n - won, n) for won, n in lighter.accuracies(a, b, pairs, "cpu")
+    ]
+
+
 def test_other_text_is_always_the_same():
     first = lighter.other_texts(5)
     assert first == lighter.other_texts(5) and all(len(set(texts)) == 5 for texts in first.values())
@@ -197,6 +209,10 @@ def test_an_unknown_way_and_a_file_without_held_out_records_are_refused(small, t
         lighter.lighter(lighter.Options(small["sft"]["model"], small["sft"]["data"], ways="full,lora8"))
     one = tmp_path / "one.jsonl"
     lines = (line for line in Path(small["sft"]["data"]).read_text().splitlines())
+    with pytest.raises(ValueError, match="marks <!-- lighter -->"):
+        o = lighter.Options(small["sft"]["model"], small["sft"]["data"], out=str(tmp_path / "l"), results=str(tmp_path / "R.md"))
+        lighter.lighter(o)
+    assert not (tmp_path / "l").exists()
     one.write_text(next(x for x in lines if not lighter.records.held_out(json.loads(x)["messages"])) + "\n")
     with pytest.raises(ValueError, match="one.jsonl: none of its records is held out"):
         lighter.lighter(lighter.Options(small["sft"]["model"], str(one), out=str(tmp_path)))

@@ -192,6 +192,9 @@ def lighter(o: Options):
     pairs = random.Random(0).sample(pairs, min(o.n, len(pairs)))
     if not held or o.prefs and both and not pairs:
         raise ValueError(f"{o.prefs if held else o.data}: none of its records is held out; more of them are needed")
+    page = Path(o.results).read_text(encoding="utf-8") if Path(o.results).exists() else ""
+    if lost := [m for m in ("lighter", *["qlora"] * both) if f"<!-- {m} -->\n" not in page or f"<!-- /{m} -->" not in page]:
+        raise ValueError(f"{o.results}: the marks <!-- {lost[0]} --> and <!-- /{lost[0]} --> were expected, for a table to go between")
     Path(o.out).mkdir(parents=True, exist_ok=True)
     # all runs first: a child's peak memory would not be below what this process has had
     runs = {way: [tune(o, way, seed) for seed in range(o.seeds)] for way in ways}
