@@ -134,8 +134,9 @@ lint: $(READY) ## ruff
 parity: .venv-peers/ready smollm2 ## compare with the live peers: transformers, tokenizers, TRL, PEFT, bitsandbytes
 	.venv-peers/bin/python -m pytest tests/parity
 
-bench: .venv-peers/ready sft ## sampling beside transformers
+bench: .venv-peers/ready sft smollm2 ## speed and memory beside the peers
 	.venv-peers/bin/python -m tools.bench sampling --model $(OUT)/sft --data $(WORLD)/heldout.jsonl
+	for task in lora qlora dequantise memory; do .venv-peers/bin/python -m tools.bench $$task --data $(WORLD)/sft.jsonl || exit 1; done
 
 golden: .venv-peers/ready smollm2 ## make tests/golden again from the peers
 	.venv-peers/bin/python tests/golden/make.py --smollm2 smollm2

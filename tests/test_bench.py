@@ -133,11 +133,12 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
                         length=140, n=12, documents=3, seeds=2, lr=1e-3, device="cpu")  # fmt: skip
     lighter.lighter(o)
     result, text = json.loads((tmp_path / "l" / "lighter.json").read_text()), page.read_text()
-    assert list(result["ways"]) == ["base", *lighter.WAYS]
+    assert list(result["ways"]) == ["base", "base4", *lighter.WAYS]
     for way, f in result["ways"].items():
         for k in ("held", "corpus", "manual"):
-            assert 0 < f[k]["mean"] < 20 and f[k]["ci"] > 0 and len(f[k]["seeds"]) == (1 if way == "base" else 2)
-        assert ("to_full" in f) == (way not in ("base", "full")) and f["held"]["items"] == result["ways"]["base"]["held"]["items"]
+            assert 0 < f[k]["mean"] < 20 and f[k]["ci"] > 0 and len(f[k]["seeds"]) == (2 if f["cost"] else 1)
+        assert ("to_full" in f) == (way not in ("base", "base4", "full")) and f["held"]["items"] == result["ways"]["base"]["held"]["items"]
+    assert len({result["ways"][way]["manual"]["mean"] for way in ("base", "base4")}) == 2
     full, lora = result["ways"]["full"], result["ways"]["lora16"]
     assert lora["to_full"]["mean"] == pytest.approx(lora["held"]["mean"] - full["held"]["mean"])
     assert full["held"]["mean"] < result["ways"]["base"]["held"]["mean"] and full["cost"][0]["share"] == 100.0

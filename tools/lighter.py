@@ -37,8 +37,8 @@ from train import main, opt, pick_device
 
 WAYS = {"full": {}, "lora4": dict(lora=4), "lora16": dict(lora=16), "lora64": dict(lora=64), **{k: dict(adapter=k) for k in tuning.KINDS},
         "qlora16": dict(lora=16, quant="nf4")}  # fmt: skip
-NAMES = {"base": "before", "full": "every weight", "lora4": "LoRA r = 4", "lora16": "LoRA r = 16", "lora64": "LoRA r = 64", "ia3": "IA3",
-         "prompt": "prompt", "prefix": "prefix", "qlora16": "QLoRA r = 16"}  # fmt: skip
+NAMES = {"base": "before", "base4": "before, in 4 bits", "full": "every weight", "lora4": "LoRA r = 4", "lora16": "LoRA r = 16",
+         "lora64": "LoRA r = 64", "ia3": "IA3", "prompt": "prompt", "prefix": "prefix", "qlora16": "QLoRA r = 16"}  # fmt: skip
 
 
 @dataclass
@@ -120,8 +120,8 @@ def text_losses(model, tok, texts, length: int, device, size=8):
     return out
 
 
-def losses(o, path, held, device) -> dict:
-    model, tok = tuning.load(path, device)
+def losses(o, path, held, device, quant=None) -> dict:
+    model, tok = tuning.load(path, device, quant=quant)
     length = min(o.length, model.context)
     others = {k: text_losses(model, tok, texts, length, device) for k, texts in other_texts(o.documents).items()}
     return {"held": held_out_losses(model, tok, held, device)} | others
@@ -163,7 +163,7 @@ def cost(runs, key, form) -> str:
 
 
 def lighter_table(result) -> str:
-    head = ["", "trained %", "held-out loss", "less every weight's", "other text: corpus", "other text: manual", "minutes", "GB"]
+    head = ["", "trained %", "held-out loss", "more than every weight", "other text: corpus", "other text: manual", "minutes", "GB"]
     rows = []
     for way, f in result["ways"].items():
         of = [cell(f[k]) if k in f else "–" for k in ("held", "to_full", "corpus", "manual")]
@@ -200,12 +200,13 @@ def lighter(o: Options):
     runs = {way: [tune(o, way, seed) for seed in range(o.seeds)] for way in ways}
     tuned = {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in ("lora16", "qlora16")} if pairs else {}
 
-    said = {"base": [losses(o, o.model, held, device)]} | {way: [losses(o, p, held, device) for p, _ in runs[way]] for way in ways}
+    said = {"base": [losses(o, o.model, held, device)]} | ({"base4": [losses(o, o.model, held, device, "nf4")]} if both else {})
+    said |= {way: [losses(o, p, held, device) for p, _ in runs[way]] for way in ways}
     result = {"options": asdict(o), "ways": {}}
     for way, seeds in said.items():
         parts = {k: [s[k] for s in seeds] for k in seeds[0]}
         result["ways"][way] = {k: figure(v) for k, v in parts.items()} | {"cost": [c for _, c in runs.get(way, [])]}
-        if "full" in ways and way not in ("full", "base"):
+        if "full" in ways and way in runs and way != "full":
             result["ways"][way]["to_full"] = difference(parts["held"], [s["held"] for s in said["full"]])
     if both:
         of = {"loss": {way: [s["held"] for s in said[way]] for way in ("lora16", "qlora16")}}
