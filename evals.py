@@ -254,7 +254,7 @@ def evaluate_world(o, held, device):
 def evaluate_records(o, conversations, device):
     """Anyone's records: held-out loss a token of every stage, held-out preference accuracy of the reward model and of DPO's implicit
     reward log π - log π_sft, and answers to read."""
-    results, reference = {}, None
+    results, reference, before = {}, None, None
     if o.prefs and not (Path(o.out) / "sft" / "config.json").exists():
         raise FileNotFoundError(f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward")
     held = records.split(conversations)[1][: o.n]
@@ -265,6 +265,10 @@ def evaluate_records(o, conversations, device):
         losses = held_out_losses(model, tok, held, device)
         records.report(o.data, len(losses), {}, "held-out conversations")
         results[stage] = {"n": len(losses), "loss_per_token": ratio(losses), "loss_per_token_ci": bootstrap(losses, ratio)}
+        before = before or losses
+        if len(before) == len(losses) and before is not losses:  # the first stage there is, as a rule the base; on the same tokens
+            change = [(a - b, n) for (a, n), (b, _) in zip(losses, before, strict=True)]
+            results[stage] |= {"loss_change": ratio(change), "loss_change_ci": bootstrap(change, ratio)}
         if pairs and stage != "base":
             logps = answer_logps(model, tok, asked, given, device)
             reference = reference or logps

@@ -240,7 +240,7 @@ def ppo(o: Options):
 def check_ratio(new, old, device) -> float:
     """Before an iteration's first update π is π_old: |ratio - 1| is rounding. Raises ValueError where it is not, in float32."""
     error = torch.expm1(new - old).abs().max().item()
-    if error > 1e-4 and device.type == "cpu":
+    if error > 1e-5 and device.type == "cpu":
         raise ValueError(f"the ratio is off 1 by {error:.1e} before the first update: rollout and update see different policies")
     return error
 
