@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from data import world
+from evals import STAGES
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "simpo": "SimPO",
          "dpo_nll": "DPO + 0.5 × likelihood", "polite": "a polite answer to nothing",
@@ -45,7 +46,7 @@ def table(head, rows):
 def stages(results, short=False):
     """One row a stage."""
     sft, perfect, rows = [r["sft"] for r in results], results[0]["perfect"], []
-    for stage in ("base", "sft", "ppo", "dpo", "simpo"):
+    for stage in STAGES:
         rows.append(stage_row(NAMES[stage], [r[stage] for r in results], sft, perfect, short, stage not in ("base", "sft")))
     head = ["", "gold, sampled", "share gained %", "right, greedy %", "won against SFT %"]
     return table(
@@ -97,6 +98,14 @@ def controls(all_controls, perfect):
     return table(["control", "gold, sampled", "share gained %", "right, sampled %", "KL to SFT"], rows)
 
 
+def real(r):
+    """Of `make real`: held-out loss and preference accuracy of each stage."""
+    keys = {"loss_per_token": 1.0, "loss_change": 1.0, "implicit_accuracy": 100}
+    rows = [[NAMES[s], *(cell([r[s]], key, scale) for key, scale in keys.items())] for s in r if s in STAGES]
+    rows += [["reward model", "–", "–", cell([r["reward"]], "pair_accuracy", 100)]] if "reward" in r else []
+    return table(["", "held-out loss, nats a token", "change, same conversations", "held-out pairs in order %"], rows)
+
+
 def put(path: Path, name: str, text: str):
     """Replaces what stands between the two marks in a file, where they are."""
     old = path.read_text(encoding="utf-8")
@@ -120,6 +129,8 @@ def main():
     put(Path("RESULTS.md"), "stages", stages(results) + f"\n\n{here}.")
     put(Path("RESULTS.md"), "kinds", kinds(results))
     put(Path("RESULTS.md"), "reward", reward(results))
+    if (o.out / "real" / "results.json").exists():
+        put(Path("RESULTS.md"), "real", real(json.loads((o.out / "real" / "results.json").read_text())))
     if found:
         put(
             Path("RESULTS.md"),
