@@ -26,7 +26,7 @@ PROMPTS = $(if $(PREFS),$(OUT)/prompts.jsonl,$(WORLD)/prompts.jsonl)
 
 all: report ## the whole pipeline on the embedded world, or with DATA= (instructions) and PREFS= (preference pairs) on yours
 
-quick: ## the same in about a minute, tiny settings, into OUT/quick
+quick: ## the same with tiny settings, into OUT/quick
 	$(MAKE) all OUT=$(OUT)/quick QUICK=1
 
 real: smollm2 ## the same on SmolLM2-135M, into OUT/real; with FULL=1 for a GPU, else its short form
