@@ -127,14 +127,10 @@ def use(model, name: str | None):
             m.active = name
 
 
-def unmoved(model, before=None) -> list[str]:
-    """The trained parameters that have not moved: B's that are still zero; or, of an adapter that goes on from a saved one, whatever is
-    still equal to `before`, a share() of the model from then."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if before is None:
-        return [n for n, p in trained.items() if ".B." in n and not p.any()]
+def unmoved(model, before) -> list[str]:
+    """The trained parameters that are what they were in `before`, a share() of the model from then."""
     start = dict(before.named_parameters())
-    return [n for n, p in trained.items() if torch.equal(p, start[n])]
+    return [n for n, p in model.named_parameters() if p.requires_grad and torch.equal(p, start[n])]
 
 
 @torch.no_grad()

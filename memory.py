@@ -15,10 +15,9 @@ import sys
 
 import torch
 
+from lora import GROUPS as TARGETS
 from model import Config
 
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 UNIT = 2**30  # what a graphics card's maker calls 1 GB
 
 
@@ -94,7 +93,7 @@ def tensors(c: Config) -> list:
     """(what, size) of every parameter of a Transformer(c); what: linear, a block's weight matrix, score or other."""
     D, sizes = c.hidden_size, linears(c)
     block = [("linear", i * o) for i, o in sizes.values()] + [("other", D)] * 2
-    biased = (*ATTENTION,) * c.attention_bias + (*MLP,) * c.mlp_bias
+    biased = TARGETS["attention"] * c.attention_bias + TARGETS["mlp"] * c.mlp_bias
     block += [("other", sizes[name][1]) for name in biased]
     heads = [("score", D)] if c.num_labels else [] if c.tie_word_embeddings else [("other", c.vocab_size * D)]
     return block * c.num_hidden_layers + [("other", c.vocab_size * D), ("other", D)] + heads

@@ -24,7 +24,7 @@ from model import scalar_model, share
 from train import opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
-LORA_LR = 5  # LoRA wants a larger learning rate than the weights (Schulman et al. 2025 find about ten times; measured in RESULTS.md)
+LORA_LR = 5  # LoRA wants a larger learning rate than the weights (Schulman et al. 2025 find about ten times); how much here is not measured
 
 
 @dataclass

@@ -106,10 +106,6 @@ def load(o: Options):
     """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it has no room for."""
     model, tok = tuning.load(o.model, pick_device(o.device))
     room = model.context
-    if model.config.num_labels:
-        raise ValueError(f"{o.model}: a reward model, which scores answers and gives none; a language model was expected")
-    if tok is None:
-        raise ValueError(f"{o.model}: has no tokenizer.json, so it cannot read; get the whole checkpoint")
     if o.top_p > 1:
         raise ValueError(f"--top-p is {o.top_p}, it must be at most 1")
     if o.max_new_tokens >= room:
