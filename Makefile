@@ -13,9 +13,12 @@ OVERWRITE ?=
 PY        ?= .venv/bin/python
 PYTHON    ?= python3
 
-# LORA=16: adapters of rank 16 in every stage, each on the merged model before it; with QUANT=nf4 all on the one 4-bit base
-FIRST   = $(if $(LORA),--lora $(LORA)$(if $(QUANT), --quant $(QUANT)))
-THEN    = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT),--lora $(LORA)))
+# LORA=16: adapters of rank 16 in every stage, each on the merged model before it; with QUANT=nf4 all on the one 4-bit base.
+# The embedded base has never ended a turn: its rows of <|im_end|> and <|endoftext|> are equal, and only an adapter on the head tells them apart
+TARGETS ?= $(if $(REAL),all,all,lm_head)
+ADAPTER  = --lora $(LORA) --targets $(TARGETS)
+FIRST    = $(if $(LORA),$(ADAPTER)$(if $(QUANT), --quant $(QUANT)))
+THEN     = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT),$(ADAPTER)))
 COMMON  = --seed $(SEED) --device $(DEVICE) $(if $(OVERWRITE),--overwrite)
 WORLD   = $(OUT)/world
 PROMPTS = $(if $(PREFS),$(OUT)/prompts.jsonl,$(WORLD)/prompts.jsonl)
@@ -150,4 +153,4 @@ clean: ## remove OUT
 
 help:
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
-	@echo; echo "Settable: OUT SEED SEEDS DEVICE MODEL DATA PREFS LORA=16 QUANT=nf4 FULL=1 OVERWRITE=1 PY PYTHON CHAT"
+	@echo; echo "Settable: OUT SEED SEEDS DEVICE MODEL DATA PREFS LORA=16 QUANT=nf4 TARGETS FULL=1 OVERWRITE=1 PY PYTHON CHAT"

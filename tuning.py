@@ -105,7 +105,8 @@ def start(o, device):
 def tune(o, model, tok=None):
     """Adds the adapter that the options ask for, and freezes the rest. → the model"""
     if kind(o) == "lora":
-        lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, o.targets)
+        targets = [t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels]  # a critic has none
+        lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, targets)
     elif kind(o) in KINDS:
         adapters.add_adapter(model, kind(o), o.virtual_tokens, tokenizer=tok)
     model.checkpointing = o.checkpointing

@@ -136,10 +136,13 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
     assert list(result["ways"]) == ["base", "base4", *lighter.WAYS]
     for way, f in result["ways"].items():
         for k in ("held", "corpus", "manual"):
-            assert 0 < f[k]["mean"] < 20 and f[k]["ci"] > 0 and len(f[k]["seeds"]) == (2 if f["cost"] else 1)
+            assert 0 < abs(f[k]["mean"]) < 20 and f[k]["ci"] > 0 and len(f[k]["seeds"]) == (2 if f["cost"] else 1)
         assert ("to_full" in f) == (way not in ("base", "base4", "full")) and f["held"]["items"] == result["ways"]["base"]["held"]["items"]
     assert len({result["ways"][way]["manual"]["mean"] for way in ("base", "base4")}) == 2
     full, lora = result["ways"]["full"], result["ways"]["lora16"]
+    pages = lighter.other_texts(3)["manual"]
+    after, before = (lighter.text_losses(*lighter.tuning.load(f), pages, 140, "cpu") for f in (tmp_path / "l" / "full-1", o.model))
+    assert full["manual"]["seeds"][1] == pytest.approx(lighter.ratio(after) - lighter.ratio(before), abs=1e-5)
     assert lora["to_full"]["mean"] == pytest.approx(lora["held"]["mean"] - full["held"]["mean"])
     assert full["held"]["mean"] < result["ways"]["base"]["held"]["mean"] and full["cost"][0]["share"] == 100.0
     trained = {way: f["cost"][0]["trained"] for way, f in result["ways"].items() if f["cost"]}

@@ -1,6 +1,7 @@
 """Chat as a person uses it, in a process of its own; the report on results of each kind: whole, partial, without gold, hostile text."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import hub
 from data.templates import TEMPLATES
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, init_weights, scalar_model
-from tools import chat, report
+from tools import chat, report, results
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -305,3 +306,25 @@ def test_report_without_matplotlib_is_one_line_and_exit_status_2(tmp_path):
     code += "; sys.argv = ['report.py', '--out', sys.argv[1]]; main(report.report, report.Options, report.__doc__)"
     p = subprocess.run([sys.executable, "-c", code, str(a_run(tmp_path))], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert p.returncode == 2 and p.stderr == "report.py: the report's pictures are drawn by matplotlib: pip install matplotlib\n"
+
+
+def test_runs_with_adapters_are_set_beside_full_ones_prompt_by_prompt(tmp_path):
+    def write(folder, gold, right):
+        (folder / "answers").mkdir(parents=True)
+        lines = [json.dumps({"prompt": str(i), "gold": g, "right": r}) for i, (g, r) in enumerate(zip(gold, right, strict=True))]
+        for stage in ("sft", "ppo", "dpo", "simpo"):
+            for file in (f"{stage}.jsonl", f"{stage}.greedy.jsonl"):
+                (folder / "answers" / file).write_text("\n".join(lines) + "\n")
+
+    for seed in ("seed0", "seed1"):
+        write(tmp_path / seed, [2.0, 1.0, 0.0, 1.0], [True, True, False, False])
+    write(tmp_path / "lora" / "seed0", [1.9, 0.9, -0.1, 0.9], [True, True, False, False])  # 0.1 less each: 5 % of a perfect 2
+    write(tmp_path / "lora" / "seed1", [1.8, 0.8, -0.2, 0.8], [True, False, False, False])
+    for seed in ("seed0", "seed1"):
+        write(tmp_path / "qlora" / seed, [2.0, 1.0, 0.0, 1.0], [True, True, True, False])
+    sft = results.beside(tmp_path, 2, perfect=2.0).splitlines()[2]
+    gold, right = r"50.0 \| -7.5 ± 0.0 \(-10.0 to -5.0\) \| 0.0 ± 0.0 \(0.0 to 0.0\)", r"50.0 \| -12.5 ± \S+ \(-25.0 to 0.0\) \| 25.0 ± "
+    assert re.match(rf"\| SFT \| {gold} \| {right}", sft)
+    (file := tmp_path / "qlora" / "seed1" / "answers" / "sft.jsonl").write_text(file.read_text().replace('"0"', '"7"'))
+    with pytest.raises(ValueError, match="qlora.seed1: sft.jsonl answers other prompts"):
+        results.beside(tmp_path, 2, perfect=2.0)

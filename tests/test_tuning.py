@@ -20,7 +20,7 @@ from model import share
 from train import pick_device
 
 CPU = pick_device("cpu")
-LORA = dict(lora=4, alpha=8, targets="attention,down_proj")
+LORA = dict(lora=4, alpha=8, targets="attention,down_proj,lm_head")  # the head: all but scalar models have one
 WAYS = {
     "lora": LORA,
     "qlora": LORA | dict(quant="nf4", paged=True),
@@ -116,10 +116,11 @@ def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
     frozen = {k: v for k, v in memory.count(policy).items() if k.startswith("frozen")}
     rows = memory.count(policy, critic, reference, reward)
     adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    head = sum(p.nbytes for p in policy.lm_head.parameters() if p.requires_grad)  # a reward model has none
     score = policy.config.hidden_size * 4
     assert rows["frozen uint8"] == frozen["frozen uint8"]
-    assert rows["frozen float32"] == frozen["frozen float32"] + 2 * adapter + score  # reference's and reward model's adapter
-    assert rows["trained"] == 2 * adapter + score  # policy's, critic's
+    assert rows["frozen float32"] == frozen["frozen float32"] + 2 * adapter - head + score  # reference's and reward model's adapter
+    assert rows["trained"] == 2 * adapter - head + score  # policy's, critic's
     assert not any(p.requires_grad for p in (*reference.parameters(), *reward.parameters()))
     tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -4,8 +4,8 @@
 
 Each way is sft.py with its options, once a seed, with one learning rate for all weights, tuning.LORA_LR times that for LoRA and
 adapters.LEARNING_RATE for the others. Then all models read the same held-out conversations, and two kinds of text that nobody tuned them
-on: documents of the embedded corpus, which share the conversations' world, and pages of Python's own manual, which do not. What a model
-loses there it has forgotten. With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on their base: how often is
+on: documents of the embedded corpus, which share the conversations' world, and pages of Python's own manual, which do not. By what their
+loss has grown the model has forgotten. With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on their base: how often is
 log π - log π_sft larger of the held-out pair's chosen answer?
 
 A loss is a mean over tokens. An item's losses are averaged over the seeds; ± is half the width of a 95 % interval over the items (the
@@ -151,10 +151,10 @@ def difference(ours: list, theirs: list) -> dict:
     return figure([[(a - b, n) for (a, n), (b, _) in zip(x, y, strict=True)] for x, y in zip(ours, theirs, strict=True)])
 
 
-def cell(f, scale=1.0, digits=3) -> str:
-    text = f"{f['mean'] * scale:.{digits}f} ± {f['ci'] * scale:.{digits}f}"
+def cell(f, scale=1.0, digits=3, sign="") -> str:
+    text = f"{f['mean'] * scale:{sign}.{digits}f} ± {f['ci'] * scale:.{digits}f}"
     low, high = (edge(f["seeds"]) * scale for edge in (min, max))
-    return text + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(f["seeds"]) > 1 else "")
+    return text + (f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})" if len(f["seeds"]) > 1 else "")
 
 
 def cost(runs, key, form) -> str:
@@ -163,10 +163,11 @@ def cost(runs, key, form) -> str:
 
 
 def lighter_table(result) -> str:
-    head = ["", "trained %", "held-out loss", "more than every weight", "other text: corpus", "other text: manual", "minutes", "GB"]
+    head = ["", "trained %", "held-out loss", "more than every weight", "corpus, then change", "manual, then change", "minutes", "GB"]
     rows = []
     for way, f in result["ways"].items():
-        of = [cell(f[k]) if k in f else "–" for k in ("held", "to_full", "corpus", "manual")]
+        of = [cell(f[k]) if k in f else "–" for k in ("held", "to_full")]
+        of += [cell(f[k], sign="" if way.startswith("base") else "+") for k in ("corpus", "manual")]
         rows.append([NAMES[way], cost(f["cost"], "share", "{:.2f}"), *of, *(cost(f["cost"], k, "{:.1f}") for k in ("minutes", "gb"))])
     return table(head, rows)
 
@@ -206,6 +207,8 @@ def lighter(o: Options):
     for way, seeds in said.items():
         parts = {k: [s[k] for s in seeds] for k in seeds[0]}
         result["ways"][way] = {k: figure(v) for k, v in parts.items()} | {"cost": [c for _, c in runs.get(way, [])]}
+        if way in runs:
+            result["ways"][way] |= {k: difference(parts[k], [said["base"][0][k]] * o.seeds) for k in ("corpus", "manual")}
         if "full" in ways and way in runs and way != "full":
             result["ways"][way]["to_full"] = difference(parts["held"], [s["held"] for s in said["full"]])
     if both:

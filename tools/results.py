@@ -1,5 +1,8 @@
 """The tables of RESULTS.md and README.md from finished runs: python -m tools.results OUT --seeds 3 reads OUT/seed0 … OUT/seed2.
 
+Runs with adapters, where they are (`make all LORA=16 OUT=out/lora/seed0 SEED=0`, …, and with QUANT=nf4 into out/qlora), are set beside
+those prompt by prompt: both answered the same ones.
+
 Each table stands between <!-- NAME --> and <!-- /NAME --> and is written anew. A cell is the mean over seeds ± half the width of its
 95 % interval over prompts (bootstrap, pooled over seeds), and behind it the seeds' own lowest and highest where that says more.
 """
@@ -10,7 +13,7 @@ import re
 from pathlib import Path
 
 from data import world
-from evals import STAGES
+from evals import STAGES, bootstrap, mean
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "simpo": "SimPO",
          "dpo_nll": "DPO + 0.5 × likelihood", "polite": "a polite answer to nothing",
@@ -106,6 +109,28 @@ def real(r):
     return table(["", "held-out loss, nats a token", "change, same conversations", "held-out pairs in order %"], rows)
 
 
+def beside(out: Path, seeds: int, perfect: float):
+    """OUT/lora and OUT/qlora less OUT, in % of a perfect answer's gold and in points of share right."""
+    kinds = {"lora": "LoRA", "qlora": "QLoRA"}
+    read = lambda folder, s, file: [json.loads(line) for line in (folder / f"seed{s}" / "answers" / file).open(encoding="utf-8")]  # noqa: E731
+    rows = []
+    for stage in ("sft", "ppo", "dpo", "simpo"):
+        row = [NAMES[stage]]
+        for key, file, whole in (("gold", f"{stage}.jsonl", perfect), ("right", f"{stage}.greedy.jsonl", 1.0)):
+            full = [read(out, s, file) for s in range(seeds)]
+            row.append(f"{mean([a[key] for some in full for a in some]) / whole * 100:.1f}")
+            for kind in kinds:
+                gaps = []
+                for s in range(seeds):
+                    ours = read(out / kind, s, file)
+                    if [a["prompt"] for a in ours] != [a["prompt"] for a in full[s]]:
+                        raise ValueError(f"{out / kind}/seed{s}: {file} answers other prompts than {out}/seed{s}")
+                    gaps.append([(a[key] - b[key]) / whole for a, b in zip(ours, full[s], strict=True)])
+                row.append(cell([{"gap": mean(g), "gap_ci": bootstrap(g)} for g in gaps], "gap", 100, spread=True))
+        rows.append(row)
+    return table(["", *(h for what in ("gold, % of perfect", "right, greedy %") for h in (what, *kinds.values()))], rows)
+
+
 def put(path: Path, name: str, text: str):
     """Replaces what stands between the two marks in a file, where they are."""
     old = path.read_text(encoding="utf-8")
@@ -131,6 +156,8 @@ def main():
     put(Path("RESULTS.md"), "reward", reward(results))
     if (o.out / "real" / "results.json").exists():
         put(Path("RESULTS.md"), "real", real(json.loads((o.out / "real" / "results.json").read_text())))
+    if all((o.out / kind / f"seed{s}" / "results.json").exists() for kind in ("lora", "qlora") for s in range(o.seeds)):
+        put(Path("RESULTS.md"), "adapters", beside(o.out, o.seeds, perfect) + f"\n\nseeds: {o.seeds}, {n} held-out prompts each.")
     if found:
         put(
             Path("RESULTS.md"),
