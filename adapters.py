@@ -79,16 +79,17 @@ class Prompt(nn.Module):
 class Prefix(nn.Module):
     """P virtual tokens given by their keys and values: rows (P, layers · 2 · kv_heads · head_dim), key before value in each layer.
 
-    With the reparametrisation (Li & Liang, section 4.3) the rows are (P,D), and an MLP that all share makes the keys and values of
-    them; it serves the training alone and is dropped when the adapter is saved.
+    With the reparametrisation (Li & Liang, section 4.3) the rows are (P,D), and an MLP that all share makes of them what is added to
+    the keys and values of the start; both serve the training alone and are dropped when the adapter is saved.
     """
 
-    def __init__(self, rows, mlp=None):
+    def __init__(self, rows, start=None, mlp=None):
         super().__init__()
         self.tokens, self.rows, self.mlp = len(rows), nn.Parameter(rows), mlp
+        self.register_buffer("start", start, persistent=False)
 
     def stored(self):
-        return self.rows if self.mlp is None else self.mlp(self.rows)
+        return self.rows if self.mlp is None else self.start + self.mlp(self.rows)
 
     def past(self, model):
         c = model.config
@@ -101,16 +102,17 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
     """Freezes the model and gives it a float32 adapter to train: "ia3", or "prompt" or "prefix" of `tokens` virtual tokens.
 
     A prompt starts as embeddings drawn from the vocabulary, or as a text's (repeated or cut to `tokens`); random numbers would lie far
-    from all embeddings. A prefix starts as the keys and values of the same; with `reparametrise` at random, as MLPs do. generator: a
-    CPU one, which decides what is drawn. ValueError where that is impossible. → the model
+    from all embeddings. A prefix starts as the keys and values of the same, with `reparametrise` too: the MLP's last layer starts at 0
+    (PEFT's starts at random, and the model with it far from where it was). generator: a CPU one, which decides what is drawn.
+    ValueError where that is impossible. → the model
     """
     check(model)
     if kind not in PEFT_TYPE:
         raise ValueError(f"{kind!r} is no kind of adapter: {', '.join(PEFT_TYPE)} are")
     if kind != "ia3" and not 0 < tokens < model.context:
         raise ValueError(f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to {model.context - 1}")
-    if text is not None and (kind == "ia3" or kind == "prefix" and reparametrise):
-        raise ValueError("a text starts a prompt, or a prefix without reparametrisation: give no text")
+    if text is not None and kind == "ia3":
+        raise ValueError("a text starts a prompt or a prefix: give no text")
     if kind == "ia3":
         return wrap(model.requires_grad_(False))
     c = model.config
@@ -119,15 +121,16 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
         raise ValueError("the text that starts a prompt is empty")
     model.requires_grad_(False)
     virtual = Prompt(wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device))))
-    if kind == "prefix" and not reparametrise:
+    if kind == "prefix":
         kv = torch.stack([torch.cat(pair) for pair in virtual.past(model)])  # (layers, 2, kv_heads, P, head_dim)
         virtual = Prefix(wide(kv.permute(3, 0, 1, 2, 4).flatten(1)))
-    elif kind == "prefix":
+    if kind == "prefix" and reparametrise:
         D = c.hidden_size
-        mlp = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, width(c)))
-        for p in mlp.parameters():  # nn.Linear's own distribution, drawn from the generator
-            nn.init.uniform_(p, -(D**-0.5), D**-0.5, generator=generator)
-        virtual = Prefix(torch.randn(tokens, D, generator=generator), mlp).to(model.device)
+        mlp = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, width(c))).to(model.device)
+        for layer, bound in ((mlp[0], D**-0.5), (mlp[2], 0.0)):  # nn.Linear's own distribution, drawn from the generator; zeros
+            for p in layer.parameters():
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+        virtual = Prefix(torch.randn(tokens, D, generator=generator).to(model.device), virtual.rows.data, mlp)
     model.virtual = virtual
     return model
 

@@ -478,7 +478,7 @@ BUGS = [
      "torch.arange(self.tokens, device=model.device)[None]",
      "torch.zeros(1, self.tokens, device=model.device)"),
     (34, "a prefix saved before its reparametrisation", "adapters.py", "adapters",
-     "return self.rows if self.mlp is None else self.mlp(self.rows)\n"
+     "return self.rows if self.mlp is None else self.start + self.mlp(self.rows)\n"
      "\n"
      "    def past(self, model):\n"
      "        c = model.config\n"
@@ -487,7 +487,16 @@ BUGS = [
      "\n"
      "    def past(self, model):\n"
      "        c = model.config\n"
-     "        kv = (self.rows if self.mlp is None else self.mlp(self.rows))"),
+     "        kv = (self.rows if self.mlp is None else self.start + self.mlp(self.rows))"),
+    (0, "a reparametrised prefix starts at random, as PEFT's does", "adapters.py", "adapters",
+     "(mlp[2], 0.0)",
+     "(mlp[2], D**-0.5)"),
+    (0, "a reparametrised prefix forgets its start", "adapters.py", "adapters",
+     "self.start + self.mlp(self.rows)",
+     "self.mlp(self.rows)"),
+    (0, "a critic is asked for LoRA on the head that it has not", "tuning.py", "tuning",
+     ' if t.strip() != "lm_head" or not model.config.num_labels]',
+     "]"),
     (34, "the context does not count virtual tokens", "model.py", "adapters",
      " - (self.virtual.tokens if self.virtual is not None else 0)",
      ""),

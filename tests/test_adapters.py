@@ -208,8 +208,9 @@ def test_starts():
         assert torch.equal(model.virtual.rows, words[torch.tensor((ids * 3)[:n])])
     tokens = torch.tensor(rows((9,)))
     prompt = A.add_adapter(base(), "prompt", 5, "Lima, Peru", tok)
-    prefix = A.add_adapter(base(), "prefix", 5, "Lima, Peru", tok, reparametrise=False)
-    close(prefix.hidden(tokens), prompt.hidden(tokens))
+    for reparametrise in (False, True):
+        prefix = A.add_adapter(base(), "prefix", 5, "Lima, Peru", tok, reparametrise)
+        close(prefix.hidden(tokens), prompt.hidden(tokens))
     for name in VIRTUAL:
         one, two = ([p for p in adapted(name, far=False).parameters() if p.requires_grad] for _ in range(2))
         assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(one, two, strict=True))
@@ -220,6 +221,8 @@ def test_starts():
 def test_adapters_are_float32_on_a_bf16_base():
     for name in KINDS:
         model = A.add_adapter(base().to(torch.bfloat16), generator=seeded(1), **KINDS[name])
+        if name == "prefix":
+            nn.init.normal_(model.virtual.mlp[2].weight, generator=seeded(2))  # it starts at 0, and nothing before it counts yet
         model(torch.tensor(rows((9,)))).float().logsumexp(-1).sum().backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         assert trained and all(p.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in trained)
@@ -517,7 +520,7 @@ def test_what_is_impossible_is_refused():
         with pytest.raises(ValueError, match=f"{n} virtual tokens were asked for: the model's context leaves room for 1 to 63"):
             A.add_adapter(base(), "prompt", tokens=n)
     with pytest.raises(ValueError, match="a text starts a prompt"):
-        A.add_adapter(base(), "prefix", text="a", tokenizer=chat_tokenizer())
+        A.add_adapter(base(), "ia3", text="a", tokenizer=chat_tokenizer())
     with pytest.raises(ValueError, match="is empty"):
         A.add_adapter(base(), "prompt", text="", tokenizer=chat_tokenizer())
     with pytest.raises(ValueError, match="for language models"):
