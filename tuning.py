@@ -24,7 +24,6 @@ from model import scalar_model, share
 from train import opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
-LORA_LR = 5  # LoRA wants a larger learning rate than the weights (Schulman et al. 2025 find about ten times); how much here is not measured
 
 
 @dataclass
@@ -56,9 +55,9 @@ def check(o):
         raise ValueError(f"--adapter {o.adapter} stands for itself: leave --lora and --keep-base out")
 
 
-def learning_rate(o, weights: float) -> float:
-    """--lr, or where that is 0 what fits what is trained."""
-    return o.lr or {"weights": weights, "lora": LORA_LR * weights, **adapters.LEARNING_RATE}[kind(o)]
+def learning_rate(o, weights: float, lora: float) -> float:
+    """--lr, or where that is 0 what fits what is trained. LoRA wants more than the weights (Schulman et al. 2025: about ten times)."""
+    return o.lr or {"weights": weights, "lora": lora, **adapters.LEARNING_RATE}[kind(o)]
 
 
 # ---------------------------------------------------------------- checkpoint folders

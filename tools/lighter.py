@@ -2,11 +2,11 @@
 
     python -m tools.lighter --model smollm2 --data out/world/sft.jsonl --prefs out/comparisons.jsonl --out out/lighter
 
-Each way is sft.py with its options, once a seed, with one learning rate for all weights, tuning.LORA_LR times that for LoRA and
-adapters.LEARNING_RATE for the others. Then all models read the same held-out conversations, and two kinds of text that nobody tuned them
-on: documents of the embedded corpus, which share the conversations' world, and pages of Python's own manual, which do not. By what their
-loss has grown the model has forgotten. With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on their base: how often is
-log π - log π_sft larger of the held-out pair's chosen answer?
+Each way is sft.py with its options, once a seed, with --lr, for LoRA --lora-lr, and adapters.LEARNING_RATE for the others. Then all
+models read the same held-out conversations, and two kinds of text that nobody tuned them on: documents of the embedded corpus, which
+share the conversations' world, and pages of Python's own manual, which do not. By what their loss has grown the model has forgotten.
+With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on their base: how often is log π - log π_sft larger of the
+held-out pair's chosen answer?
 
 A loss is a mean over tokens. An item's losses are averaged over the seeds; ± is half the width of a 95 % interval over the items (the
 pairs of a prompt are one item), a difference is taken item by item, and the seeds' own lowest and highest stand in brackets. Minutes are
@@ -49,13 +49,15 @@ class Options:
     out: str = opt("out/lighter", "folder for the runs")
     results: str = opt("RESULTS.md", "file with the marks that the tables go between")
     ways: str = opt(",".join(WAYS), "which, with commas")
-    steps: int = opt(150, "optimizer steps", at_least=1)
-    batch: int = opt(8, "conversations a step, of DPO prompts", at_least=1)
+    steps: int = opt(75, "optimizer steps", at_least=1)
+    dpo_steps: int = opt(30, "the same in DPO", at_least=1)
+    batch: int = opt(4, "conversations a step, of DPO prompts", at_least=1)
     length: int = opt(256, "tokens of a conversation", at_least=2)
-    lr: float = opt(5e-5, "peak learning rate of all weights", above=0)
-    dpo_lr: float = opt(1e-5, "the same in DPO", above=0)
+    lr: float = opt(1.5e-4, "peak learning rate of all weights", above=0)
+    lora_lr: float = opt(2e-3, "of LoRA", above=0)
+    dpo_lr: float = opt(2e-4, "of LoRA in DPO", above=0)
     n: int = opt(300, "held-out conversations, and pairs", at_least=2)
-    documents: int = opt(64, "documents of each kind of other text", at_least=2)
+    documents: int = opt(32, "documents of each kind of other text", at_least=2)
     seeds: int = opt(3, "runs of each way", at_least=1)
     device: str = opt("auto", "cpu, cuda or auto")
 
@@ -86,7 +88,7 @@ def run(script: str, out: Path, **options) -> dict:
 
 def tune(o, way: str, seed: int) -> tuple[Path, dict]:
     out = Path(o.out) / f"{way}-{seed}"
-    lr = {} if "adapter" in WAYS[way] else dict(lr=o.lr * (tuning.LORA_LR if "lora" in WAYS[way] else 1))
+    lr = {} if "adapter" in WAYS[way] else dict(lr=o.lora_lr if "lora" in WAYS[way] else o.lr)
     cost = run("sft.py", out, model=o.model, data=o.data, steps=o.steps, batch=o.batch, length=o.length, warmup=max(1, o.steps // 10),
                seed=seed, device=o.device, **WAYS[way], **lr)  # fmt: skip
     return out, cost
@@ -95,13 +97,20 @@ def tune(o, way: str, seed: int) -> tuple[Path, dict]:
 def prefer(o, way: str, seed: int) -> tuple[Path, dict]:
     """DPO goes on with the SFT model's adapter, on its base as it was, in 4 bits or not."""
     out, quant = Path(o.out) / f"{way}-{seed}-dpo", {k: v for k, v in WAYS[way].items() if k == "quant"}
-    cost = run("dpo.py", out, model=Path(o.out) / f"{way}-{seed}", data=o.prefs, pairs="best_worst", steps=o.steps, batch=o.batch,
-               length=o.length, lr=o.dpo_lr * tuning.LORA_LR, warmup=max(1, o.steps // 10), seed=seed, device=o.device, keep_base=True,
+    cost = run("dpo.py", out, model=Path(o.out) / f"{way}-{seed}", data=o.prefs, pairs="best_worst", steps=o.dpo_steps, batch=o.batch,
+               length=o.length, lr=o.dpo_lr, warmup=max(1, o.dpo_steps // 10), seed=seed, device=o.device, keep_base=True,
                **quant)  # fmt: skip
     return out, cost
 
 
 # ---------------------------------------------------------------- what the models say: [(sum, count)] of the same items
+def kept(file: Path, what):
+    """what(), kept in a file: stopped and started again, nothing is computed twice."""
+    if not file.exists():
+        file.write_text(json.dumps(what()))
+    return json.loads(file.read_text())
+
+
 def other_texts(n: int) -> dict:
     return {
         "corpus": list(islice(corpus.documents(1, 10**9), n)),
@@ -120,11 +129,16 @@ def text_losses(model, tok, texts, length: int, device, size=8):
     return out
 
 
-def losses(o, path, held, device, quant=None) -> dict:
-    model, tok = tuning.load(path, device, quant=quant)
-    length = min(o.length, model.context)
-    others = {k: text_losses(model, tok, texts, length, device) for k, texts in other_texts(o.documents).items()}
-    return {"held": held_out_losses(model, tok, held, device)} | others
+def losses(o, name, path, held, device, quant=None) -> dict:
+    """Of the held-out conversations and of each kind of other text."""
+
+    def said():
+        model, tok = tuning.load(path, device, quant=quant)
+        length = min(o.length, model.context)
+        others = {k: text_losses(model, tok, texts, length, device) for k, texts in other_texts(o.documents).items()}
+        return {"held": held_out_losses(model, tok, held, device)} | others
+
+    return kept(Path(o.out) / f"{name}.losses-{len(held)}-{o.documents}-{o.length}.json", said)
 
 
 def accuracies(path, sft, pairs, device) -> list:
@@ -201,8 +215,9 @@ def lighter(o: Options):
     runs = {way: [tune(o, way, seed) for seed in range(o.seeds)] for way in ways}
     tuned = {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in ("lora16", "qlora16")} if pairs else {}
 
-    said = {"base": [losses(o, o.model, held, device)]} | ({"base4": [losses(o, o.model, held, device, "nf4")]} if both else {})
-    said |= {way: [losses(o, p, held, device) for p, _ in runs[way]] for way in ways}
+    said = {"base": [losses(o, "base", o.model, held, device)]}
+    said |= {"base4": [losses(o, "base4", o.model, held, device, "nf4")]} if both else {}
+    said |= {way: [losses(o, p.name, p, held, device) for p, _ in runs[way]] for way in ways}
     result = {"options": asdict(o), "ways": {}}
     for way, seeds in said.items():
         parts = {k: [s[k] for s in seeds] for k in seeds[0]}
@@ -214,7 +229,8 @@ def lighter(o: Options):
     if both:
         of = {"loss": {way: [s["held"] for s in said[way]] for way in ("lora16", "qlora16")}}
         if pairs:
-            of["accuracy"] = {way: [accuracies(p, runs[way][i][0], pairs, device) for i, (p, _) in enumerate(tuned[way])] for way in tuned}
+            of["accuracy"] = {way: [kept(p.with_name(f"{p.name}.pairs-{len(pairs)}.json"), lambda p=p, s=s: accuracies(p, s, pairs, device))
+                                    for (p, _), (s, _) in zip(tuned[way], runs[way], strict=True)] for way in tuned}  # fmt: skip
         result["qlora"] = {k: {way: figure(v) for way, v in parts.items()} | {"difference": difference(parts["qlora16"], parts["lora16"])}
                            for k, parts in of.items()}  # fmt: skip
     (Path(o.out) / "lighter.json").write_text(json.dumps(result, indent=1) + "\n")
