@@ -53,7 +53,7 @@ class Options:
     dpo_steps: int = opt(30, "the same in DPO", at_least=1)
     batch: int = opt(4, "conversations a step, of DPO prompts", at_least=1)
     length: int = opt(256, "tokens of a conversation", at_least=2)
-    lr: float = opt(1.5e-4, "peak learning rate of all weights", above=0)
+    lr: float = opt(3e-4, "peak learning rate of all weights", above=0)
     lora_lr: float = opt(2e-3, "of LoRA", above=0)
     dpo_lr: float = opt(2e-4, "of LoRA in DPO", above=0)
     n: int = opt(300, "held-out conversations, and pairs", at_least=2)
