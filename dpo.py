@@ -43,7 +43,7 @@ class Options(tuning.Tuning):
     gamma: float = opt(1.0, "SimPO's margin γ (not γ/β)", at_least=0)
     label_smoothing: float = opt(0.0, "cDPO's ε: the share of labels that are taken to be wrong", at_least=0, below=0.5)
     nll: float = opt(0.0, "weight of the chosen answer's negative log-likelihood per token", at_least=0)
-    lr: float = opt(0.0, "peak learning rate; 0: 2e-4, LoRA 5e-4", at_least=0)
+    lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -127,7 +127,7 @@ def dpo(o: Options):
     data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)  # no reference for what will not be read
     reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
     data = list(zip(data, reference, strict=True))
-    peak = tuning.learning_rate(o, 2e-4, lora=5e-4)
+    peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(policy, peak, paged=o.paged)
     run.resume(policy=policy, optimizer=optimizer)
     targets, share = [sum(map(len, answers)) for (_, answers, _), _ in data], o.batch / o.accumulate / len(data)

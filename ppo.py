@@ -43,7 +43,7 @@ class Options(tuning.Tuning):
     batch: int = opt(128, "answers a round", at_least=1)
     minibatch: int = opt(32, "answers an update", at_least=1)
     epochs: int = opt(2, "passes over a round's answers", at_least=1)
-    lr: float = opt(0.0, "peak learning rate of policy and critic; 0: 2e-4, LoRA 1e-3", at_least=0)
+    lr: float = opt(0.0, "peak learning rate of policy and critic; 0: 2e-4, five times that for LoRA", at_least=0)
     warmup: int = opt(2, "rounds of linear warmup, then a line to 0", at_least=0)
     kl: float = opt(0.2, "β: cost of a nat of KL, in standard deviations of the reward", at_least=0)
     target_kl: float = opt(0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0)
@@ -171,7 +171,7 @@ def ppo(o: Options):
     judge, reward_model = load_reward(o, reference, tok, device)
     critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
     end, prompts = templates.end_id(tok), prepare(o.data, tok, prompt_room(policy, o.max_new_tokens))
-    peak = tuning.learning_rate(o, 2e-4, lora=1e-3)
+    peak = tuning.learning_rate(o, 2e-4)
     optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
     beta = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer).get("beta", o.kl)
     answered = o.minibatch * o.max_new_tokens

@@ -32,7 +32,7 @@ class Options(tuning.Tuning):
     steps: int = opt(250, "optimizer steps", at_least=1)
     batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
     length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
-    lr: float = opt(0.0, "peak learning rate; 0: 1e-3, LoRA 5e-3", at_least=0)
+    lr: float = opt(0.0, "peak learning rate; 0: 1e-3, five times that for LoRA", at_least=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
     seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -113,7 +113,7 @@ def reward(o: Options):
     train, held = records.split(records.rankings(o.data))
     data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]
     references = prepare_references(o.reference, tok, length, o.seed)
-    peak = tuning.learning_rate(o, 1e-3, lora=5e-3)
+    peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)
     run.resume(model=model, optimizer=optimizer)
     watch = tuning.Watch(o, device, [model], o.batch / len(data) * sum(len(p) + sum(map(len, answers)) for p, answers, _ in data), 0)

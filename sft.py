@@ -34,7 +34,7 @@ class Options(tuning.Tuning):
     batch: int = opt(32, "conversations a step", at_least=1)
     accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
-    lr: float = opt(0.0, "peak learning rate; 0: 5e-4, LoRA 2.5e-3, adapters.LEARNING_RATE for the others", at_least=0)
+    lr: float = opt(0.0, "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the others", at_least=0)
     warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0)
     weight_decay: float = opt(0.0, "AdamW's decay of matrices", at_least=0)
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
@@ -94,7 +94,7 @@ def sft(o: Options):
     data = prepare(o.data, tok, min(o.length, model.context))
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)
-    peak = tuning.learning_rate(o, 5e-4, lora=2.5e-3)
+    peak = tuning.learning_rate(o, 5e-4)
     optimizer = adamw(model, peak, o.weight_decay, paged=o.paged)
     run.resume(model=model, optimizer=optimizer)
     share = o.batch / o.accumulate / len(data)

@@ -161,10 +161,10 @@ def test_layers_named_one_by_one(small, tmp_path):
 
 
 def test_learning_rates():
-    assert tuning.learning_rate(options(lr=0.0), 1e-3, 5e-3) == 1e-3
-    assert all(tuning.learning_rate(options(lr=0.0, **way), 1e-3, 5e-3) == 5e-3 for way in (dict(lora=4), dict(keep_base=True)))
-    assert tuning.learning_rate(options(lr=0.0, adapter="ia3"), 1e-3, 5e-3) == tuning.adapters.LEARNING_RATE["ia3"]
-    assert tuning.learning_rate(options(lr=0.3, lora=4), 1e-3, 5e-3) == 0.3
+    assert tuning.learning_rate(options(lr=0.0), 1e-3) == 1e-3
+    assert tuning.learning_rate(options(lr=0.0, lora=4), 1e-3) == tuning.LORA_LR * 1e-3
+    assert tuning.learning_rate(options(lr=0.0, adapter="ia3"), 1e-3) == tuning.adapters.LEARNING_RATE["ia3"]
+    assert tuning.learning_rate(options(lr=0.3, lora=4), 1e-3) == 0.3
 
 
 @pytest.mark.parametrize(("stage", "wrong", "words"), (
