@@ -47,7 +47,7 @@ SIMPO_ARGS   = $(DPO_ARGS)
 EVAL_ARGS    = --n 400
 endif
 ifeq ($(REAL),short)
-SFT_ARGS     = --steps 40 --batch 8 $(call LR,5e-5,2.5e-4) --length 512
+SFT_ARGS     = --steps 40 --batch 8 $(call LR,5e-5,1e-3) --length 512
 COMPARE_ARGS = --prompts 100 --k 4
 REWARD_ARGS  = --steps 25 --batch 8 $(call LR,2e-5,1e-4) --length 512
 PPO_ARGS     = --iterations 4 --batch 16 --minibatch 8 --epochs 1 $(call LR,5e-6,2.5e-5)
