@@ -16,9 +16,9 @@ PYTHON    ?= python3
 # LORA=16: adapters of rank 16 in every stage, each on the merged model before it; with QUANT=nf4 all on the one 4-bit base.
 # The embedded base has never ended a turn: its rows of <|im_end|> and <|endoftext|> are equal, and only an adapter on the head tells them apart
 TARGETS ?= $(if $(REAL),all,all,lm_head)
-ADAPTER  = --lora $(LORA) --targets $(TARGETS)
-FIRST    = $(if $(LORA),$(ADAPTER)$(if $(QUANT), --quant $(QUANT)))
-THEN     = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT),$(ADAPTER)))
+ADAPTER = --lora $(LORA) --targets $(TARGETS)
+FIRST   = $(if $(LORA),$(ADAPTER)$(if $(QUANT), --quant $(QUANT)))
+THEN    = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT),$(ADAPTER)))
 COMMON  = --seed $(SEED) --device $(DEVICE) $(if $(OVERWRITE),--overwrite)
 WORLD   = $(OUT)/world
 PROMPTS = $(if $(PREFS),$(OUT)/prompts.jsonl,$(WORLD)/prompts.jsonl)

@@ -122,14 +122,15 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
     virtual = Prompt(wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device))))
     if kind == "prefix":
         kv = torch.stack([torch.cat(pair) for pair in virtual.past(model)])  # (layers, 2, kv_heads, P, head_dim)
-        virtual = Prefix(wide(kv.permute(3, 0, 1, 2, 4).flatten(1)))
+        start = wide(kv.permute(3, 0, 1, 2, 4).flatten(1))
+        virtual = Prefix(start)
     if kind == "prefix" and reparametrise:
         D = c.hidden_size
         mlp = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, width(c))).to(model.device)
         for layer, bound in ((mlp[0], D**-0.5), (mlp[2], 0.0)):  # nn.Linear's own distribution, drawn from the generator; zeros
             for p in layer.parameters():
                 p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-        virtual = Prefix(torch.randn(tokens, D, generator=generator).to(model.device), virtual.rows.data, mlp)
+        virtual = Prefix(torch.randn(tokens, D, generator=generator).to(model.device), start, mlp)
     model.virtual = virtual
     return model
 

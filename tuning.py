@@ -24,7 +24,7 @@ from model import scalar_model, share
 from train import opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
-LORA_LR = 5  # LoRA's rate over the weights' own: here, by single runs of every stage at 2.5, 5 and 10 times; Schulman et al. 2025 find ten
+LORA_LR = 5  # LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about ten
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Tuning:
 
     lora: int = opt(0, "rank of LoRA on the frozen weights; 0: every weight is trained", at_least=0)
     alpha: float = opt(0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", at_least=0)
-    targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head (where a turn ends in a new token), or names of modules")
+    targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head (where a turn ends in a new token), modules; with commas")
     quant: str = opt("none", "the frozen weights in 4 bits", choices=("none", "nf4"))
     paged: bool = opt(False, "optimizer state in pages that move to the CPU when the GPU is full")
     checkpointing: bool = opt(False, "keep each block's input alone and compute the rest again in the backward pass")

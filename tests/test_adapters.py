@@ -480,7 +480,8 @@ def test_what_a_config_asks_for_and_we_lack(name, changes, message, tmp_path):
 
 @pytest.mark.parametrize("changes", [dict(target_modules=None), dict(init_ia3_weights=False, revision="main", use_x=False)])
 def test_what_changes_nothing_is_read(changes, tmp_path):
-    A.load_adapter(hub.load(GOLDEN / "llama_biases")[0], edited(tmp_path, "ia3", **changes))
+    one, two = (A.load_adapter(hub.load(GOLDEN / "llama_biases")[0], f) for f in (edited(tmp_path, "ia3", **changes), GOLDEN / "peft_ia3"))
+    assert A.state(one).keys() == A.state(two).keys() and all(torch.equal(v, A.state(two)[k]) for k, v in A.state(one).items())
 
 
 def test_a_stored_projection_is_keys_and_values(tmp_path):

@@ -139,6 +139,7 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
             assert 0 < abs(f[k]["mean"]) < 20 and f[k]["ci"] > 0 and len(f[k]["seeds"]) == (2 if f["cost"] else 1)
         assert ("to_full" in f) == (way not in ("base", "base4", "full")) and f["held"]["items"] == result["ways"]["base"]["held"]["items"]
     assert len({result["ways"][way]["manual"]["mean"] for way in ("base", "base4")}) == 2
+    assert not list((tmp_path / "l").glob("*-[01].losses*")) and (tmp_path / "l" / "ia3-1" / "losses-12-3-140.json").exists()
     full, lora = result["ways"]["full"], result["ways"]["lora16"]
     pages = lighter.other_texts(3)["manual"]
     after, before = (lighter.text_losses(*lighter.tuning.load(f), pages, 140, "cpu") for f in (tmp_path / "l" / "full-1", o.model))

@@ -105,7 +105,7 @@ def prefer(o, way: str, seed: int) -> tuple[Path, dict]:
 
 # ---------------------------------------------------------------- what the models say: [(sum, count)] of the same items
 def kept(file: Path, what):
-    """what(), kept in a file: stopped and started again, nothing is computed twice."""
+    """what(), kept in a file: stopped and started again, nothing is computed twice. A run's lies in its folder, and goes with it."""
     if not file.exists():
         file.write_text(json.dumps(what()))
     return json.loads(file.read_text())
@@ -129,7 +129,7 @@ def text_losses(model, tok, texts, length: int, device, size=8):
     return out
 
 
-def losses(o, name, path, held, device, quant=None) -> dict:
+def losses(o, kept_in, path, held, device, quant=None) -> dict:
     """Of the held-out conversations and of each kind of other text."""
 
     def said():
@@ -138,7 +138,7 @@ def losses(o, name, path, held, device, quant=None) -> dict:
         others = {k: text_losses(model, tok, texts, length, device) for k, texts in other_texts(o.documents).items()}
         return {"held": held_out_losses(model, tok, held, device)} | others
 
-    return kept(Path(o.out) / f"{name}.losses-{len(held)}-{o.documents}-{o.length}.json", said)
+    return kept(kept_in / f"losses-{len(held)}-{o.documents}-{o.length}{'-' + quant if quant else ''}.json", said)
 
 
 def accuracies(path, sft, pairs, device) -> list:
@@ -215,9 +215,9 @@ def lighter(o: Options):
     runs = {way: [tune(o, way, seed) for seed in range(o.seeds)] for way in ways}
     tuned = {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in ("lora16", "qlora16")} if pairs else {}
 
-    said = {"base": [losses(o, "base", o.model, held, device)]}
-    said |= {"base4": [losses(o, "base4", o.model, held, device, "nf4")]} if both else {}
-    said |= {way: [losses(o, p.name, p, held, device) for p, _ in runs[way]] for way in ways}
+    said = {"base": [losses(o, Path(o.out), o.model, held, device)]}
+    said |= {"base4": [losses(o, Path(o.out), o.model, held, device, "nf4")]} if both else {}
+    said |= {way: [losses(o, p, p, held, device) for p, _ in runs[way]] for way in ways}
     result = {"options": asdict(o), "ways": {}}
     for way, seeds in said.items():
         parts = {k: [s[k] for s in seeds] for k in seeds[0]}
@@ -229,7 +229,7 @@ def lighter(o: Options):
     if both:
         of = {"loss": {way: [s["held"] for s in said[way]] for way in ("lora16", "qlora16")}}
         if pairs:
-            of["accuracy"] = {way: [kept(p.with_name(f"{p.name}.pairs-{len(pairs)}.json"), lambda p=p, s=s: accuracies(p, s, pairs, device))
+            of["accuracy"] = {way: [kept(p / f"pairs-{len(pairs)}.json", lambda p=p, s=s: accuracies(p, s, pairs, device))
                                     for (p, _), (s, _) in zip(tuned[way], runs[way], strict=True)] for way in tuned}  # fmt: skip
         result["qlora"] = {k: {way: figure(v) for way, v in parts.items()} | {"difference": difference(parts["qlora16"], parts["lora16"])}
                            for k, parts in of.items()}  # fmt: skip
