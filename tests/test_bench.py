@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny import chat_tokenizer, folder, lm, user, write
 
 import evals
 import memory
+import quant
 from tools import bench, lighter
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,33 @@ def test_a_training_step_moves_every_tensor_of_the_adapter(talks, monkeypatch):
     before = [p.detach().clone() for p in trained]
     turn(0)
     assert len(trained) == 2 * 7 * 2 and all(p.any() and not torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+
+
+def test_a_replaced_layer_is_freed_before_the_next():
+    """In a model that is built on the device, and in one that is quantised in place."""
+    with torch.device("meta"):
+        model = bench.Transformer(bench.SIZES["tiny"])
+    names, whole, most = bench.block_linears(model), [], []
+
+    def four_bit(linear):
+        whole.append(weakref.ref(linear.weight))
+        most.append(sum(ref() is not None for ref in whole))
+        return bench.Linear4bit(linear)
+
+    bench.build(model, names, four_bit, torch.device("cpu"))
+    assert len(most) == 14 and max(most) <= 2  # its own, and the one before as a loop's variable
+    plain = lm()
+    gone = [weakref.ref(plain.get_submodule(n).weight) for n in quant.block_linears(plain)]
+    real, alive = quant.quantize_nf4, []
+
+    def quantize(*a):
+        alive.append(sum(ref() is not None for ref in gone))
+        return real(*a)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "quantize_nf4", quantize)
+        quant.quantize_model(plain)
+    assert alive == [*range(14, 0, -1)]
 
 
 def test_7b_is_refused_without_a_gpu_in_one_line():

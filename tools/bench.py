@@ -34,7 +34,7 @@ from memory import SIZES, UNIT, count, measured, shape
 from model import Transformer, generate, pad, scalar_model, share
 from quant import Linear4bit, PagedAdamW, block_linears, quantize_nf4
 from sft import IGNORE, pack, sft_loss
-from train import adamw, autocast, main, opt, pick_device
+from train import adamw, autocast, has_bf16, main, opt, pick_device
 
 SIZES = SIZES | {"tiny": shape(500, 64, 96, 2, 4, 2, 16)}  # runs without a GPU too
 RANK, LR = 16, 1e-4
@@ -116,8 +116,8 @@ def training(o, ours: bool, quant=None):
 
     peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device)
     if quant:
-        for name, m in blocks(peer):
-            peer.set_submodule(name, bitsandbytes_linear(m, torch.float32))
+        for name in blocks(peer):
+            peer.set_submodule(name, bitsandbytes_linear(peer.get_submodule(name), torch.float32))
     tokens, mask = pad([ids for ids, _ in examples], device=device)
     labels, _ = pad([labels for _, labels in examples], fill=IGNORE, device=device)
     batch = dict(input_ids=tokens, attention_mask=mask.long(), labels=labels)
@@ -138,8 +138,8 @@ def peft(peer, rank: int):
     return model, torch.optim.AdamW(wanted, LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def blocks(peer):
-    return [(name, m) for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+def blocks(peer) -> list[str]:
+    return [name for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
 
 
 def bitsandbytes_linear(linear, dtype):
@@ -187,8 +187,8 @@ def qlora7b(o, ours: bool):
     said = {k: v for k, v in hub.config_json(c, torch.bfloat16).items() if k not in ("architectures", "model_type")}
     with torch.device("meta"):
         peer = LlamaForCausalLM(LlamaConfig(**said))
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    build(peer, [name for name, _ in blocks(peer)], lambda m: bitsandbytes_linear(m, compute), device)
+    compute = torch.bfloat16 if has_bf16(device) else torch.float32
+    build(peer, blocks(peer), lambda m: bitsandbytes_linear(m, compute), device)
     peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)
     model, optimizer = peft(peer, 64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -199,9 +199,10 @@ def qlora7b(o, ours: bool):
 @torch.no_grad()
 def build(model, linears, four_bit, device):
     """Random weights for a model of the meta device: these linear layers through `four_bit`, the rest in bf16."""
-    for name, m in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # names: what is replaced is freed
+        m = model.get_submodule(name)
         if own := list(m.parameters(recurse=False)):
-            m.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device, recurse=False)
+            m.to(torch.bfloat16 if has_bf16(device) else torch.float32).to_empty(device=device, recurse=False)
             for p in m.parameters(recurse=False):
                 nn.init.normal_(p, 1.0 if own[0].dim() == 1 else 0.0, 0.02)
             if name in linears:
