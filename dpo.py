@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 import tuning
 from data import records, templates
 from model import join, logprobs
-from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
+from train import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 
 
 @dataclass
@@ -141,6 +141,9 @@ def dpo(o: Options):
         figures, size = {}, -(-len(batch) // o.accumulate)
         for at in range(0, len(batch), size):
             groups, reference = zip(*batch[at : at + size], strict=True)
+            answers = sum(len(a) for _, some, _ in groups for a in some)
+            tokens = answers + sum(len(p) for p, _, _ in groups)
+            make_room([optimizer], tokens=tokens, targets=answers)
             logps, lengths = answer_logps(policy, groups, device)
             chosen, rejected = places(groups, device)
             if o.loss == "simpo":

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
+import train
 import tuning
 from data import records, templates, world
 from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores, share
@@ -187,6 +188,8 @@ def ppo(o: Options):
             # 1. rollout
             batch = records.batch(prompts, it, o.batch, o.seed)
             asked = [r["ids"] for r in batch]
+            longest = max(map(len, asked)) + o.max_new_tokens
+            train.make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
             answers = generate(policy, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + it)
             texts, ended = [tok.decode(a, skip_special=True) for a in answers], [a[-1] == end for a in answers]
             tokens, real, mask = join(asked, answers, device)  # mask: the answer and its end token
@@ -205,7 +208,11 @@ def ppo(o: Options):
         figures, first = [], True
         for epoch in range(o.epochs):
             order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed((o.seed * 1009 + it) * 1009 + epoch))
-            for b in order.to(device).split(o.minibatch):
+            for b in order.split(o.minibatch):
+                targets = sum(len(answers[i]) for i in b.tolist())
+                read = targets + sum(len(asked[i]) for i in b.tolist())
+                train.make_room([optimizer, critic_optimizer], tokens=read, targets=targets)
+                b = b.to(device)
                 with autocast(device):
                     new = logp_of(policy, tokens[b], real[b], mask[b])
                     value = values_of(critic, tokens[b], real[b])

@@ -279,8 +279,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     bitsandbytes pages otherwise: its state of 100,000 numbers and more lies in CUDA's managed memory (cudaMallocManaged), whose pages
     of 4 KB to 2 MB the driver moves when one side touches them, before or during any kernel, forward pass included; a prefetch before
-    each update only speeds that up. Here whole tensors move, in plain sight, and only within step() and offload(): a forward
-    pass that needs more memory than any before it can fail; call offload() and repeat it.
+    each update only speeds that up. Here whole tensors move, in plain sight, and only within step() and
+    make_room(). Pages take what all passes so far have left free, so a larger one could fail: make_room()
+    before it sends them away.
 
     The state dict is AdamW's: {index: {step, exp_avg, exp_avg_sq}}. Raises ValueError for a negative budget, and on loading a state
     of another shape.
@@ -296,6 +297,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.resident, self.host, self.arrival = {}, {}, {}  # by parameter: pages, pages, the events that end the copies under way
         self.held = 0  # bytes of resident pages
         self.peak, self.others = 0, 0  # the most memory ever in use, and how much of that was not pages
+        self.largest = {}  # of the sizes that make_room() was told, the largest of each name
 
     @torch.no_grad()
     def step(self):
@@ -401,9 +403,16 @@ class PagedAdamW(torch.optim.Optimizer):
         return mine * 15 / 16 - self.others
 
     # ---------------------------------------------------------------- between steps
+    def make_room(self, **sizes: int):
+        """Before a forward and backward pass of these sizes (tokens, targets): all pages leave
+        where one of them is larger than ever before."""
+        grown = {name: n for name, n in sizes.items() if n > self.largest.get(name, 0)}
+        if grown:
+            self.largest |= grown
+            self.offload()
+
     def offload(self):
-        """Sends every page to the host, where a forward pass has run out of memory."""
-        self._room()  # what that pass had beside the pages counts
+        """Sends every page to the host."""
         for p in list(self.resident):
             self._leave(p)
 

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 import tuning
 from data import records, templates
 from model import first_fit, wide
-from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
+from train import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 
 IGNORE = -100
 
@@ -90,6 +90,7 @@ def sft(o: Options):
     device = pick_device(o.device)
     run = None if o.show_batch else Run(o, __file__, [*tuning.inputs(o), o.data])
     model, tok = tuning.start(o, device)
+    model.train()  # dropout, where an adapter that goes on has it
     form = templates.adopt(tok, o.format or None)
     data = prepare(o.data, tok, min(o.length, model.context))
     if o.show_batch:
@@ -110,6 +111,8 @@ def sft(o: Options):
         for i in range(0, len(examples), part):
             some = examples[i : i + part]
             tokens, labels, segments = pack(some, max(128, *(len(ids) for ids, _ in some)), device)  # short rows: little attention
+            learnt = sum(label != IGNORE for _, lab in some for label in lab)
+            make_room([optimizer], tokens=tokens.numel(), targets=learnt)
             with autocast(device):
                 nll, _ = sft_loss(model, tokens, labels, segments)
             (nll / targets).backward()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from quant import PagedAdamW
-from train import _restore, _tensors
+from train import _restore, _tensors, make_room
 
 SHAPES = [(40, 30), (7,), (30, 40), (), (40, 30), (3, 5, 7), (2000,)]
 PAGE = [8 * torch.Size(s).numel() for s in SHAPES]  # bytes of each one's page
@@ -243,6 +243,20 @@ def test_offload_sends_all_pages_away_and_changes_nothing(expected):
     equal(everything(optimizer, params), expected)
 
 
+def test_pages_leave_before_a_pass_that_is_larger_than_any_before():
+    params, optimizer = equal_pages(3)
+    for p in params:
+        p.grad = torch.ones(10)
+    left = []
+    for sizes in (dict(tokens=8, targets=4), dict(tokens=8, targets=4), dict(tokens=7, targets=5),
+                  dict(tokens=7, targets=4), dict(cached=3), dict(tokens=8, targets=5), dict(tokens=9)):  # fmt: skip
+        make_room([optimizer, torch.optim.AdamW(params)], **sizes)
+        left.append(not optimizer.resident)
+        optimizer.step()
+        assert optimizer.resident
+    assert left == [True, False, True, False, True, False, True]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget", [None, 2 * max(PAGE), 40_000])
 def test_a_page_on_its_way_is_waited_for(budget, seed, monkeypatch, expected):
@@ -379,7 +393,7 @@ def test_on_a_gpu_copies_and_updates_keep_their_order():
 @gpu
 def test_on_a_gpu_that_is_full_a_step_completes():
     """The process may use 1 GB; parameters and gradients take half of it, their state would take another GB."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # set_per_process_memory_fraction wants an index
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total, device)
