@@ -63,6 +63,18 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+class ScalarHead(nn.Linear):
+    """One score from each hidden state, computed in float32 whatever both are, under autocast too:
+    what counts of scores is their differences, and bf16 has not three digits."""
+
+    def __init__(self, size: int, **how):
+        super().__init__(size, 1, bias=False, **how)
+
+    def forward(self, h):
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(wide(h), wide(self.weight)).squeeze(-1)
+
+
 def rope_angles(positions, head_dim: int, theta: float):
     """Angles of the rotary embedding: positions (B,T) → cos, sin (B,1,T,head_dim), each half the same head_dim/2 frequencies."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
@@ -168,7 +180,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if c.num_labels:
-            self.score = nn.Linear(c.hidden_size, 1, bias=False)
+            self.score = ScalarHead(c.hidden_size)
         else:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
             if c.tie_word_embeddings:
@@ -216,7 +228,7 @@ class Transformer(nn.Module):
     def forward(self, tokens, mask=None, segments=None, cache=None):
         """Logits (B,T,V); with a scalar head the score at every token (B,T)."""
         h = self.hidden(tokens, mask, segments, cache)
-        return self.score(h.to(self.score.weight.dtype)).squeeze(-1) if self.config.num_labels else self.lm_head(h)
+        return self.score(h) if self.config.num_labels else self.lm_head(h)
 
 
 def _padded(tokens, mask, cache):
@@ -268,7 +280,7 @@ def scalar_model(model: Transformer, generator: torch.Generator | None = None) -
     new = share(model)
     del new.lm_head
     new.config.num_labels, new.config.tie_word_embeddings = 1, False
-    new.score = nn.Linear(model.config.hidden_size, 1, bias=False, device="cpu", dtype=torch.float32)
+    new.score = ScalarHead(model.config.hidden_size, device="cpu", dtype=torch.float32)
     nn.init.normal_(new.score.weight.data, std=(model.config.hidden_size + 1) ** -0.5, generator=generator)
     new.score.to(model.device)
     return new
@@ -355,8 +367,7 @@ def logprobs(model, tokens, mask, where, temperature: float = 1.0):
 
 def scores(model, tokens, mask, where=None):
     """A scalar model's score at every real token, 0 on padding (B,T). where: the answers, so that their prompts are read once."""
-    h = dense_hidden(model, tokens, mask, where).to(model.score.weight.dtype)  # trained heads are float32, their base may be bf16
-    return wide(model.score(h).squeeze(-1)) * mask
+    return model.score(dense_hidden(model, tokens, mask, where)) * mask
 
 
 def last_score(model, tokens, mask, where=None):
