@@ -49,12 +49,15 @@ class IA3Linear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain layer that does the same, multiplied in float32. A factor on the outputs is one on the bias too."""
+        """The plain layer that does the same, on the host, multiplied in float32.
+        A factor on the outputs is one on the bias too."""
         weight, bias = self.base.weight if isinstance(self.base, nn.Linear) else self.base.dequantize(), self.base.bias
-        new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype).requires_grad_(False)
-        new.weight.copy_(wide(weight) * self.stored())
+        weight, scale = weight.cpu(), self.scale.cpu()
+        new = nn.Linear(*weight.shape[::-1], bias is not None, "cpu", weight.dtype)
+        new.requires_grad_(False)
+        new.weight.copy_(wide(weight) * self.stored().cpu())
         if bias is not None:
-            new.bias.copy_(bias if self.feedforward else wide(bias) * self.scale)
+            new.bias.copy_(bias if self.feedforward else wide(bias.cpu()) * scale)
         return new
 
 
@@ -182,12 +185,13 @@ def ia3_key(name: str) -> str:
 
 
 def merge(model):
-    """IA3's factors become part of the weights, in the weights' own type. ValueError for prompts and prefixes. → the model"""
+    """IA3's factors become part of the weights, in the weights' own type. ValueError for prompts
+    and prefixes. → the model, on the host as by lora.merge"""
     if model.virtual is not None:
         raise ValueError("a prompt or prefix cannot be merged, it is no change of the weights: keep its folder beside the model's")
-    for name, module in parts(model):
-        put(model, name, module.merged())
-    return model
+    for name in [n for n, _ in parts(model)]:  # names: what is replaced is freed
+        put(model, name, model.get_submodule(name).merged())
+    return model.cpu()
 
 
 # ---------------------------------------------------------------- PEFT folders

@@ -69,11 +69,14 @@ def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name=
             known = [*GROUPS, *dict.fromkeys(n.rpartition(".")[2] for n in layers), *layers]
             near = difflib.get_close_matches(word, known, 1, 0)[0]
             raise ValueError(f"add_lora: targets names {word!r}, which is no linear layer of this model (did you mean {near}?)")
+    chosen = {n: layer for n, layer in layers.items() if matches(n, words)}
+    most = max((min(m.in_features, m.out_features) for m in chosen.values()), default=0)
+    if rank > most:
+        raise ValueError(f"add_lora: r is {rank}: these layers have ranks up to {most}, give fewer")
     fresh = {}
-    for n, layer in layers.items():
-        if matches(n, words):
-            A = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), a=5**0.5, generator=generator)
-            fresh[n] = A, torch.zeros(layer.out_features, rank)
+    for n, layer in chosen.items():
+        A = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), a=5**0.5, generator=generator)
+        fresh[n] = A, torch.zeros(layer.out_features, rank)
     return attach(model, name, settings, fresh)
 
 
@@ -127,10 +130,16 @@ def use(model, name: str | None):
             m.active = name
 
 
-def unmoved(model, before) -> list[str]:
-    """The trained parameters that are what they were in `before`, a share() of the model from then."""
-    start = dict(before.named_parameters())
-    return [n for n, p in model.named_parameters() if p.requires_grad and torch.equal(p, start[n])]
+def trained(model) -> dict:
+    """Copies of the parameters that are trained, on the host, for unmoved()."""
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {n: p.detach().to("cpu", copy=True) for n, p in found.items()}
+
+
+def unmoved(model, before: dict) -> list[str]:
+    """The trained parameters that are what they were in `before`, trained() of the model then."""
+    now = trained(model)
+    return [n for n, p in now.items() if torch.equal(p, before[n])]
 
 
 @torch.no_grad()
@@ -138,36 +147,59 @@ def merge(model):
     """Takes the adapter in use into the weights, W + s B A in float32 and once rounded to W's dtype → the model, of plain linears.
 
     Quantised weights are dequantised first; other adapters are dropped. A tied head that has an adapter is untied. Prints the drift: how
-    far the logits over a fixed page of tokens are from those before.
+    far the logits over a fixed page of tokens are from those before. IA3's layers (adapters.py) merge themselves.
+
+    A GPU that trained a model in 4 bits may have no room for it in 16. So the layers are merged one
+    by one on the host, each frees what it replaces, and for the drift each visits the GPU alone.
+    Afterwards the model lies on the host, and with it what a share() of it has in common with it.
     """
     if adapters(model) and not any(m.active for m in model.modules() if isinstance(m, LoRALinear)):
         raise ValueError(f"merge: no adapter is in use: call use(model, name) with one of {', '.join(adapters(model))} first")
     c, training, seeded = model.config, model.training, torch.Generator().manual_seed(0)
     page = torch.randint(c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded).to(model.device)
-    before = wide(model.eval()(page))
-    for n, layer in linears(model).items():
-        new = merged(layer)
+    before, hooks = wide(model.eval()(page)), []
+    # names, not layers: a list of the layers would keep alive what is replaced
+    for n in [*linears(model), *(n for n, m in model.named_modules() if hasattr(m, "merged"))]:
+        new = merged(model.get_submodule(n))
         model.set_submodule(n, new)
+        hooks += visits(new, page.device)
         if n == "lm_head" and c.tie_word_embeddings and new.weight is not model.embed_tokens.weight:
             c.tie_word_embeddings = False
             print("merged: the head has an adapter and the embedding has none: they are untied from here on")
     drift, what = (wide(model(page)) - before).abs(), "scores" if c.num_labels else "logits"
+    for hook in hooks:
+        hook.remove()
     print(f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g}, {drift.mean():.2g} on average")
-    return model.train(training)
+    return model.cpu().train(training)
 
 
 def merged(layer) -> nn.Linear:
-    """The plain linear that does what a layer does with its adapter in use."""
+    """The plain linear that does what a layer does with its adapter in use; if new, on the host."""
+    if hasattr(layer, "merged"):
+        return layer.merged()
     base = layer.base if isinstance(layer, LoRALinear) else layer
     weight = base.dequantize() if hasattr(base, "dequantize") else base.weight
     if base is not layer and layer.active in layer.A:
-        delta = layer.scale() * wide(layer.B[layer.active]) @ wide(layer.A[layer.active])
+        A, B, weight = layer.A[layer.active].cpu(), layer.B[layer.active].cpu(), weight.cpu()
+        delta = layer.scale() * wide(B) @ wide(A)
         weight = (wide(weight) + delta).to(weight.dtype)
     elif isinstance(base, nn.Linear):
         return base
     new = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    new.weight, new.bias = nn.Parameter(weight, False), base.bias
+    new.weight, new.bias = nn.Parameter(weight.cpu(), False), base.bias
     return new
+
+
+def visits(layer, device):
+    """Lets a layer come to the device for each call and go to the host after it → its hooks."""
+
+    def move(to):
+        def hook(*_):
+            layer.to(to)
+
+        return hook
+
+    return layer.register_forward_pre_hook(move(device)), layer.register_forward_hook(move("cpu"))
 
 
 # -- PEFT's folders: adapter_config.json and adapter_model.safetensors

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,20 @@ def test_ia3_merged_is_unmerged(dtype):
     assert merged.layers[0].mlp.down_proj.weight.dtype == dtype  # multiplied in float32, rounded once
     close(merged.float()(tokens), before, (0.05 if dtype == torch.bfloat16 else 1e-5) * before.abs().max())
     assert merged.state_dict().keys() == base().state_dict().keys() and type(merged.layers[1].mlp.down_proj) is nn.Linear
+
+
+def test_merging_frees_a_layer_before_the_next(monkeypatch):
+    model = adapted("ia3")
+    gone = [weakref.ref(m) for _, m in A.parts(model)]
+    real, alive = A.IA3Linear.merged, []
+
+    def merged(layer):
+        alive.append(sum(ref() is not None for ref in gone))
+        return real(layer)
+
+    monkeypatch.setattr(A.IA3Linear, "merged", merged)
+    A.merge(model)
+    assert alive == [*range(6, 0, -1)]
 
 
 def test_ia3_around_weights_that_are_no_linear_layer():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import hub
 import lora
 import train
 from lora import LoRALinear, add_lora, load_adapter, merge, save_adapter, unmoved, use
-from model import generate, last_score, scalar_model
+from model import generate, last_score, scalar_model, scores
+from ppo import values_of
+from quant import quantize_model
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 LORAS = {"list": "tied", "pattern": "biases", "head": "tied", "scores": "scores"}
@@ -165,7 +168,7 @@ def test_step_0_is_the_base_bit_for_bit(dtype, changes):
 def test_after_a_step_every_b_has_moved_and_the_base_has_not(scalar, dtype):
     model = lm().to(dtype)
     model = add_lora(scalar_model(model, seeded()), 4, 8, "all", generator=seeded()) if scalar else add_lora(model, 4, 8, "all,lm_head")
-    before, start = step(model), lora.share(model)
+    before, start = step(model), lora.trained(model)
     for n, p in model.named_parameters():
         moved = ".B." in n or n == "score.weight"  # A's gradient is 0 while B is
         assert p.requires_grad == (".A." in n or moved) and torch.equal(p, before[n]) != moved, n
@@ -179,7 +182,7 @@ def test_unmoved_names_those_that_stayed():
     model = add_lora(lm(), 2, 4, "all")
     model.layers[1].mlp.up_proj.B["default"].register_hook(torch.zeros_like)
     step(model)
-    start = lora.share(model)
+    start = lora.trained(model)
     assert len(unmoved(model, start)) == 28  # it goes on from here: nothing has moved since
     step(model)
     assert unmoved(model, start) == [f"layers.1.mlp.up_proj.{k}.default" for k in "AB"]  # A's gradient is 0 while B is
@@ -325,6 +328,37 @@ def test_a_quantised_model_without_adapters_becomes_plain():
     assert model.layers[0].mlp.up_proj.weight.dtype == torch.float32
 
 
+def test_merging_frees_a_layer_before_the_next(monkeypatch):
+    """Of the layers that are replaced one at most is alive, or a model in 4 bits and one in 16 would lie side by side."""
+    model = add_lora(four_bit(), 4, 8, "attention")
+    gone = {n: weakref.ref(m) for n, m in lora.linears(model).items() if n != "lm_head"}
+    real, alive = lora.merged, []
+
+    def merged(layer):
+        alive.append(sum(ref() is not None for ref in gone.values()))
+        return real(layer)
+
+    monkeypatch.setattr(lora, "merged", merged)
+    merge(model)
+    assert alive == [*range(14, 0, -1), 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_merging_needs_no_second_model(capsys):
+    """12 MB a layer in bf16: the end of a run fits where its training did."""
+    model = lm(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=512).bfloat16().cuda()
+    model = fill(add_lora(quantize_model(model), 4, 8), std=0.02)
+    page = torch.randint(280, (1, 128), generator=seeded()).cuda()
+    before = model.eval()(page).float()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    assert merge(model).device.type == "cpu"
+    largest = 2 * 1024 * 4096
+    assert torch.cuda.max_memory_allocated() - held < 6 * largest + 4 * 2**20
+    assert float(capsys.readouterr().out.split("at most ")[1].split(",")[0]) < 0.1 * before.abs().max()
+    close(model.cuda()(page).float(), before, 0.1 * before.abs().max())
+
+
 @pytest.mark.parametrize("targets", ["lm_head", "all,lm_head", "all"])
 def test_a_tied_head_merged_saved_and_loaded(targets, tmp_path):
     model = add_lora(lm(tie_word_embeddings=True), 4, 8, targets)
@@ -397,6 +431,25 @@ def test_a_scalar_head_is_float32_over_a_bf16_base():
     close(last_score(model, TOKENS, mask), model(TOKENS)[:, -1], 0.05)
     model.score.bfloat16()
     assert add_lora(model, 2, 4).score.weight.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_scalar_head_is_float32_under_autocast(base):
+    """forward(), scores() and what PPO reads: the product of hidden states and head, unrounded, wherever it stands."""
+    model = scalar_model(lm().to(base), seeded())
+    mask, head = torch.ones_like(TOKENS, dtype=torch.bool), model.score.weight[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        h = model.hidden(TOKENS)
+        found = model(TOKENS), scores(model, TOKENS, mask), last_score(model, TOKENS, mask)
+        value = values_of(model, TOKENS, mask)
+    assert all(x.dtype == torch.float32 for x in (*found, value))
+    expected = (h.double() @ head.double()).float()
+    close(found[0], expected, 1e-5)
+    rounded = (h.bfloat16() @ head.bfloat16()).float()
+    assert (rounded - expected).abs().max() > 1e-3
+    for x in (found[1], F.pad(value[:, 1:], (0, 1)), found[2][:, None]):
+        assert (x != x.bfloat16().float()).any(), "rounded to bf16"
 
 
 # ---------------------------------------------------------------- PEFT's folders
