@@ -207,15 +207,42 @@ METHODS = {
 
 
 def need(c: Config, tokens=512, paged=False, **how) -> dict:
-    """Bytes on a GPU of a training step on one row of `tokens`, all of them targets, checkpointed, under bf16 autocast: {what: bytes}."""
+    """Bytes on a GPU of a run that trains on one row of `tokens`, all of them targets, checkpointed, under bf16 autocast: {what: bytes}
+    of a training step or of the run's end, whichever is more."""
+    step, end = step_rows(c, tokens, paged, **how), end_rows(c, paged, **how)
+    return max(step, end, key=lambda rows: sum(rows.values()))
+
+
+def held(c: Config, paged=False, **how) -> dict:
+    """What stays from step to step on the GPU: predict(), of a paged optimizer three pages."""
     rows = predict(c, **how)
     if paged:  # on the GPU are the page in use and the two that are next; a page is twice its parameter, which is at most an embedding
         largest = max(4 * how["rank"] * n for size in adapted(c, "all") for n in size) if how else max(4 * n for _, n in tensors(c))
         rows["optimizer"] = min(rows["optimizer"], 3 * 2 * largest)
+    return rows
+
+
+def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
+    rows = held(c, paged, **how)
     rows["activations"] = activations(c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True)
     rows["logits"] = logits(c, tokens)
     if how.get("quant"):  # the largest matrix, for a moment: in float32, then beside it in bf16
         rows["dequantised"] = 6 * max(i * o for i, o in linears(c).values())
+    return rows
+
+
+def end_rows(c: Config, paged=False, page=256, **how) -> dict:
+    """The run's end, when the model is written. Gradients are gone, the optimizer is not. The model is
+    merged on the host (2 bytes a parameter there; 4 where it was trained in float32), and lora.merge
+    reads a page twice: its logits in float32, those from before and their difference; and the merged
+    model's layers visit the GPU one by one."""
+    rows = held(c, paged, **how)
+    del rows["gradients"]
+    if how:
+        x, largest = how["dtype"].itemsize, max(i * o for i, o in linears(c).values())
+        rows["logits"] = 3 * 4 * page * c.vocab_size
+        rows["page"] = page * x * (4 * c.hidden_size + 3 * c.intermediate_size)
+        rows["a layer"] = largest * (6 if how.get("quant") else x)  # as in a step, or as it visits
     return rows
 
 

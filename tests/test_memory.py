@@ -241,6 +241,18 @@ def test_what_fits():
     assert sum(need(SIZES["65B"], **memory.METHODS["QLoRA, paged"]).values()) < 48 * UNIT
 
 
+@pytest.mark.parametrize("how", memory.METHODS)
+def test_a_run_that_trains_can_end(how):
+    """The end is counted too, and what trains is what decides."""
+    for c in SIZES.values():
+        step, end = (f(c, **memory.METHODS[how]) for f in (memory.step_rows, memory.end_rows))
+        assert need(c, **memory.METHODS[how]) == step and sum(end.values()) < sum(step.values())
+        assert "gradients" not in end and end["optimizer"] == step["optimizer"]
+    short = SIZES["135M"]  # rows of one token: the page that is read at the end is the most
+    end = memory.end_rows(short, **memory.METHODS["LoRA"])
+    assert need(short, 1, **memory.METHODS["LoRA"]) == end
+
+
 # ---------------------------------------------------------------- on a GPU
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rank, checkpointed", [(0, False), (16, False), (16, True)])
