@@ -201,7 +201,12 @@ def token_ids(c: Config, tokenizer) -> dict:
         choice = [special.get("<|endoftext|>"), *special.values()] if special else [ids["pad_token_id"]]
         ids["pad_token_id"] = next((i for i in choice if i is not None and i not in inside), None)
         if ids["pad_token_id"] is None:
-            raise ValueError("a reward model needs a padding token that is not the end token: set pad_token_id in its config")
+            raise ValueError(
+                "a reward model needs a padding token that is not the end token, and the tokenizer has "
+                f"no special token left ({', '.join(special) or 'it has none'}): add one, such as "
+                '<|pad|> with "special": true, to the added_tokens of tokenizer.json, with an id below '
+                f"vocab_size = {c.vocab_size} (a row more in the embedding where all are taken)"
+            )
     return ids
 
 

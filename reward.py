@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
+import hub
 import tuning
 from data import records, templates
 from evals import pair_accuracy
 from model import join, last_score, scalar_model
-from train import Run, adamw, autocast, lr_at, main, opt, pick_device, set_lr
+from train import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 
 ABSENT = -1
 
@@ -109,6 +110,7 @@ def reward(o: Options):
     sft, tok = tuning.start(o, device)
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
     del sft
+    hub.token_ids(model.config, tok)  # refuses now what could not be saved in the end: no padding token
     length = min(o.length, model.context)
     train, held = records.split(records.rankings(o.data))
     data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]
@@ -121,7 +123,10 @@ def reward(o: Options):
     for step in run.steps(o.steps):
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
-        scores, ranks = scores_of(model, records.batch(data, step, o.batch, o.seed), device)
+        batch = records.batch(data, step, o.batch, o.seed)
+        tokens = sum(len(p) + sum(map(len, answers)) for p, answers, _ in batch)
+        make_room([optimizer], tokens=tokens)
+        scores, ranks = scores_of(model, batch, device)
         loss = ranking_loss(scores, ranks)
         loss.backward()
         norm = clip_grad_norm_(model.parameters(), 1.0)

@@ -10,6 +10,7 @@ memory once, and a 4-bit base is never rounded again: merged weights are not on 
 of what was learnt.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import lora
 import memory
 from data.tokenizer import Tokenizer
 from model import scalar_model, share
-from train import opt
+from quant import Linear4bit
+from train import has_bf16, opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
 LORA_LR = 5  # LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about ten
@@ -74,10 +76,16 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
 
 def base_of(path) -> str:
     """The folder of the model that the adapter of a stage's folder lies on."""
-    folder = Path(path) / "adapter"
-    if not folder.is_dir():
+    file = Path(path) / "adapter" / "adapter_config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave --keep-base out")
-    return hub.read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    base = hub.read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the model that the "
+            "adapter lies on was expected; write it there, or leave --keep-base out"
+        )
+    return base
 
 
 def inputs(o) -> list[str]:
@@ -87,25 +95,46 @@ def inputs(o) -> list[str]:
 
 
 def start(o, device):
-    """The stage's model and tokenizer; what is to be trained wants a gradient, and nothing else does."""
+    """The stage's model and tokenizer; what is to be trained wants a gradient, and nothing else does.
+
+    Dropout, which an adapter of --model may have, is off: a log-probability, a score, a ratio is the
+    whole model's, not a random part's, or policy and reference differ before the first step. Only
+    sft.py turns it on.
+    """
     quant, frozen = (None if o.quant == "none" else o.quant), kind(o) != "weights"
-    dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
     if not o.keep_base:
         model, tok = load(o.model, device, dtype, quant)
+        if not frozen and in_4_bits(model):
+            raise ValueError(
+                f"{o.model} is in 4 bits (bitsandbytes): 4-bit weights cannot be trained; give --lora R"
+            )
         if model.virtual is not None and kind(o) != "weights":
             raise ValueError(f"{o.model} has a prompt or prefix before it: another adapter does not go with it")
-        return tune(o, model, tok), tok
+        return tune(o, model, tok).eval(), tok
     model, tok = hub.load(base_of(o.model), device, dtype, quant)[0], Tokenizer.load(Path(o.model))
     model.config.eos_token_id = hub.read_config(Path(o.model)).eos_token_id
     lora.load_adapter(model, f"{o.model}/adapter")
     model.checkpointing = o.checkpointing
-    return model, tok
+    return model.eval(), tok
+
+
+def in_4_bits(model) -> bool:
+    return any(isinstance(m, Linear4bit) for m in model.modules())
+
+
+NO_HEAD = (
+    "the adapter lies on lm_head alone, which a reward model and a critic lack: it must lie on other "
+    "layers too (--targets all,lm_head)"
+)
 
 
 def tune(o, model, tok=None):
     """Adds the adapter that the options ask for, and freezes the rest. → the model"""
     if kind(o) == "lora":
         targets = [t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels]  # a critic has none
+        if not targets:
+            raise ValueError(NO_HEAD)
         lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, targets)
     elif kind(o) in KINDS:
         adapters.add_adapter(model, kind(o), o.virtual_tokens, tokenizer=tok)
@@ -128,20 +157,26 @@ def critic_of(o, reward):
     """A network that starts as the reward model, which is frozen from here on, and trains what the policy trains."""
     if o.lora:
         return tune(o, share(reward.requires_grad_(False)))
+    if not o.keep_base and in_4_bits(reward):
+        raise ValueError(
+            "the reward model is in 4 bits (bitsandbytes), and a critic that starts from it would train "
+            "every weight; give --lora R"
+        )
     critic = share(reward)
     reward.requires_grad_(False)
     return critic
 
 
 def save(o, path, model, tok):
-    """A plain checkpoint, and beside it in path/adapter what was trained, where that was an adapter."""
+    """A plain checkpoint, and beside it in path/adapter what was trained, where that was an adapter.
+    A base in 4 bits is written dequantised, in the type that it was loaded in."""
     folder = path / "adapter"
     if names := lora.adapters(model):
         lora.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])
-        lora.merge(model)
     elif adapters.parts(model):
         adapters.save_adapter(model, folder, o.model)
-        model = adapters.merge(model) if model.virtual is None else model
+    if in_4_bits(model) or any(hasattr(m, "base") for m in model.modules()):
+        lora.merge(model)
     hub.save(path, model, tok)
 
 
@@ -152,12 +187,15 @@ class Watch:
     def __init__(self, o, device, models: list, tokens: float, targets: float, length=128):
         """models: all that the stage holds, the trained one first; of a pass: tokens, targets, and how long packed rows are."""
         first, self.device = models[0], device
-        self.model, self.start = first, share(first) if kind(o) != "weights" else None
+        for model in models if kind(o) == "lora" else []:  # before the first step, not at the save
+            if any(p.requires_grad for p in model.parameters()) and not lora.adapters(model):
+                raise ValueError(NO_HEAD)
+        self.model, self.start = first, lora.trained(first) if kind(o) != "weights" else None
         rows, c, dtype = memory.count(*models), first.config, first.embed_tokens.weight.dtype
         adapted = {n.rpartition(".")[2]: m.settings[m.active]["r"] for n, m in first.named_modules() if isinstance(m, lora.LoRALinear)}
         rank = max(adapted.values(), default=int(kind(o) != "weights"))
         how = dict(rank=rank, targets=list(adapted), dtype=dtype, quant=None if o.quant == "none" else o.quant)
-        rows["activations (estimate)"] = memory.activations(c, int(tokens), length, **how, autocast=device.type == "cuda",
+        rows["activations (estimate)"] = memory.activations(c, int(tokens), length, **how, autocast=has_bf16(device),
                                                             checkpointing=o.checkpointing, gpu=device.type == "cuda")  # fmt: skip
         rows["logits (estimate)"] = memory.logits(c, int(targets))
         print(memory.table(rows, c))
@@ -165,5 +203,6 @@ class Watch:
     def finish(self):
         print(f"memory: {memory.measured(self.device) / memory.UNIT:.2f} GB at most" + (
             "" if self.device.type == "cuda" else ", with Python and its libraries"))  # fmt: skip
-        if self.start and (still := lora.unmoved(self.model, self.start)):
+        still = lora.unmoved(self.model, self.start) if self.start else []
+        if 0 < len(still) < len(self.start):  # where nothing moved no step was left to make
             print(f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are they used?")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tiny import metrics
 import hub
 import lora
 import memory
+import train
 import tuning
 from model import share
 from train import pick_device
@@ -158,6 +160,36 @@ def test_layers_named_one_by_one(small, tmp_path):
     found = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert {k.removeprefix("base_model.model.model.").rsplit(".", 2)[0] for k in found} == {
         "layers.0.mlp.up_proj", "layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj"}  # fmt: skip
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
+    """A GPU that has it and one that has not: what is computed in, what frozen weights lie in, what is counted."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    gpu, dtypes, real = torch.device("cuda"), [], hub.load
+
+    def load(path, device="cpu", dtype=torch.float32, quant=None):
+        dtypes.append(dtype)
+        return real(path, "cpu", torch.float32, quant)
+
+    monkeypatch.setattr(hub, "load", load)
+    with warnings.catch_warnings(action="ignore"):  # there is no GPU
+        assert isinstance(train.autocast(gpu), torch.autocast) == bf16
+    model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), gpu)
+    tuning.start(options(model=qlora / "sft", **KEEP), gpu)
+    tuning.start(options(model=small["sft"]["model"]), gpu)
+    assert dtypes == [torch.bfloat16 if bf16 else torch.float32] * 2 + [torch.float32]
+    found, count = [], memory.activations
+    monkeypatch.setattr(memory, "activations", lambda *a, **how: (found.append(how["autocast"]), count(*a, **how))[1])
+    tuning.Watch(options(lora=2), gpu, [model], 10, 10)
+    assert found == [bf16] and not isinstance(train.autocast(CPU), torch.autocast)
+
+
+def test_nothing_is_said_of_a_run_that_had_no_step_left(small, capsys):
+    """One that was stopped after its last step and goes on."""
+    model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), CPU)
+    tuning.Watch(options(lora=2), CPU, [model], 10, 10).finish()
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_learning_rates():
