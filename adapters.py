@@ -184,16 +184,6 @@ def ia3_key(name: str) -> str:
     return f"base_model.model.{hub_name(name)}.ia3_l"
 
 
-def merge(model):
-    """IA3's factors become part of the weights, in the weights' own type. ValueError for prompts
-    and prefixes. → the model, on the host as by lora.merge"""
-    if model.virtual is not None:
-        raise ValueError("a prompt or prefix cannot be merged, it is no change of the weights: keep its folder beside the model's")
-    for name in [n for n, _ in parts(model)]:  # names: what is replaced is freed
-        put(model, name, model.get_submodule(name).merged())
-    return model.cpu()
-
-
 # ---------------------------------------------------------------- PEFT folders
 def save_adapter(model, path, base=None):
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does. base: the folder or hub name of the model."""

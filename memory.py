@@ -131,7 +131,7 @@ def nf4_bytes(n: int) -> dict:
 
 # ---------------------------------------------------------------- estimated
 def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtype=torch.float32, quant=None, autocast=False,
-                checkpointing=False, gpu=False, packed=True) -> int:  # fmt: skip
+                checkpointing=False, gpu=False) -> int:  # fmt: skip
     """Bytes kept from a forward pass over `tokens` tokens in rows of `length` for its backward pass; the first four options as in predict.
 
     Per token and block, x bytes for a number of the residual stream and e for one of a matrix product (2 under autocast):
@@ -157,7 +157,7 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
 
     norm = 4 * D + 4 + (0 if rank else x * D)
     kept = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV + D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
-    block = 2 * norm + e * (kept + rank * len(learns) + packed * length) + 4 * H
+    block = 2 * norm + e * (kept + rank * len(learns) + length) + 4 * H
     rest = norm + e * D + 2 * 4 * c.head_dim + 8  # the last norm, the head's input, cos and sin, ids
 
     def copied(names, size):  # bf16 copies of a block's matrices

@@ -251,12 +251,12 @@ def block_linears(model) -> list[str]:
     return [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
 
 
-def quantize_model(model, names=None, double_quant=True):
+def quantize_model(model, names=None):
     """The model with these linear layers (None: block_linears) in 4 bits, changed in place, one after another."""
     for name in block_linears(model) if names is None else names:
         parent, _, child = name.rpartition(".")
         parent = model.get_submodule(parent)
-        setattr(parent, child, Linear4bit(getattr(parent, child), double_quant=double_quant))
+        setattr(parent, child, Linear4bit(getattr(parent, child)))
     return model
 
 

@@ -169,7 +169,8 @@ def critic_of(o, reward):
 
 def save(o, path, model, tok):
     """A plain checkpoint, and beside it in path/adapter what was trained, where that was an adapter.
-    A base in 4 bits is written dequantised, in the type that it was loaded in."""
+    A base in 4 bits is written dequantised, in the type that it was loaded in. A prompt or prefix is no
+    change of the weights: its folder stays the place where it is."""
     folder = path / "adapter"
     if names := lora.adapters(model):
         lora.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import adapters
 import hub
+import lora
 from model import Config, Transformer, generate
 from parity.test_hub import batch, measured, shape, spread
 
@@ -99,7 +100,7 @@ def test_their_merged_ia3_is_ours(tmp_path):
     spread(LlamaForCausalLM(LlamaConfig(**shape(attention_bias=True, mlp_bias=True)))).save_pretrained(tmp_path / "base")
     peer = far(get_peft_model(peer_of(tmp_path / "base"), CONFIGS["ia3"]()))
     peer.save_pretrained(tmp_path / "adapter")
-    model = adapters.merge(adapters.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter"))
+    model = lora.merge(adapters.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter"))
     expected = peer.merge_and_unload().state_dict()
     worst = max((v - expected[hub.hub_name(k)]).abs().max().item() for k, v in model.state_dict().items())
     measured("merged weights", worst, 1e-6)
