@@ -430,6 +430,7 @@ def test_a_scalar_head_is_float32_over_a_bf16_base():
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     close(last_score(model, TOKENS, mask), model(TOKENS)[:, -1], 0.05)
     model.score.bfloat16()
+    assert model(TOKENS).dtype == torch.float32
     assert add_lora(model, 2, 4).score.weight.dtype == torch.float32
 
 
