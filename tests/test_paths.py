@@ -134,6 +134,22 @@ def test_a_path_s_end_answers_as_what_was_trained(stage, way, bits, world, tmp_p
     assert (answers(alone) - seen["trained"]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("stage", ("sft", "ppo", "dpo"))
+@pytest.mark.parametrize("kind", ("prompt", "prefix"))
+def test_every_weight_goes_on_from_a_model_with_virtual_tokens(kind, stage, world, tmp_path, monkeypatch):
+    start = world.get(f"sft-{kind}", lambda out: world.go("sft", out, **WAYS[kind], quant="nf4"))
+    seen, save = {}, tuning.save
+
+    def watched(o, path, model, tok):
+        seen["trained"] = answers(model)
+        save(o, path, model, tok)
+
+    monkeypatch.setattr(tuning, "save", watched)
+    opened = tuning.load(world.go(stage, tmp_path / "out", model=start))[0]
+    assert type(opened.virtual).__name__.lower() == kind
+    assert (answers(opened) - seen["trained"]).abs().max() < 1e-4
+
+
 # ---------------------------------------------------------------- refused before the first step
 @pytest.fixture
 def refused(world, tmp_path):
