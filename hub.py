@@ -202,10 +202,10 @@ def token_ids(c: Config, tokenizer) -> dict:
         ids["pad_token_id"] = next((i for i in choice if i is not None and i not in inside), None)
         if ids["pad_token_id"] is None:
             raise ValueError(
-                "a reward model needs a padding token that is not the end token, and the tokenizer has "
-                f"no special token left ({', '.join(special) or 'it has none'}): add one, such as "
-                '<|pad|> with "special": true, to the added_tokens of tokenizer.json, with an id below '
-                f"vocab_size = {c.vocab_size} (a row more in the embedding where all are taken)"
+                "a reward model needs a padding token that is not the end token, and the tokenizer "
+                f"has no special token left ({', '.join(special) or 'it has none'}): add one, such "
+                'as <|pad|> with "special": true, to the added_tokens of tokenizer.json, with an id '
+                f"below vocab_size = {c.vocab_size} (a row more in the embedding where all are taken)"
             )
     return ids
 

@@ -147,7 +147,7 @@ def merge(model):
     """Takes the adapter in use into the weights, W + s B A in float32 and once rounded to W's dtype → the model, of plain linears.
 
     Quantised weights are dequantised first; other adapters are dropped. A tied head that has an adapter is untied. Prints the drift: how
-    far the logits over a fixed page of tokens are from those before. IA3's layers (adapters.py) merge themselves.
+    far the logits over a fixed page of tokens are from those before. IA3's layers merge themselves.
 
     A GPU that trained a model in 4 bits may have no room for it in 16. So the layers are merged one
     by one on the host, each frees what it replaces, and for the drift each visits the GPU alone.

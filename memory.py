@@ -232,9 +232,9 @@ def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
 
 
 def end_rows(c: Config, paged=False, page=256, **how) -> dict:
-    """The run's end, when the model is written. Gradients are gone, the optimizer is not. The model is
-    merged on the host (2 bytes a parameter there; 4 where it was trained in float32), and lora.merge
-    reads a page twice: its logits in float32, those from before and their difference; and the merged
+    """The run's end, when the model is written. Gradients are gone, the optimizer is not. The model
+    is merged on the host: 2 bytes a parameter there, 4 where its base was in float32. lora.merge
+    reads a page twice: its logits in float32, those from before and their difference. The merged
     model's layers visit the GPU one by one."""
     rows = held(c, paged, **how)
     del rows["gradients"]

@@ -279,9 +279,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     bitsandbytes pages otherwise: its state of 100,000 numbers and more lies in CUDA's managed memory (cudaMallocManaged), whose pages
     of 4 KB to 2 MB the driver moves when one side touches them, before or during any kernel, forward pass included; a prefetch before
-    each update only speeds that up. Here whole tensors move, in plain sight, and only within step() and
-    make_room(). Pages take what all passes so far have left free, so a larger one could fail: make_room()
-    before it sends them away.
+    each update only speeds that up. Here whole tensors move, in plain sight, and only within step()
+    and make_room(). Pages take what all passes so far have left free, so a larger one could fail:
+    make_room() before it sends them away.
 
     The state dict is AdamW's: {index: {step, exp_avg, exp_avg_sq}}. Raises ValueError for a negative budget, and on loading a state
     of another shape.

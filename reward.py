@@ -110,7 +110,7 @@ def reward(o: Options):
     sft, tok = tuning.start(o, device)
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
     del sft
-    hub.token_ids(model.config, tok)  # refuses now what could not be saved in the end: no padding token
+    hub.token_ids(model.config, tok)  # without a padding token: refused now, not at the save
     length = min(o.length, model.context)
     train, held = records.split(records.rankings(o.data))
     data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]

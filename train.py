@@ -86,7 +86,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Is this a GPU that computes in bf16? One place decides it for autocast and for frozen weights."""
+    """Does this GPU compute in bf16? One place decides it for autocast and for frozen weights."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -82,8 +82,8 @@ def base_of(path) -> str:
     base = hub.read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the model that the "
-            "adapter lies on was expected; write it there, or leave --keep-base out"
+            f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the model that "
+            "the adapter lies on was expected; write it there, or leave --keep-base out"
         )
     return base
 
@@ -95,11 +95,11 @@ def inputs(o) -> list[str]:
 
 
 def start(o, device):
-    """The stage's model and tokenizer; what is to be trained wants a gradient, and nothing else does.
+    """The stage's model and tokenizer; what is to be trained wants a gradient, and nothing else.
 
-    Dropout, which an adapter of --model may have, is off: a log-probability, a score, a ratio is the
-    whole model's, not a random part's, or policy and reference differ before the first step. Only
-    sft.py turns it on.
+    Dropout, which an adapter of --model may have, is off: a log-probability, a score, a ratio is
+    the whole model's, not a random part's, or policy and reference differ before the first step.
+    Only sft.py turns it on.
     """
     quant, frozen = (None if o.quant == "none" else o.quant), kind(o) != "weights"
     dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
@@ -107,7 +107,7 @@ def start(o, device):
         model, tok = load(o.model, device, dtype, quant)
         if not frozen and in_4_bits(model):
             raise ValueError(
-                f"{o.model} is in 4 bits (bitsandbytes): 4-bit weights cannot be trained; give --lora R"
+                f"{o.model} is in 4 bits (bitsandbytes), which cannot be trained; give --lora R"
             )
         if model.virtual is not None and kind(o) != "weights":
             raise ValueError(f"{o.model} has a prompt or prefix before it: another adapter does not go with it")
@@ -124,8 +124,8 @@ def in_4_bits(model) -> bool:
 
 
 NO_HEAD = (
-    "the adapter lies on lm_head alone, which a reward model and a critic lack: it must lie on other "
-    "layers too (--targets all,lm_head)"
+    "the adapter lies on lm_head alone, which a reward model and a critic lack: it must lie on "
+    "other layers too (--targets all,lm_head)"
 )
 
 
@@ -159,8 +159,8 @@ def critic_of(o, reward):
         return tune(o, share(reward.requires_grad_(False)))
     if not o.keep_base and in_4_bits(reward):
         raise ValueError(
-            "the reward model is in 4 bits (bitsandbytes), and a critic that starts from it would train "
-            "every weight; give --lora R"
+            "the reward model is in 4 bits (bitsandbytes), and a critic that starts from it would "
+            "train every weight; give --lora R"
         )
     critic = share(reward)
     reward.requires_grad_(False)
@@ -168,9 +168,9 @@ def critic_of(o, reward):
 
 
 def save(o, path, model, tok):
-    """A plain checkpoint, and beside it in path/adapter what was trained, where that was an adapter.
-    A base in 4 bits is written dequantised, in the type that it was loaded in. A prompt or prefix is no
-    change of the weights: its folder stays the place where it is."""
+    """A plain checkpoint, and beside it in path/adapter what was trained, if that was an adapter.
+    A base in 4 bits is written dequantised, in the type that it was loaded in. A prompt or prefix
+    is no change of the weights: its folder is the one place where it is."""
     folder = path / "adapter"
     if names := lora.adapters(model):
         lora.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])
