@@ -228,6 +228,8 @@ def test_scores_that_do_not_differ_are_divided_by_1(score):
     for n in (3, 1, 7, 128):
         seen = ppo.running(seen, torch.full((n,), score))
         assert ppo.deviation(seen) == 1.0
+    noisy = torch.nextafter(torch.tensor(score), torch.tensor(math.inf)).view(1)  # of the same sum in another order
+    assert not score or ppo.deviation(ppo.running(seen, noisy)) == 1.0
     other = torch.tensor([score + 1.0 if score < 1 else 2 * score])
     assert ppo.deviation(ppo.running(seen, other)) != 1.0
 
