@@ -237,6 +237,8 @@ def test_prompts_of_another_world(refuses, lines):
         ("ppo", "--lam is 1.5, it must be at most 1", dict(lam=1.5)),
         ("ppo", "--max-new-tokens 200: the model's context is 160 tokens", dict(max_new_tokens=200)),
         ("ppo", "--minibatch is 0, it must be at least 1", dict(minibatch=0)),
+        ("ppo", "--no-end-score is nan, it must be above -inf", dict(no_end_score="nan")),
+        ("ppo", "--raw-reward is for FILE.py:function", dict(raw_reward=True)),
         ("pretrain", "--decay is 2.0, it must be at most 1", dict(decay=2)),
     ],
 )
