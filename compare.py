@@ -79,7 +79,7 @@ def compare(o: Options):
             mine = answers[i * o.k : (i + 1) * o.k]
             texts, finished = [tok.decode(a, skip_special=True) for a in mine], [a[-1] == end for a in mine]
             if judge:
-                ranks = rank(judge([record["messages"]] * o.k, texts))
+                ranks = rank(judge([record["messages"]] * o.k, texts, [record] * o.k))
             else:
                 ranks = world_ranks(record, step * o.batch + i, texts, finished, o.seed)
             extra = {k: v for k, v in record.items() if k not in ("messages", "reference")}

@@ -245,7 +245,10 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                         except ValueError as e:
                             raise ValueError(f"{file}: {name}: {e}") from None
                     else:
-                        weights[key] = tensor.to(device, dtype, copy=True)  # a copy: the file's memory map is not kept
+                        kept = dtype
+                        if key == "score.weight":  # one row: bf16 would only blur the scores
+                            kept = torch.promote_types(dtype, torch.float32)
+                        weights[key] = tensor.to(device, kept, copy=True)  # a copy: the file's memory map is not kept
         except SafetensorError as e:
             raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
     if tied:

@@ -7,7 +7,9 @@ an action. Each iteration:
 
     1. rollout   answers y ~ π(·|x), sampled at `temperature` without top-k or top-p: else they would not be π's
     2. reward    r_t = -β (log π(y_t) - log π_ref(y_t)),  and r(x, y) on the last token: the end token is an action as any other.
-                 An answer without an end gets no_end_score instead of its score
+                 An answer without an end gets no_end_score instead of its score. Scores are in
+                 standard deviations: a reward model's in those of its reference answers, your own
+                 function's in those of all its scores so far
     3. credit    A_t = Σ_l (γλ)^l δ_{t+l},  δ_t = r_t + γ V_{t+1} - V_t    (Schulman et al. 2016); R_t = A_t + V_t, then A whitened
     4. update    L = E[max(-A ρ, -A clip(ρ, 1±ε))],  ρ = π/π_old             (Schulman et al. 2017, eq. 7), and the critic towards R_t
     5. β         adaptive with --target-kl: up when KL is above it, down when below (Ziegler et al. 2019, section 2.2)
@@ -20,6 +22,7 @@ answers that it was trained on. Broken: reward does not move, kl or ratio_error 
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 
@@ -33,11 +36,15 @@ from data import records, templates, world
 from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores, share
 from train import Run, adamw, autocast, load_function, lr_at, main, opt, pick_device, set_lr
 
+RATIO_BOUND = 1e-3  # |ratio - 1| before the first update: rounding reaches 6e-5, a temperature
+# that is wrong by 1 % more than this
+
 
 @dataclass
 class Options(tuning.Tuning):
     model: str = opt("out/sft", "the policy's start and the reference")
     reward: str = opt("out/reward", "reward model's folder, or FILE.py:function")
+    raw_reward: bool = opt(False, "do not divide the function's scores by their running deviation")
     data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn")
     out: str = opt("out/ppo", "folder for the checkpoint")
     iterations: int = opt(20, "rounds of rollout and update", at_least=1)
@@ -53,7 +60,8 @@ class Options(tuning.Tuning):
     lam: float = opt(0.95, "GAE's λ", at_least=0, at_most=1)
     clip: float = opt(0.2, "ε of the ratio, and of the values", above=0)
     vf: float = opt(0.1, "weight of the value loss", at_least=0)
-    no_end_score: float = opt(-1.0, "score of an answer that did not end, in standard deviations")
+    no_end_score: float = opt(-1.0, "score of an answer that did not end, in standard deviations",
+                              above=-math.inf, below=math.inf)  # fmt: skip
     temperature: float = opt(1.0, "of π, in the rollout and in every log-probability", above=0)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
     seed: int = opt(0, "seed of prompts, answers and minibatches", at_least=0, below=2**32)
@@ -107,9 +115,32 @@ def kl_estimates(old, ref, mask):
 
 
 def adapt(beta: float, kl: float, target: float, answers: int, horizon: float) -> float:
-    """β moves by at most 20 % a horizon towards KL = target; stays where target is 0."""
+    """β moves by at most 20 % a horizon towards KL = target, and a round is never more than one: it
+    cannot fall to 0. It stays as it is where target is 0."""
     error = max(-0.2, min(0.2, kl / target - 1)) if target else 0.0
-    return beta * (1 + error * answers / horizon)
+    return beta * (1 + error * min(1, answers / horizon))
+
+
+def running(seen, scores):
+    """What is known of all scores so far, (n, mean, M) with M = Σ(score - mean)², once scores (N,)
+    are added to those `seen`:  with δ = mean' - mean it is mean + δ n'/(n+n') and
+    M + M' + δ² n n'/(n+n')    (Chan et al. 1979)."""
+    if not len(scores):
+        return seen
+    n, mean, m = seen
+    scores = scores.double()
+    k = len(scores)
+    shift = scores.mean().item() - mean
+    within = ((scores - scores.mean()) ** 2).sum().item()
+    return n + k, mean + shift * k / (n + k), m + within + shift**2 * n * k / (n + k)
+
+
+def deviation(seen) -> float:
+    """sqrt(M/n), biased as in whiten. 1 while all scores were equal, but for float32's rounding:
+    they have no scale yet, and noise is none."""
+    n, mean, m = seen
+    std = (m / n) ** 0.5 if n else 0.0
+    return std if std > 1e-6 * abs(mean) else 1.0
 
 
 def explained_variance(values, returns, mask):
@@ -121,18 +152,22 @@ def explained_variance(values, returns, mask):
 # ---------------------------------------------------------------- what the loop needs
 def load_reward(o, reference, tok, device):
     """--reward, a folder or FILE.py:function → (a function that scores answers, the model or None), the folder's scores in its own
-    standard deviations from its reference answers."""
+    standard deviations from its reference answers. It is called with tokens, mask, prompts, answers
+    and records; a folder reads the first two."""
     spec = o.reward
     if is_function(spec):
         judge = load_function(spec)
-        return lambda _tokens, _mask, prompts, answers: torch.tensor(judge(prompts, answers), device=device), None
+        return lambda _tokens, _mask, *texts: torch.tensor(judge(*texts), device=device), None
+    if o.raw_reward:
+        raise ValueError(f"--raw-reward is for FILE.py:function: {spec} knows its own deviation")
     model, own = tuning.reward_model(o, spec, reference, device)
     if not model.config.num_labels:
         raise ValueError(f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was expected")
     if own is None or vocabulary(own) != vocabulary(tok):
         raise ValueError(f"--reward {spec}: its vocabulary is not the policy's; train it on the same model (reward.py --model)")
     c = model.config
-    return lambda tokens, mask, _prompts, _answers: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std, model
+    tuning.check_spread(f"--reward {spec}", c.reward_mean, c.reward_std)
+    return lambda tokens, mask, *_: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std, model
 
 
 def is_function(spec: str) -> bool:
@@ -156,28 +191,32 @@ def in_parts(size: int, function, *tensors):
 
 
 def prepare(path, tok, room: int):
-    """Conversations that end in a user's turn → those that leave room for the answer, with their `ids`."""
+    """Conversations that end in a user's turn → [(record, ids)], those with room for the answer."""
     train, _ = records.split(records.conversations(path, "prompt"))
-    data = [r | {"ids": templates.render(tok, r["messages"], add_generation_prompt=True)[0]} for r in train]
-    kept = [r for r in data if len(r["ids"]) <= room]
+    data = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in train]
+    kept = [(r, ids) for r, ids in data if len(ids) <= room]
     records.report(path, len(kept), {f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)}, "prompts")
     return kept
 
 
 def ppo(o: Options):
+    if o.target_kl and not o.kl:
+        raise ValueError("--target-kl multiplies β, and --kl 0 stays 0: give a --kl above 0")
     device = pick_device(o.device)
     run = Run(o, __file__, [*tuning.inputs(o), o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward, o.data])
     policy, tok = tuning.start(o, device)
     reference = share(policy).requires_grad_(False)  # a copy of what is trained; what is frozen is in memory once
     judge, reward_model = load_reward(o, reference, tok, device)
     critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
-    end, prompts = templates.end_id(tok), prepare(o.data, tok, prompt_room(policy, o.max_new_tokens))
+    room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
+    end, prompts = templates.end_id(tok), prepare(o.data, tok, room)
     peak = tuning.learning_rate(o, 2e-4)
     optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
-    beta = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer).get("beta", o.kl)
+    extra = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    beta, seen = extra.get("beta", o.kl), extra.get("seen", (0, 0.0, 0.0))
     answered = o.minibatch * o.max_new_tokens
     watch = tuning.Watch(o, device, [policy, critic, reference, *([reward_model] if reward_model else [])],
-                         answered + o.minibatch * sum(len(r["ids"]) for r in prompts) / len(prompts), answered)  # fmt: skip
+                         answered + o.minibatch * sum(len(ids) for _, ids in prompts) / len(prompts), answered)  # fmt: skip
     logp_of = lambda model, *rows: logprobs(model, *rows, temperature=o.temperature)  # noqa: E731
 
     for it in run.steps(o.iterations, "iteration"):
@@ -186,8 +225,7 @@ def ppo(o: Options):
         set_lr(critic_optimizer, lr_at(it, o.iterations, peak, o.warmup))
         with torch.no_grad(), autocast(device):
             # 1. rollout
-            batch = records.batch(prompts, it, o.batch, o.seed)
-            asked = [r["ids"] for r in batch]
+            batch, asked = map(list, zip(*records.batch(prompts, it, o.batch, o.seed), strict=True))
             longest = max(map(len, asked)) + o.max_new_tokens
             train.make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
             answers = generate(policy, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + it)
@@ -197,8 +235,20 @@ def ppo(o: Options):
             old = in_parts(o.minibatch, lambda *rows: logp_of(policy, *rows), tokens, real, mask)
             ref = in_parts(o.minibatch, lambda *rows: logp_of(reference, *rows), tokens, real, mask)
             values = in_parts(o.minibatch, lambda *rows: values_of(critic, *rows), tokens, real)
+            if it == 0:
+                check_ratio(old, ref, device, "policy and reference start as different models")
             # 2. reward
-            score = torch.where(finished, judge(tokens, real, [r["messages"] for r in batch], texts), o.no_end_score)
+            score = judge(tokens, real, [r["messages"] for r in batch], texts, batch)
+            if not score.isfinite().all():
+                wrong = score[~score.isfinite()][0].item()
+                raise ValueError(f"--reward {o.reward}: a score is {wrong} in float32")
+            if reward_model is None and not o.raw_reward:  # β and clip are in deviations
+                seen = running(seen, score[finished])
+                score = score / deviation(seen)
+            if it == 0 and finished.any() and (mean := score[finished].mean()) < o.no_end_score:
+                print(f"warning: an answer without an end gets {o.no_end_score:g}, the others get "
+                      f"{mean:.3g} on average: it pays not to end; give a lower --no-end-score")  # fmt: skip
+            score = torch.where(finished, score, o.no_end_score)
             rewards = torch.where(mask, -beta * (old - ref), 0.0)
             rewards[torch.arange(len(tokens)), last] += score
             # 3. credit
@@ -238,17 +288,22 @@ def ppo(o: Options):
                        length=mask.sum() / len(mask), finished=finished.float().mean(),
                        tokens_per_second=mask.sum() / (time.time() - start))  # fmt: skip
         run.log(it, ("reward", "gold", "kl"), **figures, **({"gold": sum(gold) / len(gold)} if gold else {}))
-        run.save(it, beta=beta)
+        run.save(it, beta=beta, seen=seen)
 
     watch.finish()
     run.finish(lambda path: tuning.save(o, path, policy, tok))
 
 
-def check_ratio(new, old, device) -> float:
-    """Before an iteration's first update π is π_old: |ratio - 1| is rounding. Raises ValueError where it is not, in float32."""
+def check_ratio(new, old, device, differ="rollout and update see different policies") -> float:
+    """→ the largest |ratio - 1| of log-probabilities that are one model's, and differ by rounding
+    alone: rows are grouped otherwise. ValueError above RATIO_BOUND; on a GPU, where bf16 rounds
+    more, it is only logged."""
     error = torch.expm1(new - old).abs().max().item()
-    if error > 1e-5 and device.type == "cpu":
-        raise ValueError(f"the ratio is off 1 by {error:.1e} before the first update: rollout and update see different policies")
+    if not error <= RATIO_BOUND and device.type == "cpu":
+        raise ValueError(
+            f"the ratio is off 1 by {error:.1e} before the first update "
+            f"({RATIO_BOUND:.0e} is allowed): {differ}"
+        )
     return error
 
 

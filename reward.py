@@ -79,7 +79,7 @@ def prepare_references(path, tok, length: int, seed: int, n=128):
     ids = [templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some]
     kept = [(p, a) for p, a in ids if len(p) + len(a) <= length]
     records.report(path, len(kept), {f"longer than {length} tokens": len(ids) - len(kept)}, "reference answers")
-    if len(kept) < 2:
+    if len({(*p, *a) for p, a in kept}) < 2:
         raise ValueError(f"{path}: two or more reference answers were expected, for the deviation of their scores (got one)")
     return kept
 
@@ -136,6 +136,7 @@ def reward(o: Options):
         run.save(step)
 
     model.config.reward_mean, model.config.reward_std = reference_scores(model, references, device)
+    tuning.check_spread(o.reference, model.config.reward_mean, model.config.reward_std)
     if held:
         with torch.no_grad():
             figures = [pair_accuracy(*scores_of(model, held[i : i + o.batch], device)) for i in range(0, len(held), o.batch)]

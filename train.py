@@ -8,9 +8,11 @@ finds it and has nothing to do; another one is refused with the difference.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import operator
@@ -129,7 +131,9 @@ def set_lr(optimizer, lr: float):
 
 # ---------------------------------------------------------------- a reader's own reward or labeller
 def load_function(spec: str):
-    """FILE.py:function → the function: (prompts: message lists, answers: strings) → a list of floats, one an answer.
+    """FILE.py:function → the function: (prompts: message lists, answers: strings, records) → a list
+    of floats, one an answer. Where it takes three arguments it is given each answer's record too,
+    with all its fields. It is given copies: what it changes stays with it.
 
     Raises FileNotFoundError or ValueError where there is none, and where it returns something else or does not run.
     """
@@ -140,8 +144,13 @@ def load_function(spec: str):
     if not callable(found.get(name)):
         raise ValueError(f"{file}: has no function {name}{did_you_mean(name, [k for k, v in found.items() if callable(v)])}")
 
-    def judge(prompts, answers):
-        scores = _call(file, lambda: [float(s) for s in found[name](prompts, answers)])
+    three = _takes_three(found[name])
+
+    def judge(prompts, answers, records=()):
+        given = [[copy.deepcopy(p) for p in prompts], list(answers)]
+        if three:
+            given.append([copy.deepcopy(r) for r in records])
+        scores = _call(file, lambda: [float(s) for s in found[name](*given)])
         if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
             raise ValueError(f"{spec}: {len(answers)} finite scores, one an answer, were expected (got {len(scores)}: {str(scores)[:60]})")
         return scores
@@ -149,11 +158,21 @@ def load_function(spec: str):
     return judge
 
 
+def _takes_three(function) -> bool:
+    """Whether its third argument is one that it needs, or is named `records`."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some built-in functions have none
+        return False
+    third = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][2:3]
+    return any(p.default is p.empty or p.name == "records" for p in third)
+
+
 def _call(file: str, function, *args):
     """Calls what stands in a reader's file; what goes wrong there becomes a ValueError with the line."""
     try:
         return function(*args)
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # its sys.exit(0) would pass for the stage's own success
         lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
         raise ValueError(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}") from e
 

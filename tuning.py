@@ -144,13 +144,24 @@ def tune(o, model, tok=None):
 
 def reward_model(o, path, reference, device):
     """PPO's reward model: a folder, or with --keep-base its adapter on the reference's base. What a critic will train wants a gradient."""
-    if not o.keep_base:
-        return hub.load(path, device, quant=None if o.quant == "none" else o.quant)
+    if not o.keep_base:  # with --lora it stays frozen, in the dtype of the policy's base
+        dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
+        return hub.load(path, device, dtype, None if o.quant == "none" else o.quant)
     if Path(base_of(path)).resolve() != Path(base_of(o.model)).resolve():
         raise ValueError(f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one base was expected")
     model, said = scalar_model(reference), hub.read_config(Path(path))
     model.config.reward_mean, model.config.reward_std = said.reward_mean, said.reward_std
     return lora.load_adapter(model, f"{path}/adapter", name="reward"), Tokenizer.load(Path(path))
+
+
+def check_spread(where, mean: float, std: float):
+    """ValueError where the scores of a reward model's reference answers differ by rounding alone:
+    PPO divides by their deviation."""
+    if not std > max(1e-6, 1e-4 * abs(mean)):
+        raise ValueError(
+            f"{where}: the scores of the reference answers do not differ (deviation {std:.1g}, "
+            f"mean {mean:.3g}), and PPO divides by it; run reward.py with others, or a lower --lr"
+        )
 
 
 def critic_of(o, reward):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from stages import copy, done, refused, run, saved_step, script
 from test_resume import contents
 
@@ -236,6 +237,8 @@ def test_prompts_of_another_world(refuses, lines):
         ("ppo", "--lam is 1.5, it must be at most 1", dict(lam=1.5)),
         ("ppo", "--max-new-tokens 200: the model's context is 160 tokens", dict(max_new_tokens=200)),
         ("ppo", "--minibatch is 0, it must be at least 1", dict(minibatch=0)),
+        ("ppo", "--no-end-score is nan, it must be above -inf", dict(no_end_score="nan")),
+        ("ppo", "--raw-reward is for FILE.py:function", dict(raw_reward=True)),
         ("pretrain", "--decay is 2.0, it must be at most 1", dict(decay=2)),
     ],
 )
@@ -291,6 +294,34 @@ def test_a_reader_s_reward(small, tmp_path, lines):
         assert "gold" not in line and line["reward"] < -1
         assert line["reward"] <= (1 - line["finished"]) * -7.5 + 1e-6, "finished answers have minus their length, the others no_end_score"
     hub.language_model(tmp_path / "ppo")
+
+
+def test_a_reader_s_labeller_that_reads_the_records(small, tmp_path, lines):
+    """Each answer comes with its own record, and what the labeller changes stays with it."""
+    (tmp_path / "mine.py").write_text("""def label(prompts, answers, records):
+    for p, r in zip(prompts, records, strict=True):
+        assert p == r["messages"] and len(p) == 1 and p[0]["content"] == f"Say {r['reference']}", p
+        p.append({"role": "assistant", "content": "mine"})
+        r.clear()
+    return [len(a) for a in answers]
+""")
+    prompts = [{"messages": tiny.user(f"Say {i}"), "reference": i} for i in range(9)]
+    out = tmp_path / "comparisons.jsonl"
+    done("compare.py", out=out, **small["compare"] | dict(data=lines(*prompts), labeller=f"{tmp_path}/mine.py:label"))
+    for r in map(json.loads, out.read_text().splitlines()):
+        assert len(r["prompt"]) == 1 and r["prompt"][0]["content"].startswith("Say ")
+
+
+def test_reference_answers_that_score_alike(small, tmp_path, refuses, lines):
+    refuses("reward", "two or more reference answers were expected", reference=lines(*[CHAT] * 3))
+    result = run("reward.py", zero_spread, out=tmp_path / "rm", **small["reward"] | dict(steps=1))
+    refused(result, "reward.py: ", "the scores of the reference answers do not differ (deviation 0", "PPO divides by it")
+    assert not (tmp_path / "rm" / "config.json").exists()
+
+
+def zero_spread():
+    """A head that has collapsed: all scores are one."""
+    torch.Tensor.std = lambda x: x.new_zeros(())
 
 
 def test_preference_pairs_are_ranked_already(small, tmp_path, lines):

@@ -86,7 +86,7 @@ def test_ppo_against_a_function_at_another_temperature(tmp_path, start):
     judge = tmp_path / "judge.py"
     judge.write_text(f"def judge(prompts, answers):\n    return [{scores}.get(a, 9.0) for a in answers]\n")
     reward = [scores[text] if ended else -1.0 for text, _, ended in ANSWERS]
-    ppo_reaches(tmp_path, start, f"{judge}:judge", reward, temperature=0.6, lam=0.5, seed=1)
+    ppo_reaches(tmp_path, start, f"{judge}:judge", reward, raw_reward=True, temperature=0.6, lam=0.5, seed=1)
 
 
 # ---------------------------------------------------------------- DPO

@@ -1,6 +1,7 @@
 """PPO: estimators and losses against their definitions in float64, exact KL on an enumerable toy, and what the loop feeds them."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -200,6 +201,39 @@ def test_beta_follows_the_target():
     assert adapt(0.2, 6.0, 6.0, 100, 10_000) == adapt(0.2, 99.0, 0.0, 100, 10_000) == 0.2
 
 
+@pytest.mark.parametrize("answers, horizon", [(64, 10.0), (128, 1.0), (1, 1e-3), (10, 10.0)])
+def test_beta_is_never_negative_however_short_the_horizon(answers, horizon):
+    assert adapt(0.2, 99.0, 6.0, answers, horizon) == pytest.approx(0.2 * 1.2)
+    beta = 0.2
+    for _ in range(50):
+        beta = adapt(beta, -1.0, 6.0, answers, horizon)  # k1 can be negative
+    assert beta == pytest.approx(0.2 * 0.8**50)
+
+
+@pytest.mark.parametrize("parts", [(12,), (5, 7), (1, 1, 10), (0, 4, 0, 8)])
+def test_the_running_deviation_is_that_of_all_scores(parts):
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 30 + 50
+    seen = 0, 0.0, 0.0
+    for part in scores.split(list(parts)):
+        seen = ppo.running(json.loads(json.dumps(seen)), part)  # as the saved state holds it
+    n, mean, _ = seen
+    assert n == 12 and mean == pytest.approx(scores.double().mean().item())
+    assert ppo.deviation(seen) == pytest.approx(scores.double().std(unbiased=False).item())
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, -7.3, 1e30])
+def test_scores_that_do_not_differ_are_divided_by_1(score):
+    seen = 0, 0.0, 0.0
+    assert ppo.deviation(seen) == 1.0
+    for n in (3, 1, 7, 128):
+        seen = ppo.running(seen, torch.full((n,), score))
+        assert ppo.deviation(seen) == 1.0
+    noisy = torch.nextafter(torch.tensor(score), torch.tensor(math.inf)).view(1)  # of the same sum in another order
+    assert not score or ppo.deviation(ppo.running(seen, noisy)) == 1.0
+    other = torch.tensor([score + 1.0 if score < 1 else 2 * score])
+    assert ppo.deviation(ppo.running(seen, other)) != 1.0
+
+
 def test_explained_variance():
     values, returns = random(2, NAN)
     v, r = (torch.tensor(flat(x), dtype=torch.float64) for x in (values, returns))
@@ -242,6 +276,26 @@ def test_a_reward_models_folder_scores_in_its_own_standard_deviations(tmp_path, 
     tokens, real, _ = join([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
     assert torch.allclose(judge(tokens, real, None, None), (last_score(critic, tokens, real) - 0.25) / 2.0)
     assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="--raw-reward is for FILE.py:function"):
+        ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm"), raw_reward=True), None, chat_tokenizer(), "cpu")
+
+
+@pytest.mark.parametrize("mean, std", [(0.25, 0.0), (0.25, 1e-7), (300.0, 1e-3)])
+def test_a_reward_model_whose_references_score_alike_is_refused(tmp_path, mean, std):
+    model = scalar_model(lm(4))
+    model.config.reward_mean, model.config.reward_std = mean, std
+    hub.save(tmp_path / "rm", model, chat_tokenizer())
+    with pytest.raises(ValueError, match="rm: the scores of the reference answers do not differ"):
+        ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, chat_tokenizer(), "cpu")
+
+
+def test_prompts_leave_room_in_the_reward_models_context_too(tmp_path, capsys):
+    model = scalar_model(lm(4, max_position_embeddings=32))
+    hub.save(tmp_path / "rm", model, chat_tokenizer())
+    data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}, {"messages": user("x " * 40)}])
+    ppo.ppo(ppo.Options(model=folder(tmp_path / "start"), reward=str(tmp_path / "rm"), data=data, out=str(tmp_path / "out"),
+                        device="cpu", batch=2, minibatch=2, iterations=1, max_new_tokens=4))  # fmt: skip
+    assert "1 prompts used, dropped 1 longer than 28 tokens" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the loop
@@ -272,6 +326,7 @@ def run(tmp_path, monkeypatch):
                 m.setattr(ppo, name, spy)
             o = ppo.Options(model=start, reward=f"{judge}:judge", data=data, out=str(tmp_path / "out"), device="cpu", overwrite=True)
             o.batch, o.minibatch, o.iterations, o.max_new_tokens, o.lr, o.warmup, o.kl = 24, 8, 3, 2, 0.05, 0, 0.3
+            o.raw_reward = True
             vars(o).update(options)
             ppo.ppo(o)
         calls["start"] = start
@@ -401,11 +456,189 @@ def test_the_adaptive_beta_is_what_the_next_round_pays(run):
         assert torch.allclose(rewards[inner], -paid * (old - ref)[inner], atol=1e-5)
 
 
-def test_a_rollout_that_the_update_does_not_know_is_refused(run, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("wrong", [(0, 3), (3, 6), (6, 99)], ids=["rollout", "reference", "update"])
+def test_a_temperature_that_is_wrong_by_1_percent_in_one_place_is_refused(run, monkeypatch, wrong, temperature):
+    """Of the first iteration's log-probabilities three calls are π's, three π_ref's, then come the update's.
+    (The sampler's own temperature: test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update.)"""
     real, calls = ppo.logprobs, []
-    monkeypatch.setattr(ppo, "logprobs", lambda *a, **k: calls.append(1) or real(*a, **k) * (1.01 if len(calls) > 6 else 1.0))
-    with pytest.raises(ValueError, match="the ratio is off 1 by .* before the first update"):
-        run()
+
+    def logprobs(*rows, temperature):
+        calls.append(1)
+        return real(*rows, temperature=temperature * (1.01 if wrong[0] < len(calls) <= wrong[1] else 1.0))
+
+    monkeypatch.setattr(ppo, "logprobs", logprobs)
+    with pytest.raises(ValueError, match=r"the ratio is off 1 by [1-9]\.\de-0[123] before the first update \(1e-03 is allowed\): "):
+        run(temperature=temperature)
+
+
+def test_rounding_passes_and_more_is_refused_but_not_on_a_gpu():
+    old, off = -torch.rand(3, 5), torch.zeros(3, 5)
+    for error in (0.0, 6e-5, -9e-4):
+        off[1, 2] = error
+        assert ppo.check_ratio(old + off, old, torch.device("cpu")) == pytest.approx(abs(error), rel=0.02, abs=1e-7)
+    for error in (2e-3, -2e-3, math.nan, math.inf):
+        off[1, 2] = error
+        with pytest.raises(ValueError, match="1e-03 is allowed"):
+            ppo.check_ratio(old + off, old, torch.device("cpu"))
+    off[1, 2] = 0.05
+    assert ppo.check_ratio(old + off, old, torch.device("cuda")) == pytest.approx(0.05, rel=0.05)
+
+
+# ---------------------------------------------------------------- a reader's own reward
+def test_a_readers_rewards_are_divided_by_the_deviation_of_all_so_far(run):
+    calls, log = run(raw_reward=False, kl=0.0, no_end_score=-0.75, lr=0.005)
+    tok, so_far, plain = chat_tokenizer(), [], []
+    for it in range(3):
+        answers = calls["join"][it][0][1]
+        ended = [a[-1] == templates.end_id(tok) for a in answers]
+        scores = [SCORES.get(tok.decode(a, skip_special=True)) for a in answers]
+        so_far += [s for s, e in zip(scores, ended, strict=True) if e]  # no others: theirs are never used
+        std = torch.tensor(so_far, dtype=torch.float64).std(unbiased=False).item()
+        rewards = calls["gae"][it][0][0].sum(1)
+        expected = [s / std if e else -0.75 for s, e in zip(scores, ended, strict=True)]
+        assert rewards.tolist() == pytest.approx(expected, abs=1e-5)
+        assert log[it]["reward"] == pytest.approx(sum(expected) / 24, abs=1e-5)
+        plain.append(std)
+    assert not all(ended) and len(set(plain)) == 3 and min(plain) > 1.1
+
+
+def test_rewards_of_0_to_100_train_what_rewards_of_0_to_1_train(tmp_path):
+    """A scale of two is exact in binary: the two runs are the same, bit for bit."""
+    start = bandit(tmp_path / "start", FIRST, AFTER)
+    judge = tmp_path / "judge.py"
+    judge.write_text("def one(prompts, answers):\n    return [len(a) + a.count('a') for a in answers]\n"
+                     "def more(prompts, answers):\n    return [128 * s for s in one(prompts, answers)]\n")  # fmt: skip
+    data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
+    for raw in (False, True):
+        for name in ("one", "more"):
+            ppo.ppo(ppo.Options(model=start, reward=f"{judge}:{name}", data=data, out=f"{tmp_path}/{name}", device="cpu", batch=12,
+                                minibatch=6, iterations=3, max_new_tokens=2, lr=0.01, raw_reward=raw, overwrite=True))  # fmt: skip
+        weights = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "more")}
+        assert len(weights) == (2 if raw else 1)
+
+
+def test_the_deviation_is_part_of_the_saved_state(tmp_path, monkeypatch):
+    start = bandit(tmp_path / "start", FIRST, AFTER)
+    judge = tmp_path / "judge.py"
+    judge.write_text("def judge(prompts, answers):\n    return [50 + 9 * len(a) for a in answers]\n")
+    data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
+    o = dict(model=start, reward=f"{judge}:judge", data=data, device="cpu", batch=8, minibatch=8, iterations=4, max_new_tokens=2)
+    o |= dict(save_every=1, target_kl=0.01, horizon=20.0)
+    ppo.ppo(ppo.Options(out=str(tmp_path / "whole"), **o))
+    real = ppo.Run.save
+
+    def stop(run, it, **extra):
+        real(run, it, **extra)
+        if it == 1:
+            raise KeyboardInterrupt
+
+    broken = ppo.Options(out=str(tmp_path / "broken"), **o)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(ppo.Run, "save", stop)
+        ppo.ppo(broken)
+    ppo.ppo(broken)
+    a, b = ([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(tmp_path / n)] for n in ("whole", "broken"))
+    assert a == b and len(a) == 4
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "broken/model.safetensors").read_bytes()
+
+
+READERS = """
+import sys
+import numpy, torch
+def ints(prompts, answers): return [len(a) for a in answers]
+def array(prompts, answers): return numpy.array(ints(prompts, answers))
+def tensor(prompts, answers): return torch.tensor(ints(prompts, answers), requires_grad=False)[:, None]
+def generator(prompts, answers): return (s for s in ints(prompts, answers))
+def careless(prompts, answers):
+    for p in prompts:
+        p.append({"role": "assistant", "content": "mine"})
+    return [-100 if len(p) > 2 else s for p, s in zip(prompts, ints(prompts, answers))]
+def verified(prompts, answers, records):
+    assert all(set(r) == {"messages", "ids", "reference"} and r["messages"] == p for p, r in zip(prompts, records))
+    return [len(a) * (r["reference"] == "yes") * (r["ids"] == "mine") for a, r in zip(answers, records)]
+class Verifier:
+    def __call__(self, prompts, answers, records=None): return verified(prompts, answers, records)
+verifier = Verifier()
+def other(prompts, answers, scale=1.0): return [scale * s for s in ints(prompts, answers)]
+def leaves(prompts, answers): sys.exit(0)
+def huge(prompts, answers): return [1e39] * len(answers)
+def equal(prompts, answers): return [42] * len(answers)
+def negative(prompts, answers): return [-9 - s for s in ints(prompts, answers)]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(function, **options) → the log of a run with one of READERS."""
+    start, judge = bandit(tmp_path / "start", FIRST, AFTER), tmp_path / "judge.py"
+    judge.write_text(READERS)
+    rows = [{"messages": user(text), "ids": "mine", "reference": "yes"} for text in ("x", "hm?")]
+    data = write(tmp_path / "prompts.jsonl", rows)
+
+    def own(function, **options):
+        o = dict(batch=6, minibatch=4, iterations=2, max_new_tokens=2, lr=0.01, device="cpu", overwrite=True) | options
+        ppo.ppo(ppo.Options(model=start, reward=f"{judge}:{function}", data=data, out=str(tmp_path / "out"), **o))
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(tmp_path / "out")]
+
+    return own
+
+
+def test_a_readers_function_may_return_and_take_what_it_likes(own):
+    expected = own("ints")
+    for name in ("array", "tensor", "generator", "careless", "verified", "verifier", "other"):
+        assert own(name) == expected, name
+
+
+def test_a_readers_function_that_cannot_be_used_is_refused(own, tmp_path):
+    with pytest.raises(ValueError, match=r"judge.py:\d+: SystemExit: 0"):
+        own("leaves")
+    with pytest.raises(ValueError, match="judge.py:huge: a score is inf in float32"):
+        own("huge")
+    with pytest.raises(ValueError, match="--target-kl .* --kl above 0"):
+        own("ints", kl=0.0, target_kl=6.0)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_rewards_without_spread_and_below_no_end_score(own, capsys):
+    assert [line["reward"] for line in own("equal", no_end_score=42.0)] == [42.0] * 2
+    assert "warning" not in capsys.readouterr().out
+    own("negative")
+    assert "warning: an answer without an end gets -1, the others get -" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- every shape of a round
+@pytest.mark.parametrize("first", [FIRST, [-9.0, -9.0, -9.0, -9.0, 9.0]], ids=["answers", "empty"])
+def test_a_round_of_any_shape_ends(tmp_path, first, capsys):
+    start, judge = bandit(tmp_path / "start", first, AFTER), tmp_path / "judge.py"
+    judge.write_text("def judge(prompts, answers):\n    return [len(a) for a in answers]\n")
+    texts = ("x", "what is one and two", "ab", "hm?", "a b c")
+    for n, batch, minibatch, room in (
+        (2, 1, 1, 1),  # one token in all
+        (2, 2, 32, 2),  # a minibatch larger than the batch
+        (2, 7, 2, 1),  # answers of one token, a batch that is no multiple of the minibatch
+        (2, 3, 3, 2),
+        (5, 5, 4, 2),
+        (5, 7, 3, 9),  # cut answers and finished ones
+        (1, 6, 6, 3),
+    ):
+        data = write(tmp_path / "prompts.jsonl", [{"messages": user(text)} for text in texts[:n]])
+        o = dict(batch=batch, minibatch=minibatch, max_new_tokens=room, iterations=2, lr=0.01, target_kl=1.0)
+        o |= dict(model=start, reward=f"{judge}:judge", data=data, device="cpu", overwrite=True)
+        ppo.ppo(ppo.Options(out=str(tmp_path / "out"), **o))
+        log = metrics(tmp_path / "out")
+        assert len(log) == 2 and all(line["ratio_error"] < 1e-4 and 1 <= line["length"] <= room for line in log)
+        hub.language_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [
+    dict(gamma=0.5), dict(lam=0.0), dict(lam=1.0), dict(epochs=4), dict(temperature=0.3), dict(temperature=30.0), dict(kl=0.0),
+    dict(vf=0.0), dict(clip=1.5), dict(clip=1e-6), dict(target_kl=6.0, horizon=1.0), dict(iterations=1, warmup=9), dict(no_end_score=0.0),
+], ids=str)  # fmt: skip
+def test_options_at_their_ends(own, options):
+    for line in own("ints", **options):
+        assert line["ratio_error"] < 1e-4 and line["beta"] >= 0
+        assert line["value_loss"] >= 0 and 0 <= line["clip_fraction"] <= 1
 
 
 def test_only_policy_and_critic_learn(tmp_path, critic):

@@ -136,6 +136,30 @@ def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("quant", ("none", "nf4"))
+def test_with_lora_ppo_s_reward_model_is_frozen_in_the_base_s_dtype(quant, small):
+    """A GPU's base is bf16; what PPO holds four times is trained nowhere but in its adapters and heads."""
+    o, folder = options(lora=4, quant=quant), small["ppo"]["reward"]
+    base, _ = hub.load(small["ppo"]["model"], CPU, torch.bfloat16, None if quant == "none" else quant)
+    policy = tuning.tune(o, base)
+    reference = share(policy).requires_grad_(False)
+    reward, _ = tuning.reward_model(o, folder, reference, CPU)
+    critic = tuning.critic_of(o, reward)
+    exact, _ = hub.load(folder)
+    for name, p in reward.named_parameters():
+        assert not p.requires_grad and p.dtype == (torch.float32 if name == "score.weight" else torch.bfloat16), name
+    assert torch.equal(reward.score.weight, exact.score.weight), "one row: bf16 would only blur the scores"
+    alone, both = memory.count(reward), memory.count(reward, critic)
+    assert both["frozen bfloat16"] == alone["frozen bfloat16"] and ("frozen uint8" in both) == (quant == "nf4")
+    tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(critic(tokens), reward(tokens))
+    assert (reward(tokens) - exact(tokens)).abs().max() < (0.1 if quant == "none" else 1.0)
+    if quant == "none":  # every weight is trained, the critic's too: float32
+        whole, _ = tuning.reward_model(options(), folder, reference, CPU)
+        assert {p.dtype for p in whole.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
 def test_a_prompt_stays_beside_the_weights(small, tmp_path):
     done("sft.py", out=tmp_path / "sft", **small["sft"] | WAYS["prompt"])
     model, tok = tuning.load(tmp_path / "sft")
