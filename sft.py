@@ -9,6 +9,7 @@ The prompt x is read but not learnt: its labels are -100. Two things are easy to
   its positions from 0, so packed and separate losses are equal.
 """
 
+import codecs
 from dataclasses import dataclass
 
 import torch
@@ -80,10 +81,24 @@ def prepare(path, tok, length: int):
 
 
 def show(examples, tok):
-    """A batch token by token: what is trained stands in green, what is only read in grey."""
+    """A batch token by token: what is trained stands in green, what is only read in grey.
+
+    Tokens that share a character stand together; what has no glyph is written as Python writes it.
+    """
     for ids, labels in examples:
-        text = [f"\033[{'90' if lab == IGNORE else '32'}m{tok.decode([i])}\033[0m" for i, lab in zip(ids, labels, strict=True)]
-        print("|".join(text))
+        parts, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
+        for i, lab in zip(ids, labels, strict=True):
+            colour = 90 if lab == IGNORE else 32
+            begun = decoder.getstate()[0]  # the bytes so far of a character that goes on in this token
+            if not (begun and parts[-1][0] == colour):
+                parts.append([colour, ""])
+            parts[-1][1] += decoder.decode(tok.encoding.decode_single_token_bytes(i))
+        parts[-1][1] += decoder.decode(b"", final=True)
+        print("|".join(f"\033[{colour}m{visible(text)}\033[0m" for colour, text in parts))
+
+
+def visible(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sft(o: Options):
