@@ -71,12 +71,12 @@ def pack(examples, length: int, device="cpu"):
 
 def prepare(path, tok, length: int):
     """The training side of a file → [(ids, labels)]; those longer than a row, or without a target, are dropped and counted."""
-    train, _ = records.split(records.conversations(path))
+    train, held = records.split(records.conversations(path))
     examples = [templates.render(tok, c["messages"]) for c in train]
     short = [e for e in examples if len(e[0]) <= length]
     kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
     dropped = {f"longer than {length} tokens": len(examples) - len(short), "without a target": len(short) - len(kept)}
-    records.report(path, len(kept), dropped, "conversations")
+    records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
 
 
@@ -106,6 +106,7 @@ def sft(o: Options):
     run = None if o.show_batch else Run(o, __file__, [*tuning.inputs(o), o.data])
     model, tok = tuning.start(o, device)
     form = templates.adopt(tok, o.format or None)
+    records.say_cut(o.length, model.context)
     data = prepare(o.data, tok, min(o.length, model.context))
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)
