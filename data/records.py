@@ -57,8 +57,11 @@ HARMLESS = {  # where a record is from, what it is about; at the end what this p
 
 
 def conversations(path, need="answer"):
-    """-> [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a user's (need "prompt")."""
-    last = {"answer": "assistant", "prompt": "user"}[need]
+    """-> [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a user's (need "prompt").
+
+    need "turns": as "answer", but not to learn the answers: labels and weights do not matter.
+    """
+    last = {"answer": "assistant", "turns": "assistant", "prompt": "user"}[need]
 
     def convert(record):
         messages, used = _conversation(record, need)
@@ -172,7 +175,7 @@ def report(path, kept, dropped, what="records", held=None, unused=None):
     if held is not None:
         said = [*(said or ["none dropped"]), f"{held:,} held out" if held else "none held out"]
     if unused:
-        names = [f"{name[:40]} ({n:,})" for name, n in sorted(unused.items())]
+        names = [f"{name[:40] if name.isprintable() else ascii(name[:40])} ({n:,})" for name, n in sorted(unused.items())]
         more = [f"{len(names) - 9:,} more"] if len(names) > 9 else []
         said.append("fields not used: " + ", ".join(names[:9] + more))
     if said:
@@ -360,7 +363,7 @@ def _conversation(record, need):
     if need == "prompt" and not _blank(record.get(answer) or ""):
         got = _short(record[answer])
         raise ValueError(f"{answer}: a prompt without an answer was expected (got {got}): {WRITES}")
-    if need == "answer":
+    if need != "prompt":
         messages = [*messages, {"role": "assistant", "content": _answer(record, answer, messages)}]
     return messages, (*used, answer)
 
@@ -475,11 +478,6 @@ def _messages(record, field, weights=False):
         raise ValueError(f"{field}: {e}") from None
 
 
-def _plain(messages):
-    """As a prompt has them, of which no turn is trained."""
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
 def _untrained(message, number):
     """Whether a message's weight is 0."""
     given = {k: message[k] for k in WEIGHTS if message.get(k) is not None}
@@ -531,8 +529,8 @@ def main():
     o = parser.parse_args()
     try:
         chats = kind(o.file) == "conversation"
-        found = [_plain(r["messages"][:-1]) if chats else r["prompt"]
-                 for r in (conversations if chats else rankings)(o.file)]
+        found = ([r["messages"][:-1] for r in conversations(o.file, "turns")] if chats
+                 else [r["prompt"] for r in rankings(o.file)])
         lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)  # each prompt once
         Path(o.out).write_text("".join(lines), encoding="utf-8", newline="\n")
     except (ValueError, OSError) as e:

@@ -308,8 +308,11 @@ def test_a_reader_s_labeller(small, tmp_path, lines):
     (tmp_path / "mine.py").write_text(READERS)
     prompts = [{"messages": tiny.user(f"Say {i}"), "item": i} for i in range(9)] + [{"messages": tiny.user("word " * 200)}]
     out = tmp_path / "comparisons.jsonl"
-    result = done("compare.py", out=out, **small["compare"] | dict(data=lines(*prompts), labeller=f"{tmp_path}/mine.py:brief"))
+    options = small["compare"] | dict(data=lines(*prompts), labeller=f"{tmp_path}/mine.py:brief")
+    result = done("compare.py", out=out, **options)
     assert "x.jsonl: 9 prompts used, dropped 1 longer than 136 tokens (the context" in result.err
+    few = done("compare.py", out=tmp_path / "few.jsonl", **options | dict(prompts=4)).err
+    assert "6 beyond --prompts, none held out" in few
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(r["item"] for r in made) == list(range(9)) and all(len(r["responses"]) == 4 for r in made)
     for r in made:

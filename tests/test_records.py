@@ -294,6 +294,7 @@ def test_an_answer_labelled_false_is_never_a_good_one(write, capsys):
     with pytest.raises(ValueError, match=r"no usable records in it \(dropped: 1 with label false\)"):
         records.conversations(write(bad))
     assert records.conversations(write({"prompt": "Q?", "label": False}), "prompt") == [{"messages": [Q]}]
+    assert records.conversations(write(bad), "turns")[0]["messages"][0] == Q, "its prompt may be asked"
     records.conversations(write({**CHAT, "label": "greeting"}))
     assert "1 records used, fields not used: label (1)" in capsys.readouterr().err
 
@@ -335,6 +336,8 @@ def test_fields_that_are_not_used_are_counted_and_harmless_ones_are_not(write, c
     pair = {"instruction": "Q?", "output": "o", "prompt": "p", "messages": [Q, A], "chosen": "a", "rejected": "b"}
     records.rankings(write(pair, RANKING))
     assert "fields not used: messages (1), output (1), prompt (1)\n" in capsys.readouterr().err
+    records.conversations(write({**CHAT, "\033[2J": 1}))
+    assert r"fields not used: '\x1b[2J' (1)" in capsys.readouterr().err
     records.conversations(write({**CHAT, **{f"f{i}": 1 for i in range(10, 30)}}))
     assert capsys.readouterr().err.endswith("f18 (1), 11 more\n")
 
