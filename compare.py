@@ -55,7 +55,9 @@ def prepare(o: Options, tok, room: int):
     chosen = records.batch(found, 0, min(o.prompts, len(found)), o.seed)
     asked = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in chosen]
     kept = [(r, ids) for r, ids in asked if len(ids) <= room]
-    records.report(o.data, len(kept), {f"longer than {room} tokens (the context less --max-new-tokens)": len(asked) - len(kept)}, "prompts")
+    dropped = {f"longer than {room} tokens (the context less --max-new-tokens)": len(asked) - len(kept),
+               "beyond --prompts": len(found) - len(chosen)}  # fmt: skip
+    records.report(o.data, len(kept), dropped, "prompts", 0)
     return kept
 
 

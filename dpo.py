@@ -75,7 +75,7 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
 def prepare(path, which, tok, length: int):
     """Pairs of the training side, those of one prompt together: [(prompt ids, [answer ids], [(chosen, rejected) as places among them])].
     So an answer that stands in several pairs is read once. Answers too long drop their pairs, counted."""
-    train, _ = records.split(records.pairs(path, which))
+    train, held = records.split(records.pairs(path, which))
     groups, kept = [], 0
     for _, pairs in itertools.groupby(train, key=lambda r: r["prompt"]):
         pairs = list(pairs)
@@ -86,7 +86,7 @@ def prepare(path, which, tok, length: int):
         if places:
             groups.append((encoded[0][0], [encoded[texts.index(t)][1] for t in fits], places))
         kept += len(places)
-    records.report(path, kept, {f"longer than {length} tokens": len(train) - kept}, "pairs")
+    records.report(path, kept, {f"longer than {length} tokens": len(train) - kept}, "pairs", len(held))
     return groups
 
 
@@ -123,6 +123,7 @@ def dpo(o: Options):
     device = pick_device(o.device)
     run = Run(o, __file__, [*tuning.inputs(o), o.data])
     policy, tok = tuning.start(o, device)
+    records.say_cut(o.length, policy.context)
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
     data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)  # no reference for what will not be read
     reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)

@@ -192,10 +192,11 @@ def in_parts(size: int, function, *tensors):
 
 def prepare(path, tok, room: int):
     """Conversations that end in a user's turn → [(record, ids)], those with room for the answer."""
-    train, _ = records.split(records.conversations(path, "prompt"))
+    train, held = records.split(records.conversations(path, "prompt"))
     data = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in train]
     kept = [(r, ids) for r, ids in data if len(ids) <= room]
-    records.report(path, len(kept), {f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)}, "prompts")
+    dropped = {f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)}
+    records.report(path, len(kept), dropped, "prompts", len(held))
     return kept
 
 

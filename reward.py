@@ -65,20 +65,22 @@ def encode(rankings, tok, length: int):
     return kept, long
 
 
-def prepare(path, rankings, tok, length: int):
+def prepare(path, rankings, tok, length: int, held=0):
     """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left."""
     kept, long = encode(rankings, tok, length)
-    records.report(path, len(kept), {f"with answers longer than {length} tokens or absent": long}, "rankings")
+    records.report(path, len(kept), {f"with answers longer than {length} tokens or absent": long}, "rankings", held)
     return kept
 
 
 def prepare_references(path, tok, length: int, seed: int, n=128):
     """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)], those longer than `length` dropped and counted."""
-    found = records.conversations(path)
+    read = records.conversations(path)
+    found = [r for r in read if r["messages"][-1].get("weight") != 0]
     some = records.batch(found, 0, min(n, len(found)), seed)
     ids = [templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some]
     kept = [(p, a) for p, a in ids if len(p) + len(a) <= length]
-    records.report(path, len(kept), {f"longer than {length} tokens": len(ids) - len(kept)}, "reference answers")
+    dropped = {f"longer than {length} tokens": len(ids) - len(kept), "of weight 0": len(read) - len(found)}
+    records.report(path, len(kept), dropped, "reference answers", 0)
     if len({(*p, *a) for p, a in kept}) < 2:
         raise ValueError(f"{path}: two or more reference answers were expected, for the deviation of their scores (got one)")
     return kept
@@ -111,9 +113,10 @@ def reward(o: Options):
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
     del sft
     hub.token_ids(model.config, tok)  # without a padding token: refused now, not at the save
+    records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
     train, held = records.split(records.rankings(o.data))
-    data, held = prepare(o.data, train, tok, length), encode(held, tok, length)[0][:64]
+    data, held = prepare(o.data, train, tok, length, len(held)), encode(held, tok, length)[0][:64]
     references = prepare_references(o.reference, tok, length, o.seed)
     peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)

@@ -9,6 +9,7 @@ The prompt x is read but not learnt: its labels are -100. Two things are easy to
   its positions from 0, so packed and separate losses are equal.
 """
 
+import codecs
 from dataclasses import dataclass
 
 import torch
@@ -70,20 +71,34 @@ def pack(examples, length: int, device="cpu"):
 
 def prepare(path, tok, length: int):
     """The training side of a file → [(ids, labels)]; those longer than a row, or without a target, are dropped and counted."""
-    train, _ = records.split(records.conversations(path))
+    train, held = records.split(records.conversations(path))
     examples = [templates.render(tok, c["messages"]) for c in train]
     short = [e for e in examples if len(e[0]) <= length]
     kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
     dropped = {f"longer than {length} tokens": len(examples) - len(short), "without a target": len(short) - len(kept)}
-    records.report(path, len(kept), dropped, "conversations")
+    records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
 
 
 def show(examples, tok):
-    """A batch token by token: what is trained stands in green, what is only read in grey."""
+    """A batch token by token: what is trained stands in green, what is only read in grey.
+
+    Tokens that share a character stand together; what has no glyph is written as Python writes it.
+    """
     for ids, labels in examples:
-        text = [f"\033[{'90' if lab == IGNORE else '32'}m{tok.decode([i])}\033[0m" for i, lab in zip(ids, labels, strict=True)]
-        print("|".join(text))
+        parts, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
+        for i, lab in zip(ids, labels, strict=True):
+            colour = 90 if lab == IGNORE else 32
+            begun = decoder.getstate()[0]  # the bytes so far of a character that goes on in this token
+            if not (begun and parts[-1][0] == colour):
+                parts.append([colour, ""])
+            parts[-1][1] += decoder.decode(tok.encoding.decode_single_token_bytes(i))
+        parts[-1][1] += decoder.decode(b"", final=True)
+        print("|".join(f"\033[{colour}m{visible(text)}\033[0m" for colour, text in parts))
+
+
+def visible(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sft(o: Options):
@@ -92,6 +107,7 @@ def sft(o: Options):
     model, tok = tuning.start(o, device)
     model.train()  # dropout, where an adapter that goes on has it
     form = templates.adopt(tok, o.format or None)
+    records.say_cut(o.length, model.context)
     data = prepare(o.data, tok, min(o.length, model.context))
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)

@@ -125,7 +125,7 @@ def _pieces(format, messages, add_generation_prompt):
         messages = [{"role": "system", "content": format.system}, *messages]
     pieces = []
     for m in messages:
-        trained = m["role"] == "assistant"
+        trained = m["role"] == "assistant" and m.get("weight", 1) != 0
         pieces += [(format.before.format(role=m["role"]), True, False), (m["content"], False, trained), (format.end, True, trained),
                    (format.after, True, False)]
     return pieces + [(format.before.format(role="assistant"), True, False)] * add_generation_prompt
@@ -139,7 +139,8 @@ def text(messages, add_generation_prompt=False, format=TEMPLATES["chatml"]):
 def render(tokenizer, messages, add_generation_prompt=False, format=None):
     """messages -> (ids, labels), two lists of one length.
 
-    labels are the ids on every assistant turn's content and its end token, -100 elsewhere (also on the newline after the end).
+    labels are the ids on every assistant turn's content and its end token, -100 elsewhere (also on the newline after the end, and
+    on a turn of "weight" 0, which is read but not trained).
     add_generation_prompt: ends where an answer begins; the messages then end in a user's turn. format: a Format, None: the
     tokenizer's own. Raises ValueError for wrong roles, and for a tokenizer that lacks the format's special tokens.
     """

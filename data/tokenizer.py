@@ -52,8 +52,7 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> ids. Special tokens written in the text stay text; lone surrogates become U+FFFD, as a file would hold them."""
-        if len(text) > LONGEST and re.search(rf"[{SPACES}]{{{LONGEST}}}", text):
-            raise ValueError(f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them")
+        check_spaces(text)
         if self.missing:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             if not self.missing.isdisjoint(text.encode()):
@@ -122,6 +121,15 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.json, "utf-8", newline="")
         (folder / "tokenizer_config.json").write_text(json.dumps(self.config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def check_spaces(text):
+    """ValueError for more spaces in a row than tiktoken's regex can split.
+
+    Each run is read once: a search for so many of them would read a shorter run again from each of its spaces.
+    """
+    if len(text) > LONGEST and any(len(run) > LONGEST for run in re.findall(f"[{SPACES}]+", text)):
+        raise ValueError(f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them")
 
 
 def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):

@@ -204,6 +204,43 @@ def test_a_file_in_which_nothing_usable_is_left(refuses, lines, small):
     refuses("reward", "two or more reference answers were expected", reference=lines(CHAT))
 
 
+def test_records_that_are_all_held_out_are_said_to_be(refuses, lines):
+    """Not "no usable records" without a reason: here all share one opening, and with it the side."""
+    asked = "question 16"
+    all_held = "(held out: 3, all that share a first question lie on one side)"
+    chat = {"messages": [*tiny.user(asked), {"role": "assistant", "content": "Hot."}]}
+    refuses("sft", f"no usable conversations in it {all_held}", data=lines(*[chat] * 3))
+    refuses("ppo", f"no usable prompts in it {all_held}", data=lines(*[{"messages": tiny.user(asked)}] * 3))
+    for stage, what in (("dpo", "pairs"), ("reward", "rankings")):
+        refuses(stage, f"no usable {what} in it {all_held}", data=lines(*[PAIR | {"prompt": asked}] * 3))
+
+
+@pytest.mark.parametrize("stage, size, what", [("sft", 6, "conversations"), ("reward", 6, "rankings"), ("ppo", 6, "prompts"),
+                                               ("dpo", 6, "pairs"), ("compare", 10, "prompts")])  # fmt: skip
+def test_used_dropped_and_held_out_are_always_said(stage, size, what, small, tmp_path, lines):
+    """And a --length beyond the context, which counts in its place."""
+    asked = [tiny.user(text) for text in ("question 16", "question 25", *"abcdefgh")]
+    rows = {"sft": [{"messages": [*m, {"role": "assistant", "content": "Hot."}]} for m in asked],
+            "ppo": [{"messages": m} for m in asked], "compare": [{"messages": m, "item": {"kind": "capital"}} for m in asked]}  # fmt: skip
+    rows = rows.get(stage, [PAIR | {"prompt": m} for m in asked])
+    options = small[stage] | {"data": lines(*rows), "iterations" if stage == "ppo" else "steps": 1}
+    if stage == "compare":
+        (tmp_path / "mine.py").write_text(READERS)
+        options = small[stage] | {"data": lines(*rows), "labeller": f"{tmp_path}/mine.py:brief"}
+    elif stage != "ppo":
+        options["length"] = 999
+    err = done(script(stage), out=tmp_path / ("out.jsonl" if stage == "compare" else "out"), **options).err
+    assert f"x.jsonl: {size} {what} used, none dropped, {'none' if size == 10 else 4} held out\n" in err
+    said = "--length 999: the model's context is 160 tokens, what is longer is dropped\n"
+    assert (said in err) == ("length" in options and stage != "ppo")
+
+
+def test_a_reference_answer_of_weight_0_is_none(refuses, lines):
+    chat = {"messages": [*tiny.user("Hi"), {"role": "assistant", "content": "No.", "weight": 0}]}
+    refuses("reward", "no usable reference answers in it (dropped: 2 of weight 0)", reference=lines(chat, chat))
+    refuses("sft", "no usable conversations in it (dropped: 2 without a target)", data=lines(chat, chat))
+
+
 def test_prompts_of_another_world(refuses, lines):
     for item in ({}, {"item": 7}, {"item": {"kind": "mine"}}):
         refuses("compare", "--labeller world knows the embedded world's prompts only", "give FILE.py:function",
@@ -274,8 +311,11 @@ def test_a_reader_s_labeller(small, tmp_path, lines):
     (tmp_path / "mine.py").write_text(READERS)
     prompts = [{"messages": tiny.user(f"Say {i}"), "item": i} for i in range(9)] + [{"messages": tiny.user("word " * 200)}]
     out = tmp_path / "comparisons.jsonl"
-    result = done("compare.py", out=out, **small["compare"] | dict(data=lines(*prompts), labeller=f"{tmp_path}/mine.py:brief"))
+    options = small["compare"] | dict(data=lines(*prompts), labeller=f"{tmp_path}/mine.py:brief")
+    result = done("compare.py", out=out, **options)
     assert "x.jsonl: 9 prompts used, dropped 1 longer than 136 tokens (the context" in result.err
+    few = done("compare.py", out=tmp_path / "few.jsonl", **options | dict(prompts=4)).err
+    assert "6 beyond --prompts, none held out" in few
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(r["item"] for r in made) == list(range(9)) and all(len(r["responses"]) == 4 for r in made)
     for r in made:

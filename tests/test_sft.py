@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -272,7 +273,8 @@ def test_every_example_ends_in_a_trained_end_and_what_is_too_long_is_counted(tmp
     tok = chat_tokenizer()
     rows = [{"messages": c} for c in CHATS] + [{"messages": user("long") + [{"role": "assistant", "content": "x" * 100}]}]
     data = sft.prepare(write(tmp_path / "chats.jsonl", rows), tok, 64)
-    assert "1 longer than 64 tokens" in capsys.readouterr().err
+    said = f": {len(data)} conversations used, dropped 1 longer than 64 tokens, {20 - len(data)} held out\n"
+    assert capsys.readouterr().err.endswith(said)
     for ids, labels in data:
         trained = [i for i in labels if i != sft.IGNORE]
         assert trained[-1] == templates.end_id(tok) == END and len(ids) <= 64
@@ -294,6 +296,28 @@ def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
     green = [part.split("m", 1)[1].removesuffix("\033[0m") for part in line.strip().split("|\033[") if "32m" in part[:6]]
     assert green == ["n", "o", "<|im_end|>"]
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_show_batch_can_be_read_and_sends_a_terminal_nothing_but_its_colours(capsys):
+    """Characters of several tokens stand whole; control characters, and those that no one sees, are spelt out."""
+    tok, said = chat_tokenizer(), "Señor, 你好 🙂"
+    hostile = "a\n\t\033[2J\a\x9b1m\u202e"
+    sft.show([templates.render(tok, user(said + hostile) + [{"role": "assistant", "content": said}])], tok)
+    out = capsys.readouterr().out
+    parts = re.findall(r"\033\[(90|32)m(.*?)\033\[0m", out)
+    assert out == "|".join(f"\033[{c}m{t}\033[0m" for c, t in parts) + "\n" and all(t.isprintable() for _, t in parts)
+    texts = ["".join(t for c, t in parts if c == colour) for colour in ("90", "32")]
+    assert said + r"a\n\t\x1b[2J\x07\x9b1m\u202e" in texts[0] and texts[1] == said + "<|im_end|>"
+    assert ("32", "好") in parts and ("32", "🙂") in parts and "\ufffd" not in out
+
+
+def test_show_batch_of_bytes_that_are_no_character(capsys):
+    """The border of trained and read is never crossed, and nothing is lost at it."""
+    tok = chat_tokenizer()
+    half, rest = tok.encode("é")
+    sft.show([([half, rest, half, half], [half, -100, -100, -100])], tok)
+    line = capsys.readouterr().out
+    assert line.count("\033[32m") == 1 and line.count("é") == 1 and line.count("\ufffd") == 2
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])  # the second is SmolLM2's own setting

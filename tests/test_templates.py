@@ -59,6 +59,17 @@ def test_what_is_trained_reads_as_the_answers_and_their_ends():
     assert t.decode(ids) == templates.text(chat)
 
 
+def test_a_turn_of_weight_0_is_read_and_not_trained():
+    """Not the end of the turn either; the ids are the same."""
+    t = load()
+    plain = [user("one"), assistant("two"), user("three"), assistant("four")]
+    for weights, trained in (((0, 1), "four<|im_end|>"), ((1, 0), "two<|im_end|>"), ((0, 0), "")):
+        chat = copy.deepcopy(plain)
+        chat[1]["weight"], chat[3]["weight"] = weights
+        ids, labels = render(t, chat)
+        assert ids == render(t, plain)[0] and t.decode([i for i in labels if i != -100]) == trained
+
+
 def test_a_prompts_ids_are_the_first_of_the_whole():
     """Whatever is written at the borders: newlines, spaces, half words, the format's own tokens."""
     rng, borders = random.Random(0), ["\n", " ", "\n\n", "  x", "assistant", "<|im_end|>", "<|im_end|>\n", "é", "🙂", "'s", "user\n", "12"]

@@ -1,6 +1,7 @@
 """The tokenizer: Hugging Face's ids, any text round-trips, the same merges on every machine, foreign files refused by name."""
 import json
 import random
+import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_too_long_a_run_of_spaces_is_refused():
     assert t.decode(t.encode(" " * 90_000 + "a")) == " " * 90_000 + "a"
     with pytest.raises(ValueError, match="spaces in a row"):
         t.encode(" " * 1_000_000 + "a")
+    assert t.decode(t.encode(" " * 100_000 + "a")) == " " * 100_000 + "a"
+    with pytest.raises(ValueError, match="more than 100,000 spaces in a row"):
+        t.encode("a" + "\t \u3000" * 40_000)
+
+
+def test_long_runs_of_spaces_are_read_once():
+    """Read again from each of its spaces, a run takes the square of its length: 26 s for two of 99,999."""
+    begin = time.process_time()
+    tokenizer.check_spaces((" " * 99_999 + "a") * 2)
+    assert time.process_time() - begin < 2
 
 
 def naive_merges(words, n):
