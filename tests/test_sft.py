@@ -177,6 +177,15 @@ def test_one_label_trains_one_position_the_one_before_it():
     assert n == 1 and torch.allclose(model.h.grad, expected, atol=1e-6)
 
 
+def test_on_a_bf16_model_the_loss_is_float32(model):
+    packed, half = sft.pack(examples(RAGGED), 32), copy.deepcopy(model).bfloat16()
+    nll, n = sft.sft_loss(half, *packed)
+    logits = half(packed[0], segments=packed[2]).float()[:, :-1]  # rounded where the model is, and nowhere after it
+    labels = torch.where(packed[2][:, 1:] == packed[2][:, :-1], packed[1][:, 1:], sft.IGNORE)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORE, reduction="sum")
+    assert nll.dtype == torch.float32 and abs(nll - expected) < 1e-5 * expected
+
+
 def test_the_head_runs_on_the_targets_alone(model):
     rows = []
     hook = model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))

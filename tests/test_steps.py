@@ -280,7 +280,8 @@ def test_ppo(tmp_path, monkeypatch):
         beta *= 1 + error * 12 / 60
         ended += sum(a[-1] == END for a in answers)
         near(line, step=it, reward=sum(scores) / 12, kl=k1, kl_k3=((-d).exp() - 1 + d).sum() / 12, beta=beta,
-             entropy=-torch.cat(old).mean(), explained_variance=explained, length=n / 12, finished=sum(a[-1] == END for a in answers) / 12, **means)  # fmt: skip
+             entropy=-torch.cat(old).mean(), explained_variance=explained, length=n / 12,
+             finished=sum(a[-1] == END for a in answers) / 12, **means)  # fmt: skip
         assert line["ratio_error"] < 1e-3
     assert len(said) == 3 and 6 < ended < 30 and line["kl"] > 0.01 and line["clip_fraction"] > 0
     policy.check(tmp_path / "out")
