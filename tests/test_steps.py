@@ -232,12 +232,13 @@ def test_ppo(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "generate", lambda *args, **options: said.append(real(*args, **options)) or said[-1])
     o = ppo.Options(model=str(start), reward=str(rm), data=data, out=str(tmp_path / "out"), device="cpu", iterations=3, warmup=2, epochs=2)
     o.batch, o.minibatch, o.max_new_tokens, o.temperature, o.no_end_score, o.lam, o.gamma = 12, 12, 4, T, -0.7, 0.9, 0.95
-    o.lr, o.kl, o.target_kl, o.horizon, o.clip, o.vf = 0.01, 0.3, 0.05, 60.0, 0.1, 0.3
+    o.lr, o.kl, o.target_kl, o.horizon, o.clip, o.vf = 0.01, 0.3, 1.0, 60.0, 0.1, 0.3
     ppo.ppo(o)
 
     prompt = templates.render(TOK, prompts(1)[0], add_generation_prompt=True)[0]
     policy, critic = Trained(model, eps=1e-5), Trained(hub.load(rm)[0], eps=1e-5)
     reference, judge, beta, ended = hub.load(start)[0].double(), hub.load(rm)[0].double(), 0.3, 0
+    steered = []
 
     def values(a):
         """V before each of the answer's tokens: the critic's score at the token before it, in deviations."""
@@ -277,13 +278,15 @@ def test_ppo(tmp_path, monkeypatch):
             for k, x in dict(policy_loss=pg, value_loss=vf, clip_fraction=held / n).items():
                 means[k] += (x.item() if torch.is_tensor(x) else x) / 2
         k1 = d.sum().item() / 12
-        error = max(-0.2, min(0.2, k1 / 0.05 - 1))
+        error = max(-0.2, min(0.2, k1 / 1.0 - 1))
         beta *= 1 + error * 12 / 60
         ended += sum(a[-1] == END for a in answers)
+        steered.append(error)
         near(line, step=it, reward=sum(scores) / 12, kl=k1, kl_k3=((-d).exp() - 1 + d).sum() / 12, beta=beta,
              entropy=-torch.cat(old).mean(), explained_variance=explained, length=n / 12,
              finished=sum(a[-1] == END for a in answers) / 12, **means)  # fmt: skip
         assert line["ratio_error"] < 1e-3
+    assert any(abs(error) < 0.2 for error in steered)
     assert len(said) == 3 and 6 < ended < 30 and line["kl"] > 0.01 and line["clip_fraction"] > 0
     policy.check(tmp_path / "out")
 
