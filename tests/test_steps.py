@@ -453,6 +453,15 @@ def test_each_stage_s_own_rate_and_lora_s(name, weights, lora, tmp_path):
     assert max(v.abs().max().item() for v in moved.values()) == pytest.approx(weights * (5 if lora else 1), rel=0.01)
 
 
+def test_an_adapter_starts_from_the_seed(tmp_path):
+    a = [{}, {}, {}]
+    for i, seed in enumerate((0, 1, 0)):
+        out = stage("sft", tmp_path, prompts(2), seed, batch=2, steps=1, lora=2, lr=1e-9)
+        a[i] = load_file(out / "adapter" / "adapter_model.safetensors")
+    down = [k for k in a[0] if "lora_A" in k]
+    assert len(down) == 14 and all(torch.equal(a[0][k], a[2][k]) and not torch.allclose(a[0][k], a[1][k], atol=1e-3) for k in down)
+
+
 # ---------------------------------------------------------------- comparisons
 def compared(at, monkeypatch, rows, judge, **options):
     """compare.py on these records → its rankings, and what was generated, in order."""
