@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 
 import pytest
 import torch
@@ -303,6 +304,19 @@ def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
     green = [part.split("m", 1)[1].removesuffix("\033[0m") for part in line.strip().split("|\033[") if "32m" in part[:6]]
     assert green == ["n", "o", "<|im_end|>"]
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_format_that_was_asked_for_is_trained_and_saved(tmp_path):
+    file = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
+    start, tokens = folder(tmp_path / "start"), []
+    for name in ("chatml", "smollm2"):
+        o = sft.Options(model=start, data=file, out=str(tmp_path / name), steps=1, batch=4, device="cpu", format=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the model has to unlearn its own
+            sft.sft(o)
+        assert hub.load(tmp_path / name)[1].chat_template == templates.TEMPLATES[name].jinja
+        tokens.append(metrics(tmp_path / name)[0]["tokens"])
+    assert tokens[1] > tokens[0]  # SmolLM2's has a system message of its own
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])  # the second is SmolLM2's own setting
