@@ -94,6 +94,41 @@ def test_forward_is_the_definition(name):
     assert (model(torch.tensor([row]))[0] - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", ("gqa", "mha", "mqa"))
+def test_what_a_gpu_computes_is_the_definition(name):
+    """A GPU's attention is given its keys and values repeated: here tensors that say that they lie elsewhere."""
+
+    class Elsewhere(torch.Tensor):
+        device = property(lambda self: torch.device("cuda"))
+
+    model, tokens = tiny(**SHAPES[name]), torch.tensor(ragged([11, 11]))
+    segments = torch.tensor([[0] * 4 + [1] * 7] * 2)
+    with torch.no_grad():
+        expected = model(tokens), model(tokens, segments=segments)
+        model.embed_tokens.register_forward_hook(lambda m, args, out: out.as_subclass(Elsewhere))
+        got = model(tokens), model(tokens, segments=segments)
+    assert all(isinstance(x, Elsewhere) for x in got)
+    for x, y in zip(got, expected, strict=True):
+        close(x.as_subclass(torch.Tensor), y, 1e-4)
+
+
+@torch.no_grad()
+def test_on_a_bf16_model_probabilities_are_float32():
+    """bf16 has 8 bits: log-probabilities and sampling's sums of 37 numbers would be off in the second digit."""
+    model = tiny().bfloat16()
+    tokens, mask, where = M.join([[1, 2], [3]], [[4, 5], [6, 7, 8]])
+    got = M.logprobs(model, tokens, mask, where)
+    assert got.dtype == torch.float32
+    exact = (model.lm_head(M.dense_hidden(model, tokens, mask, where)).float() / 1.0).log_softmax(-1)
+    close(got[:, 1:][where[:, 1:]], exact[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)[where[:, 1:]], 1e-5)
+    scalar = M.scalar_model(model, torch.Generator().manual_seed(0))
+    assert M.scores(scalar, tokens, mask).dtype == scalar(tokens, mask).dtype == torch.float32
+    h = M.dense_hidden(scalar, tokens, mask).float()
+    close(M.scores(scalar, tokens, mask)[mask], (h @ scalar.score.weight.T).squeeze(-1)[mask], 1e-5)
+    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # even: in bf16 the sum of 4096 shares stops growing at 1/16
+    assert [M.sample(logits, 1.0, 1.0, torch.tensor([u])).item() for u in (0.25, 0.5, 0.75)] == [1024, 2048, 3072]
+
+
 def test_rope_is_relative_and_keeps_lengths():
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
@@ -310,6 +345,27 @@ def test_answers_to_one_prompt_read_it_once(lm):
         hook.remove()
     close(shared[mask], expected[mask])
     assert (shared[~mask] == 0).all() and read == [(1, 9 + 9 + 9 + 5 + sum(map(len, answers)))]
+
+
+def test_at_most_sixteen_answers_to_a_prompt_lie_end_to_end(lm):
+    """What they cost in attention grows with the square of their number: the prompt is read again for each further sixteen."""
+    prompt, answers = ragged([10])[0], ragged([3] * 40, 3)
+    tokens, mask, where = M.join([prompt] * 40, answers)
+    read = []
+    with torch.no_grad():
+        hook = lm.embed_tokens.register_forward_hook(lambda m, x, y: read.append(x[0].shape))
+        shared = M.dense_hidden(lm, tokens, mask, where)
+        hook.remove()
+        close(shared[mask], lm.hidden(tokens, mask)[mask])
+    ((rows, width),) = read
+    assert width <= 128 and rows * width >= 3 * 10 + 40 * 3
+    longer = ragged([30] * 40, 3)
+    read.clear()
+    with torch.no_grad():
+        hook = lm.embed_tokens.register_forward_hook(lambda m, x, y: read.append(x[0].shape))
+        M.dense_hidden(lm, *M.join([prompt] * 40, longer))
+        hook.remove()
+    assert read == [(3, 10 + 16 * 30)]
 
 
 def test_prompts_of_one_token(lm):

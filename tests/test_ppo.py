@@ -79,6 +79,13 @@ def test_whiten_removes_the_mean_or_keeps_it(off):
     assert (same == 0).all()  # no spread: no division by 0
 
 
+def test_whiten_s_epsilon_stands_in_the_root():
+    x = torch.where(MASK.cumsum(1) % 2 == 0, 1e-4, -1e-4).double()  # its variance is about the epsilon itself
+    inside = torch.tensor(flat(x), dtype=torch.float64)
+    expected = (inside - inside.mean()) / (inside.var(unbiased=False) + 1e-8).sqrt()
+    assert flat(whiten(x, MASK)) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
 def test_masked_mean_is_over_the_mask_and_0_where_it_is_empty():
     (x,) = random(1, NAN)
     assert masked_mean(x, MASK).item() == pytest.approx(sum(flat(x)) / len(flat(x)))

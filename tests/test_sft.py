@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import warnings
 
 import pytest
 import torch
@@ -178,6 +179,15 @@ def test_one_label_trains_one_position_the_one_before_it():
     assert n == 1 and torch.allclose(model.h.grad, expected, atol=1e-6)
 
 
+def test_on_a_bf16_model_the_loss_is_float32(model):
+    packed, half = sft.pack(examples(RAGGED), 32), copy.deepcopy(model).bfloat16()
+    nll, n = sft.sft_loss(half, *packed)
+    logits = half(packed[0], segments=packed[2]).float()[:, :-1]  # rounded where the model is, and nowhere after it
+    labels = torch.where(packed[2][:, 1:] == packed[2][:, :-1], packed[1][:, 1:], sft.IGNORE)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORE, reduction="sum")
+    assert nll.dtype == torch.float32 and abs(nll - expected) < 1e-5 * expected
+
+
 def test_the_head_runs_on_the_targets_alone(model):
     rows = []
     hook = model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
@@ -318,6 +328,19 @@ def test_show_batch_of_bytes_that_are_no_character(capsys):
     sft.show([([half, rest, half, half], [half, -100, -100, -100])], tok)
     line = capsys.readouterr().out
     assert line.count("\033[32m") == 1 and line.count("é") == 1 and line.count("\ufffd") == 2
+
+
+def test_the_format_that_was_asked_for_is_trained_and_saved(tmp_path):
+    file = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
+    start, tokens = folder(tmp_path / "start"), []
+    for name in ("chatml", "smollm2"):
+        o = sft.Options(model=start, data=file, out=str(tmp_path / name), steps=1, batch=4, device="cpu", format=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the model has to unlearn its own
+            sft.sft(o)
+        assert hub.load(tmp_path / name)[1].chat_template == templates.TEMPLATES[name].jinja
+        tokens.append(metrics(tmp_path / name)[0]["tokens"])
+    assert tokens[1] > tokens[0]  # SmolLM2's has a system message of its own
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])  # the second is SmolLM2's own setting

@@ -27,6 +27,15 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+@pytest.mark.parametrize("text", [" Lima.\n", "\tLima.", "", " ", "\n\nLima. "])
+def test_an_answer_is_what_was_said_with_the_spaces_around_it(text):
+    tok, asked = load(), [user("Peru? ")]
+    ids, labels = render(tok, [*asked, assistant(text)])
+    prompt, answer = templates.answer_ids(tok, asked, text)
+    assert answer == [i for i in labels if i != -100] and ids[: len(prompt + answer)] == prompt + answer
+    assert tok.decode(answer[:-1]) == text
+
+
 @pytest.mark.parametrize("name", [*TEMPLATES])
 def test_text_equals_apply_chat_template(name):
     """For every jinja text in the table, and for the one that SmolLM2 brings, written by transformers."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train import Run, adamw, difference, fingerprint, load_function, lr_at, main, opt, parse, pick_device, set_lr
+from train import Run, adamw, autocast, difference, fingerprint, load_function, lr_at, main, opt, parse, pick_device, set_lr
 
 STAGES = ["pretrain", "sft", "compare", "reward", "ppo", "dpo", "evals"]
 
@@ -110,6 +110,16 @@ def test_devices():
     for name in ("nonsense", "meta", "cuda:99"):
         with pytest.raises(ValueError, match=f"--device {name}: not available here .*; try cpu or auto"):
             pick_device(name)
+
+
+@pytest.mark.filterwarnings("ignore:(CUDA is not|User provided)")  # there need be no GPU
+def test_autocast_is_bf16_where_a_gpu_has_it_and_nothing_elsewhere(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, has=has, **options: has)
+        found = autocast(torch.device("cuda"))
+        assert (getattr(found, "device", None), getattr(found, "fast_dtype", None)) == (("cuda", torch.bfloat16) if has else (None, None))
+        with autocast(torch.device("cpu")):
+            assert not torch.is_autocast_enabled("cpu")
 
 
 def test_learning_rate_in_closed_form():
