@@ -115,7 +115,7 @@ def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) ->
 
 def interrupt(times: int, out, stage, **options) -> int:
     """Kills a run at a random step and, times 2, once more on its way from there → the saved step."""
-    home = out.with_suffix(".run") if out.suffix else out
+    home = out.with_name(out.name + ".run") if out.suffix else out
     for _ in range(times):
         killed = kill_after(random.randint(1, 4), home / "state", stage, out=out, **options)
         assert killed.status == -signal.SIGKILL, killed.err

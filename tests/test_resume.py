@@ -15,7 +15,7 @@ def contents(out) -> dict:
     """All that a finished run left: bytes by name, metrics without the clock's figures."""
     home, files = Path(out), {}
     if home.suffix == ".jsonl":
-        files, home = {"result": home.read_bytes()}, home.with_suffix(".run")
+        files, home = {"result": home.read_bytes()}, home.with_name(home.name + ".run")
     files |= {f.name: f.read_bytes() for f in home.iterdir()}  # a folder in it, such as its state, is an error
     lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
     return files | {"metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]}
@@ -29,7 +29,7 @@ def test_killed_and_started_again_equals_uninterrupted(stage, small, tmp_path):
     step = interrupt(1 if stage == "pretrain" else 2, broken, script(stage), **options)
     assert step > 0 and not (broken / "config.json").exists() and not broken.is_file()
 
-    state = (broken.with_suffix(".run") if stage == "compare" else broken) / "state"
+    state = (broken.with_name(broken.name + ".run") if stage == "compare" else broken) / "state"
     before = (state / "state.safetensors").read_bytes()
     refused(run(script(stage), out=broken, **options | {"seed": 1}), str(broken), "unfinished", "seed was 0, is 1", "--overwrite")
     assert (state / "state.safetensors").read_bytes() == before

@@ -335,7 +335,7 @@ def test_what_no_run_wrote_is_never_touched(o, tmp_path):
     write(tmp_path / "toy", torch.nn.Linear(3, 3))
     before = files(tmp_path / "toy")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="toy: holds what no run of this stage wrote; choose another --out"):
+        with pytest.raises(ValueError, match="toy: holds what no run of this stage wrote, config.json; choose another --out"):
             toy(dataclasses.replace(o, overwrite=overwrite))
     assert files(tmp_path / "toy") == before
     records = tmp_path / "comparisons.jsonl"
@@ -418,7 +418,7 @@ def test_a_file_as_result(o, tmp_path):
         run.finish(lambda path: path.write_text(text))
 
     stage(o)
-    assert out.read_text() == "whole\n" and {f.name for f in out.with_suffix(".run").iterdir()} == {"run.json", "metrics.jsonl"}
+    assert out.read_text() == "whole\n" and {f.name for f in out.with_name("x.jsonl.run").iterdir()} == {"run.json", "metrics.jsonl"}
     with pytest.raises(SystemExit):
         stage(o)
     with pytest.raises(ValueError, match="steps was 6, is 7"):
