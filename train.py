@@ -13,11 +13,13 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import operator
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -35,9 +37,13 @@ from quant import PagedAdamW
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def opt(default, help: str, choices=None, **bounds):
-    """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
+def opt(default, help: str, choices=None, needs="", **bounds):
+    """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS).
+
+    needs: the option without which it has no effect ("lora"), or also that one's values ("loss simpo"); a bound that names another
+    option (below="steps") says beyond what it has none. That is said, and no error.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds))
 
 
 def did_you_mean(word: str, known) -> str:
@@ -60,9 +66,27 @@ def parse(options, doc: str, argv=None):
         parser.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], flags)}")
     for flag, f in flags.items():
         for bound, limit in f.metadata["bounds"].items():
+            if isinstance(limit, str):
+                continue
             if not BOUNDS[bound](value := getattr(values, f.name), limit):
                 parser.error(f"{flag} is {value}, it must be {bound.replace('_', ' ')} {limit}")
+    for remark in without_effect(options, values):
+        print(f"{parser.prog}: {remark}")
     return options(**vars(values))
+
+
+def without_effect(options, values):
+    """A line for each option that was given and changes nothing beside the others."""
+    spell = lambda name: "--" + name.replace("_", "-")  # noqa: E731
+    for f in dataclasses.fields(options):
+        value = getattr(values, f.name)
+        other, *allowed = f.metadata["needs"].split() or [f.name]
+        there = getattr(values, other)
+        if value != f.default and not (there in allowed if allowed else there):
+            yield f"{spell(f.name)} has no effect without {spell(other)} {' or '.join(allowed)}".rstrip()
+        for bound, other in f.metadata["bounds"].items():
+            if isinstance(other, str) and not BOUNDS[bound](value, limit := getattr(values, other)):
+                yield f"{spell(f.name)} is {value}, {bound.replace('_', ' ')} {spell(other)} {limit} was expected: it has no effect beyond"
 
 
 def main(stage, options, doc: str):
@@ -184,19 +208,23 @@ def code(script) -> dict[str, str]:
         path = todo.pop()
         if name(path) in found:
             continue
-        tree = ast.parse(path.read_bytes())
-        found[name(path)] = hashlib.sha256(repr(syntax(tree)).encode()).hexdigest()
-        for node in ast.walk(tree):
-            value = node.value if isinstance(node, ast.Constant) else None
-            if isinstance(value, str) and value.endswith(".json") and (data := path.parent / value).is_file():
-                found[name(data)] = sha256(data)
-        for node in tree.body:
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                modules = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-            files = [ROOT / f"{str(m).replace('.', '/')}.py" for m in modules]
-            todo += [f for f in files if f.is_file()]
+        found[name(path)], modules, named = read_module(path.read_bytes())
+        found |= {name(data): sha256(data) for n in named if (data := path.parent / n).is_file()}
+        todo += [f for m in modules if (f := ROOT / f"{m.replace('.', '/')}.py").is_file()]
     return found
+
+
+@functools.lru_cache(None)
+def read_module(text: bytes):
+    """A module's text → the hash of what it does, the modules that it imports when it is imported, and the JSON files it names."""
+    tree, modules = ast.parse(text), []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            modules += [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            modules += [f"{node.module}", *(f"{node.module}.{a.name}" for a in node.names)]
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return hashlib.sha256(repr(syntax(tree)).encode()).hexdigest(), modules, [t for t in texts if re.fullmatch(r"\w+\.json", t)]
 
 
 def syntax(node):

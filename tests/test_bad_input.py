@@ -304,7 +304,8 @@ def test_preference_pairs_are_ranked_already(small, tmp_path, lines):
 def test_what_is_there_is_not_overwritten(small, world, tmp_path):
     out = Path(copy(world / "base", tmp_path / "base"))
     before = everything(tmp_path)
-    refused(run("sft.py", out=out, overwrite=True, **small["sft"]), f"{out}: holds what no run of this stage wrote, config.json; choose another --out")
+    said = f"{out}: holds what no run of this stage wrote, config.json; choose another --out"
+    refused(run("sft.py", out=out, overwrite=True, **small["sft"]), said)
     mine = tmp_path / "base" / "prompts.jsonl"
     shutil.copy(small["compare"]["data"], mine)
     refused(run("compare.py", out=mine, **small["compare"] | dict(data=mine)), f"{mine}: holds what no run of this stage wrote")
