@@ -12,6 +12,8 @@ FULL      ?=
 OVERWRITE ?=
 PY        ?= .venv/bin/python
 PYTHON    ?= python3
+# threads that wait sleep: by spinning they take the time of other jobs on a busy machine, and their own
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # LORA=16: adapters of rank 16 in every stage, each on the merged model before it; with QUANT=nf4 all on the one 4-bit base.
 # The embedded base has never ended a turn: its rows of <|im_end|> and <|endoftext|> are equal, and only an adapter on the head tells them apart
