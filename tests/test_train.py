@@ -716,3 +716,14 @@ def test_a_full_disk(o, whole, tmp_path, monkeypatch):
     seen = []
     toy(o, seen=seen)
     assert seen == [] and files(tmp_path / "toy") == whole
+
+
+def test_a_control_of_a_run_without_a_record_is_refused(tmp_path):
+    """tools/controls.py reads a finished run's options from its record."""
+    from tools import controls
+
+    for text, said in ((None, "has no run.json"), ("", "damaged, or no run's record"), ("{}", "damaged, or no run's record")):
+        if text is not None:
+            (tmp_path / "run.json").write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            controls.again("sft.py", tmp_path, tmp_path / "out", False)
