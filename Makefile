@@ -12,6 +12,8 @@ FULL      ?=
 OVERWRITE ?=
 PY        ?= .venv/bin/python
 PYTHON    ?= python3
+# threads that wait sleep: by spinning they take the time of other jobs on a busy machine, and their own
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # LORA=16: adapters of rank 16 in every stage, each on the merged model before it; with QUANT=nf4 all on the one 4-bit base.
 # The embedded base has never ended a turn: its rows of <|im_end|> and <|endoftext|> are equal, and only an adapter on the head tells them apart
@@ -74,7 +76,7 @@ endif
 
 # ---- the stages, each after the checkpoint that it reads; one that is finished says so and returns
 world: $(READY) ## the embedded world's records
-	@test -f $(WORLD)/heldout.jsonl || $(PY) -m data.world --out $(WORLD) --seed $(SEED)
+	$(PY) -m data.world --out $(WORLD) --seed $(SEED) $(if $(OVERWRITE),--overwrite)
 
 sft: world ## stage 1: supervised fine-tuning
 	$(PY) sft.py --model $(MODEL) --data $(or $(DATA),$(WORLD)/sft.jsonl) --out $(OUT)/sft $(COMMON) $(FIRST) $(SFT_ARGS)
@@ -106,7 +108,7 @@ chat: $(if $(CHAT),$(READY),ppo) ## talk to what PPO made, or with CHAT=DIR to a
 	$(PY) -m tools.chat --model $(or $(CHAT),$(OUT)/ppo) --device $(DEVICE)
 
 controls: eval ## what the results could be mistaken for: OUT/controls.json
-	$(PY) -m tools.controls --out $(OUT) --base $(MODEL) --seed $(SEED) --device $(DEVICE)
+	$(PY) -m tools.controls --out $(OUT) --base $(MODEL) $(COMMON)
 
 results: $(READY) ## RESULTS.md's tables from SEEDS runs
 	for s in $$(seq 0 $$(($(SEEDS) - 1))); do $(MAKE) controls OUT=$(OUT)/seed$$s SEED=$$s || exit 1; done

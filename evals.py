@@ -28,7 +28,7 @@ class Options:
     out: str = opt("out", "folder with the stages' checkpoints")
     base: str = opt("data/base", "the base model's folder")
     data: str = opt("", "your own conversations: held-out loss instead of gold; default: OUT/world/heldout.jsonl")
-    prefs: str = opt("", "with --data: your preference pairs, for held-out preference accuracy")
+    prefs: str = opt("", "with --data: your preference pairs, for held-out preference accuracy", needs="data")
     n: int = opt(1000, "how many held-out prompts", at_least=2)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
     batch: int = opt(128, "answers at a time", at_least=1)

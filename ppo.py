@@ -52,10 +52,10 @@ class Options(tuning.Tuning):
     minibatch: int = opt(32, "answers an update", at_least=1)
     epochs: int = opt(2, "passes over a round's answers", at_least=1)
     lr: float = opt(0.0, "peak learning rate of policy and critic; 0: 2e-4, five times that for LoRA", at_least=0)
-    warmup: int = opt(2, "rounds of linear warmup, then a line to 0", at_least=0)
+    warmup: int = opt(2, "rounds of linear warmup, then a line to 0", at_least=0, below="iterations")
     kl: float = opt(0.2, "β: cost of a nat of KL, in standard deviations of the reward", at_least=0)
     target_kl: float = opt(0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0)
-    horizon: float = opt(2000.0, "answers over which the adaptive β moves", above=0)
+    horizon: float = opt(2000.0, "answers over which the adaptive β moves", needs="target_kl", above=0)
     gamma: float = opt(1.0, "discount", above=0, at_most=1)
     lam: float = opt(0.95, "GAE's λ", at_least=0, at_most=1)
     clip: float = opt(0.2, "ε of the ratio, and of the values", above=0)
@@ -213,11 +213,11 @@ def ppo(o: Options):
     end, prompts = templates.end_id(tok), prepare(o.data, tok, room)
     peak = tuning.learning_rate(o, 2e-4)
     optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
-    extra = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
-    beta, seen = extra.get("beta", o.kl), extra.get("seen", (0, 0.0, 0.0))
     answered = o.minibatch * o.max_new_tokens
     watch = tuning.Watch(o, device, [policy, critic, reference, *([reward_model] if reward_model else [])],
                          answered + o.minibatch * sum(len(ids) for _, ids in prompts) / len(prompts), answered)  # fmt: skip
+    extra = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    beta, seen = extra.get("beta", o.kl), extra.get("seen", (0, 0.0, 0.0))
     logp_of = lambda model, *rows: logprobs(model, *rows, temperature=o.temperature)  # noqa: E731
 
     for it in run.steps(o.iterations, "iteration"):

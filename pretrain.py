@@ -7,6 +7,7 @@ which steps along the orthogonalised momentum; embeddings and norms by AdamW. Th
 line, and in that fall the corpus leans to copying and arithmetic, which a small model learns last.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from model import Config, Transformer, init_weights
 from train import Run, autocast, main, opt, pick_device, set_lr
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CORPUS, CHARACTERS = "the corpus's first 3,000,000 characters", 3_000_000  # the tokenizer learns from them
 
 
 @dataclass
@@ -45,6 +47,11 @@ def documents(seed: int, steps: int, decay: float, tokens_a_step: int):
         part += 1
 
 
+def corpus_hash(texts) -> str:
+    """sha256 of the first three million characters of documents, one behind the other, in UTF-8."""
+    return hashlib.sha256("".join(texts)[:CHARACTERS].encode()).hexdigest()
+
+
 def rows(texts, tok, context: int):
     """Rows of context + 1 ids, each starting at a document, as a chat will: documents until it is full, the last one cut."""
     row = []
@@ -69,9 +76,10 @@ def start_turns(model, tok):
 
 
 def pretrain(o: Options):
-    run = Run(o, __file__, ["data/corpus.py", "data/kinds.py", "data/facts.json"])
+    texts = list(corpus.documents(o.seed, CHARACTERS))
+    run = Run(o, __file__, [], made={CORPUS: corpus_hash(texts)})
     device = pick_device(o.device)
-    tok = tokenizer.train(corpus.documents(o.seed, 3_000_000), o.vocabulary, [END, TURN, TURN_END])
+    tok = tokenizer.train(texts, o.vocabulary, [END, TURN, TURN_END])
     config = Config(o.vocabulary, 192, 512, 5, 6, 2, 32, max_position_embeddings=512, tie_word_embeddings=True,
                     bos_token_id=tok.special[END], eos_token_id=tok.special[END], pad_token_id=tok.special[END])  # fmt: skip
     model = Transformer(config)

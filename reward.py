@@ -34,7 +34,7 @@ class Options(tuning.Tuning):
     batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
     length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
     lr: float = opt(0.0, "peak learning rate; 0: 1e-3, five times that for LoRA", at_least=0)
-    warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0)
+    warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
     seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)
@@ -120,8 +120,8 @@ def reward(o: Options):
     references = prepare_references(o.reference, tok, length, o.seed)
     peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)
-    run.resume(model=model, optimizer=optimizer)
     watch = tuning.Watch(o, device, [model], o.batch / len(data) * sum(len(p) + sum(map(len, answers)) for p, answers, _ in data), 0)
+    run.resume(model=model, optimizer=optimizer)
 
     for step in run.steps(o.steps):
         lr = lr_at(step, o.steps, peak, o.warmup)

@@ -27,17 +27,17 @@ IGNORE = -100
 @dataclass
 class Options(tuning.Tuning):
     adapter: str = opt("none", "in place of LoRA: IA3's factors, or virtual tokens", choices=("none", *tuning.KINDS))
-    virtual_tokens: int = opt(20, "how many, of a prompt or prefix", at_least=1)
+    virtual_tokens: int = opt(20, "how many, of a prompt or prefix", needs="adapter prompt prefix", at_least=1)
     model: str = opt("data/base", "checkpoint folder to start from")
     data: str = opt("out/world/sft.jsonl", "conversations: chat JSONL, Alpaca, or prompt/completion")
     out: str = opt("out/sft", "folder for the checkpoint")
     steps: int = opt(440, "optimizer steps", at_least=1)
     batch: int = opt(32, "conversations a step", at_least=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch")
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
     lr: float = opt(0.0, "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the others", at_least=0)
-    warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0)
-    weight_decay: float = opt(0.0, "AdamW's decay of matrices", at_least=0)
+    warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
+    weight_decay: float = opt(0.0, "AdamW's decay of matrices", needs="adapter none prompt prefix", at_least=0)
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -113,10 +113,10 @@ def sft(o: Options):
         return show(records.batch(data, 0, o.batch, o.seed), tok)
     peak = tuning.learning_rate(o, 5e-4)
     optimizer = adamw(model, peak, o.weight_decay, paged=o.paged)
-    run.resume(model=model, optimizer=optimizer)
     share = o.batch / o.accumulate / len(data)
     watch = tuning.Watch(o, device, [model], share * sum(len(ids) for ids, _ in data),
                          share * sum(label != IGNORE for _, labels in data for label in labels))  # fmt: skip
+    run.resume(model=model, optimizer=optimizer)
 
     for step in run.steps(o.steps):
         examples = records.batch(data, step, o.batch, o.seed)

@@ -2,21 +2,26 @@
 
 A run's life. Until it has finished, all it has is in OUT/state: one safetensors file (parameters, optimizers, and a JSON note), saved
 every so many steps and put in place by a rename, and metrics.jsonl. Then the checkpoint is written aside and moved into OUT file by
-file, config.json last, and the state is removed. OUT/run.json keeps the options and the hashes of the inputs: the same command again
-finds it and has nothing to do; another one is refused with the difference.
+file, config.json last, and the state is removed. OUT/run.json keeps the options, the hashes of the inputs and of the code, and those of
+what was written: the same command again finds it and has nothing to do; another one is refused with the difference. One run at a
+time has an OUT (OUT/state/run.lock, a lock that ends with its process), and what no run wrote is never touched.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
 import difflib
+import fcntl
+import functools
 import hashlib
 import inspect
 import json
 import math
 import operator
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -34,9 +39,13 @@ from quant import PagedAdamW
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def opt(default, help: str, choices=None, **bounds):
-    """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
+def opt(default, help: str, choices=None, needs="", **bounds):
+    """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS).
+
+    needs: the option without which it has no effect ("lora"), or also that one's values ("loss simpo"); a bound that names another
+    option (below="steps") says beyond what it has none. That is said, and no error.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds))
 
 
 def did_you_mean(word: str, known) -> str:
@@ -59,9 +68,27 @@ def parse(options, doc: str, argv=None):
         parser.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], flags)}")
     for flag, f in flags.items():
         for bound, limit in f.metadata["bounds"].items():
+            if isinstance(limit, str):
+                continue
             if not BOUNDS[bound](value := getattr(values, f.name), limit):
                 parser.error(f"{flag} is {value}, it must be {bound.replace('_', ' ')} {limit}")
+    for remark in without_effect(options, values):
+        print(f"{parser.prog}: {remark}")
     return options(**vars(values))
+
+
+def without_effect(options, values):
+    """A line for each option that was given and changes nothing beside the others."""
+    spell = lambda name: "--" + name.replace("_", "-")  # noqa: E731
+    for f in dataclasses.fields(options):
+        value = getattr(values, f.name)
+        other, *allowed = f.metadata["needs"].split() or [f.name]
+        there = getattr(values, other)
+        if value != f.default and not (there in allowed if allowed else there):
+            yield f"{spell(f.name)} has no effect without {spell(other)} {' or '.join(allowed)}".rstrip()
+        for bound, other in f.metadata["bounds"].items():
+            if isinstance(other, str) and not BOUNDS[bound](value, limit := getattr(values, other)):
+                yield f"{spell(f.name)} is {value}, {bound.replace('_', ' ')} {spell(other)} {limit} was expected: it has no effect beyond"
 
 
 def main(stage, options, doc: str):
@@ -177,19 +204,101 @@ def _call(file: str, function, *args):
         raise ValueError(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}") from e
 
 
-# ---------------------------------------------------------------- a run
+# ---------------------------------------------------------------- what a run is known by
+ROOT = Path(__file__).parent
+DECIDE = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+DECIDE += ("model.safetensors.index.json",)  # which shards are read
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def fingerprint(path) -> str:
     """sha256 of a file, or of the files in a checkpoint folder, and its adapter's, that decide what it says."""
-    path, h = Path(path), hashlib.sha256()
+    path = Path(path)
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path}: no such file or folder{did_you_mean(path.name, beside)}")
-    names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [p for p in sorted([*path.glob("*"), *path.glob("adapter/*")]) if p.name in names or p.suffix == ".safetensors"]
-    for p in files if path.is_dir() else [path]:
-        with open(p, "rb") as f:
-            h.update(hashlib.file_digest(f, "sha256").digest())
-    return h.hexdigest()
+    if path.is_file():
+        return sha256(path)
+    files = sorted([*path.glob("*"), *path.glob("adapter/*")])
+    files = [p for p in files if p.name in DECIDE or p.suffix == ".safetensors"]
+    known = [(str(p.relative_to(path)), sha256(p)) for p in files]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def code(script) -> dict[str, str]:
+    """The script and the project's modules that it imports, directly or not → {file: hash of what it does}.
+
+    An edited comment or docstring changes no hash. A data file that a module names and that lies beside it counts with it.
+    """
+    found, todo = {}, [Path(script).resolve()]
+    name = lambda path: str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name  # noqa: E731
+    while todo:
+        path = todo.pop()
+        if name(path) in found:
+            continue
+        found[name(path)], modules, named = read_module(path.read_bytes())
+        found |= {name(data): sha256(data) for n in named if (data := path.parent / n).is_file()}
+        todo += [f for m in modules if (f := ROOT / f"{m.replace('.', '/')}.py").is_file()]
+    return found
+
+
+@functools.lru_cache(None)
+def read_module(text: bytes):
+    """A module's text → the hash of what it does, the modules that it imports when it is imported, and the JSON files it names."""
+    tree, modules = ast.parse(text), []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            modules += [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            modules += [f"{node.module}", *(f"{node.module}.{a.name}" for a in node.names)]
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return hashlib.sha256(repr(syntax(tree)).encode()).hexdigest(), modules, [t for t in texts if re.fullmatch(r"\w+\.json", t)]
+
+
+def syntax(node):
+    """A syntax tree as nested lists, without docstrings, places in the text, and the empty fields that Python's versions differ in."""
+    if isinstance(node, list):
+        return [syntax(n) for n in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = {k: v for k, v in ast.iter_fields(node) if v is not None and v != []}
+    if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    return [type(node).__name__, *((k, syntax(v)) for k, v in fields.items())]
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def difference(old: dict, new: dict) -> str:
+    """What differs between two runs' identities, in words; empty where nothing does."""
+    a, b = old["options"], new["options"]
+    words = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return "; ".join(words + [f"{p} has changed" for p, h in new["inputs"].items() if old["inputs"].get(p, h) != h])
+
+
+def read_record(home) -> dict | None:
+    """run.json, the record of a finished run: its options, its inputs' hashes, and (in later ones) those of its files."""
+    path = Path(home) / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        if all(isinstance(x, dict) for x in (record["options"], record["inputs"], record.get("files", {}))):
+            return record
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path}: damaged, or no run's record (options and inputs were expected); choose another --out, or remove {home}")
+
+
+# ---------------------------------------------------------------- a run
+CHECKPOINT = ("adapter", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json")
+LOCK, SAVED = "run.lock", "state.safetensors"
+STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}  # all that a run keeps in OUT/state
 
 
 @contextlib.contextmanager
@@ -201,53 +310,120 @@ def writing(path):
         raise OSError(f"{path}: cannot be written ({e}); nothing saved is lost, the same command goes on from the last save") from None
 
 
+def remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Run:
     """One stage's run: where it stands, its bar, its log, its state.
 
     options: the dataclass, with `out`, `seed`, `overwrite` and `save_every`; script: the stage's __file__; inputs: the files and
-    folders it reads; file: OUT is a file, and its run lies beside it. Leaves with exit status 0 where the run has been finished already.
-    Raises ValueError where `out` holds something else: another run, or what no run wrote.
+    folders it reads; made: {name: hash} of what it reads and no file holds; file: OUT is a file, and its run lies beside it;
+    writes: what it writes into OUT, that which is moved last at the end. Leaves with exit status 0 where the run has been finished
+    already. Raises ValueError where `out` holds something else: another run, one that is at work, or what no run wrote.
     """
 
-    def __init__(self, options, script: str, inputs: list[str], file=False):
-        self.out, self.every = Path(options.out), options.save_every
-        self.home, self.result = (self.out.with_suffix(".run"), self.out) if file else (self.out, self.out / "config.json")
-        self.state, self.saved = self.home / "state", self.home / "state" / "state.safetensors"
+    def __init__(self, options, script: str, inputs: list[str], made=None, file=False, writes=CHECKPOINT):
+        self.out, self.every = Path(options.out), getattr(options, "save_every", 1)
+        self.home = self.out.with_name(self.out.name + ".run") if file else self.out
+        self.result = self.out if file else self.home / writes[-1]
+        self.writes = {self.out.name} if file else set(writes)
+        self.state, self.saved, self.lock = self.home / "state", self.home / "state" / SAVED, None
         known = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "overwrite", "save_every")}
-        self.identity = {"options": known, "inputs": {Path(script).name: fingerprint(script)} | {str(p): fingerprint(p) for p in inputs}}
-        self.tracked, self.extra, self.start = {}, {}, 0
+        if "device" in known:
+            known["device"] = pick_device(known["device"]).type
+        hashes = code(script) | {str(p): fingerprint(p) for p in inputs} | (made or {})
+        self.identity = {"options": known, "inputs": hashes}
+        self.tracked, self.extra, self.start, self.begun = {}, {}, 0, False
         self._claim(options.overwrite)
         torch.manual_seed(options.seed)
 
     def _claim(self, overwrite: bool):
-        """Takes OUT: nothing there, our own unfinished state, or a refusal."""
-        record = self.home / "run.json"
-        if self.saved.exists():
-            note = self._note()
+        """Takes OUT: nothing there, our own unfinished state, or a refusal, which touches nothing."""
+        if not (self.state / LOCK).exists():  # else look only once it is sure that nobody is at work
+            self._look(overwrite)
+        self._lock()
+        if note := self._look(overwrite):
+            self.start, self.extra = note["step"], note["extra"]
+
+    def _lock(self):
+        """Holds OUT until this process ends, however it ends. ValueError where another one holds it."""
+        with writing(self.state):
+            while self.lock is None or not os.fstat(self.lock.fileno()).st_nlink:  # 0: the other run ended, and its state went, just now
+                self.state.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.state / LOCK, "a")
+                try:
+                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    raise ValueError(f"{self.out}: another run is at work in it; wait for its end, or choose another --out") from None
+                except OSError:
+                    pass  # a disk that has no locks
+
+    def _look(self, overwrite: bool) -> dict | None:
+        """What lies in OUT → the note of an unfinished state that goes on. Ends the process where the run has been finished."""
+        record = read_record(self.home)
+        for name in sorted(self.writes | {"run.json", "metrics.jsonl", "state"}):
+            if os.path.lexists(self._place(name)) and not self._is_ours(name, record):
+                raise ValueError(f"{self.out}: holds what no run of this stage wrote, {name}; choose another --out")
+        note = self._note() if self.saved.exists() else None
+        if note:
             if not (changed := difference(note["identity"], self.identity)):
-                self.start, self.extra = note["step"], note["extra"]
-            elif not overwrite:
+                return note
+            if not overwrite:
                 raise ValueError(f"{self.out}: an unfinished run has other settings: {changed} (--overwrite starts anew)")
-        elif self.result.exists() and not record.exists():
-            raise ValueError(f"{self.out}: holds what no run of this stage wrote; choose another --out")
         elif self.result.exists() and not overwrite:
-            if changed := difference(json.loads(record.read_text()), self.identity):
+            if changed := difference(record, self.identity):
                 raise ValueError(f"{self.out}: finished with other settings: {changed} (--overwrite starts anew)")
+            for name, known in record.get("files", {}).items():
+                if not (place := self._place(name)).is_file() or sha256(place) != known:
+                    raise ValueError(f"{place}: damaged or changed since its run finished; get it back, or --overwrite starts anew")
+            if self.lock:
+                self._clear()
             print(f"{self.out}: finished already with these settings")
             sys.exit(0)
-        if not self.start:
-            shutil.rmtree(self.state, ignore_errors=True)
-        log = self.state / "metrics.jsonl"
+        return None
+
+    def _place(self, name: str) -> Path:
+        return self.result if name == self.result.name else self.home / name
+
+    def _is_ours(self, name: str, record: dict | None) -> bool:
+        """Whether a run wrote what OUT has under a name."""
+        if name == "state":
+            there = {p.name for p in self.state.iterdir()} if self.state.is_dir() else {name}
+            return not there or there <= STATE and bool(there & {LOCK, SAVED})
+        return record is not None and (name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes))
+
+    def _clear(self):
+        """Removes the state, the lock last: what is left without the saved file is never taken for a run."""
+        for path in sorted(self.state.iterdir(), key=lambda p: (p.name == LOCK, p.name != SAVED)):
+            remove(path)
+        self.state.rmdir()
+
+    def _begin(self):
+        """Now all inputs have been read and found good: what an earlier run left is cleared away."""
+        if self.begun:
+            return
+        self.begun, log = True, self.state / "metrics.jsonl"
         with writing(self.state):
-            self.state.mkdir(parents=True, exist_ok=True)
+            if not self.start:
+                for path in sorted(self.state.iterdir(), key=lambda p: p.name != SAVED):
+                    if path.name != LOCK:
+                        remove(path)
             log.touch()  # one line a step; what was logged after the last save is done again
-            os.truncate(log, sum(map(len, log.read_bytes().splitlines(keepends=True)[: self.start])))
+            lines = log.read_bytes().splitlines(keepends=True)
+            if len(lines) < self.start:
+                raise ValueError(f"{log}: has {len(lines)} of {self.start} lines; remove {self.state} to start anew")
+            os.truncate(log, sum(map(len, lines[: self.start])))
 
     def _note(self) -> dict:
         try:
             with safe_open(self.saved, "pt") as f:
-                return json.loads(bytes(f.get_tensor("note").tolist()))
-        except SafetensorError as e:
+                note = json.loads(bytes(f.get_tensor("note").tolist()))
+            return {k: note[k] for k in ("identity", "step", "extra")}
+        except (SafetensorError, ValueError, LookupError, TypeError) as e:
             raise ValueError(f"{self.saved}: damaged ({e}); remove {self.state} to start anew") from None
 
     def resume(self, **tracked) -> dict:
@@ -256,11 +432,15 @@ class Run:
         if self.start:
             with safe_open(self.saved, "pt") as f:
                 for name, thing in tracked.items():
-                    _restore(thing, {k.removeprefix(name + "/"): f.get_tensor(k) for k in f.keys() if k.startswith(name + "/")})
+                    saved = {k.removeprefix(name + "/"): f.get_tensor(k) for k in f.keys() if k.startswith(name + "/")}
+                    if isinstance(thing, torch.nn.Module) and saved.keys() != _tensors(thing).keys():
+                        raise ValueError(f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to start anew")
+                    _restore(thing, saved)
         return self.extra
 
     def steps(self, total: int, unit: str = "step"):
         """The steps that are left, with a bar."""
+        self._begin()
         self.total = total
         self.bar = tqdm(range(self.start, total), initial=self.start, total=total, unit=unit, desc=str(self.out), dynamic_ncols=True)
         return self.bar
@@ -289,26 +469,28 @@ class Run:
 
     def finish(self, write):
         """write(path) puts the result aside (a folder, or a file where OUT is one); then it takes its place and the state goes."""
-        aside = self.state / "result"
+        self._begin()
+        aside, log = self.state / "result", self.state / "metrics.jsonl"
         shutil.rmtree(aside, ignore_errors=True)
         with writing(self.state):
             aside.mkdir()
-            (aside / "run.json").write_text(json.dumps(self.identity, indent=1) + "\n")
-            shutil.copy(self.state / "metrics.jsonl", aside)
             write(aside if self.home == self.out else aside / self.out.name)
-        (self.home / "config.json").unlink(missing_ok=True)  # from here until the last rename there is no checkpoint to read
-        shutil.rmtree(self.home / "adapter", ignore_errors=True)  # of the run before, with --overwrite
-        for file in sorted(aside.iterdir(), key=lambda f: f.name == self.result.name):
-            os.replace(file, self.result if file.name == self.result.name else self.home / file.name)
-        self.saved.unlink(missing_ok=True)  # first: what is left without it is never taken for a run
-        shutil.rmtree(self.state)
+            files = {str(p.relative_to(aside)): sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+            (aside / "run.json").write_text(json.dumps(self.identity | {"files": files}, indent=1) + "\n")
+            if log.stat().st_size:
+                shutil.copy(log, aside)
+        self.result.unlink(missing_ok=True)  # from here until the last rename there is no checkpoint to read
+        before = read_record(self.home)
+        for name in sorted(_written(before, self.writes)) if before else []:
+            remove(self._place(name))
+        for file in sorted(aside.iterdir(), key=lambda f: (f.name == self.result.name, f.name != "run.json")):
+            os.replace(file, self._place(file.name))  # run.json first: it says whose the others are
+        self._clear()
 
 
-def difference(old: dict, new: dict) -> str:
-    """What differs between two runs' identities, in words; empty where nothing does."""
-    a, b = old["options"], new["options"]
-    words = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return "; ".join(words + [f"{p} has changed" for p, h in new["inputs"].items() if old["inputs"].get(p, h) != h])
+def _written(record: dict, names: set) -> set:
+    """The names in OUT that a finished run wrote; a record of before they were kept stands for all."""
+    return {name.partition("/")[0] for name in record["files"]} if "files" in record else set(names)
 
 
 def _tensors(thing) -> dict:

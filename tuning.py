@@ -34,8 +34,9 @@ class Tuning:
     """The options that say what is trained; each stage's own ones follow."""
 
     lora: int = opt(0, "rank of LoRA on the frozen weights; 0: every weight is trained", at_least=0)
-    alpha: float = opt(0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", at_least=0)
-    targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head (where a turn ends in a new token), modules; with commas")
+    alpha: float = opt(0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", needs="lora", at_least=0)
+    targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head (where a turn ends in a new token), modules; with commas",
+                       needs="lora")  # fmt: skip
     quant: str = opt("none", "the frozen weights in 4 bits", choices=("none", "nf4"))
     paged: bool = opt(False, "optimizer state in pages that move to the CPU when the GPU is full")
     checkpointing: bool = opt(False, "keep each block's input alone and compute the rest again in the backward pass")

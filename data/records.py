@@ -532,7 +532,9 @@ def main():
         found = ([r["messages"][:-1] for r in conversations(o.file, "turns")] if chats
                  else [r["prompt"] for r in rankings(o.file)])
         lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)  # each prompt once
-        Path(o.out).write_text("".join(lines), encoding="utf-8", newline="\n")
+        aside = Path(f"{o.out}.part")  # half a file is never taken for one
+        aside.write_text("".join(lines), encoding="utf-8", newline="\n")
+        aside.replace(o.out)
     except (ValueError, OSError) as e:
         sys.exit(f"records.py: {e}")
 

@@ -1,14 +1,14 @@
 """The embedded world: splits by content, people-like demonstrators, noisy labellers and the gold rater, for the instructions of kinds.py.
 
-    python -m data.world --out DIR [--seed 0]      writes DIR/{sft,prompts,heldout}.jsonl
+    python -m data.world --out DIR [--seed 0] [--overwrite]      writes DIR/{sft,prompts,heldout}.jsonl
 """
 
-import argparse
 import hashlib
 import json
 import random
 import re
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -234,16 +234,29 @@ def records(seed, sizes=SIZES):
     return {"sft": sft, **{name: [{"messages": [ask(i)], "reference": perfect(i), "item": i} for i in of] for name, of in rest.items()}}
 
 
+def make(o):
+    """OUT's three files, all or none, as a run like a stage's: finished for this seed, it says so; another seed's are refused."""
+    from train import Run  # not above: nothing else here needs torch
+
+    def write(folder):
+        for name, of in records(o.seed).items():
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+            print(f"{Path(o.out) / name}.jsonl: {len(of)} records")
+
+    Run(o, __file__, [], writes=[f"{name}.jsonl" for name in SIZES]).finish(write)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Writes the embedded world's records: demonstrations, prompts, held-out prompts.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other items and demonstrators (default 0)")
-    o = parser.parse_args()
-    o.out.mkdir(parents=True, exist_ok=True)
-    for name, of in records(o.seed).items():
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of)
-        (o.out / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        print(f"{o.out / name}.jsonl: {len(of)} records")
+    import train
+
+    @dataclass
+    class Options:
+        out: str = train.opt("out/world", "folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
+        seed: int = train.opt(0, "another seed, other items and demonstrators", at_least=0, below=2**32)
+        overwrite: bool = train.opt(False, "write them anew over another seed's")
+
+    train.main(make, Options, "Writes the embedded world's records: demonstrations, prompts, held-out prompts.")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,13 @@ def slowly():
     train.Run.log = lambda *args, **figures: (time.sleep(0.05), real(*args, **figures))
 
 
+def dies_at_the_end():
+    """Killed when all is trained and saved, and nothing is written yet."""
+    import train
+
+    train.Run.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) -> Result:
     """Starts a stage and kills it once it has logged so many steps more than are logged already, and has saved a state."""
     log = state / "metrics.jsonl"
@@ -116,7 +123,7 @@ def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) ->
 
 def interrupt(times: int, out, stage, **options) -> int:
     """Kills a run at a random step and, times 2, once more on its way from there → the saved step."""
-    home = out.with_suffix(".run") if out.suffix else out
+    home = out.with_name(out.name + ".run") if out.suffix else out
     for _ in range(times):
         killed = kill_after(random.randint(1, 4), home / "state", stage, out=out, **options)
         assert killed.status == -signal.SIGKILL, killed.err

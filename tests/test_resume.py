@@ -2,11 +2,12 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import stages
-from stages import SMALL, done, interrupt, kill_after, refused, run, saved_step, script
+from stages import SMALL, Stage, dies_at_the_end, done, interrupt, kill_after, refused, run, saved_step, script, slowly
 
 CLOCK = ("tokens_per_second",)  # figures of the wall clock
 
@@ -15,7 +16,7 @@ def contents(out) -> dict:
     """All that a finished run left: bytes by name, metrics without the clock's figures."""
     home, files = Path(out), {}
     if home.suffix == ".jsonl":
-        files, home = {"result": home.read_bytes()}, home.with_suffix(".run")
+        files, home = {"result": home.read_bytes()}, home.with_name(home.name + ".run")
     files |= {f.name: f.read_bytes() for f in home.iterdir()}  # a folder in it, such as its state, is an error
     lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
     return files | {"metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]}
@@ -29,7 +30,7 @@ def test_killed_and_started_again_equals_uninterrupted(stage, small, tmp_path):
     step = interrupt(1 if stage == "pretrain" else 2, broken, script(stage), **options)
     assert step > 0 and not (broken / "config.json").exists() and not broken.is_file()
 
-    state = (broken.with_suffix(".run") if stage == "compare" else broken) / "state"
+    state = (broken.with_name(broken.name + ".run") if stage == "compare" else broken) / "state"
     before = (state / "state.safetensors").read_bytes()
     refused(run(script(stage), out=broken, **options | {"seed": 1}), str(broken), "unfinished", "seed was 0, is 1", "--overwrite")
     assert (state / "state.safetensors").read_bytes() == before
@@ -101,3 +102,33 @@ def test_a_batch_is_shown_beside_a_finished_run(small, tmp_path):
     for out in ("sft", "new"):
         assert "\033[32m" in done("sft.py", out=tmp_path / out, show_batch=True, **small["sft"]).out
     assert contents(tmp_path / "sft") == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "compare"])
+def test_a_second_run_is_told_so_and_touches_nothing(stage, small, tmp_path):
+    """Whatever it asks for: both would write one log and one state."""
+    options, name = dict(small[stage], save_every=2), stage + (".jsonl" if stage == "compare" else "")
+    out = tmp_path / "one" / name
+    home = out.with_name(name + ".run") if stage == "compare" else out
+    first = Stage(script(stage), slowly, out=out, **options)
+    while first.process.is_alive() and not saved_step(home / "state"):
+        time.sleep(0.002)
+    first.kill(signal.SIGSTOP)  # it stands still, and is there, as long as the others ask
+    before = {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    for changes in ({}, {"overwrite": True, "seed": 1}):
+        refused(run(script(stage), out=out, **options | changes), f"{out}: another run is at work in it", "choose another --out")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    first.kill(signal.SIGCONT)
+    assert first.end().status == 0
+    done(script(stage), out=tmp_path / "alone" / name, **options)
+    assert contents(out) == contents(tmp_path / "alone" / name)
+
+
+def test_adapters_that_moved_before_a_resume_at_the_end_have_moved(small, tmp_path):
+    """Killed behind its last step, a run has no step to go; what it trained is compared with its start."""
+    for name, options in (("sft", dict(lora=2, steps=4)), ("dpo", dict(lora=2, steps=4)), ("reward", dict(lora=2, steps=4)),
+                          ("ppo", dict(lora=2, iterations=2))):  # fmt: skip
+        options = small[name] | options | dict(out=tmp_path / name)
+        assert run(script(name), dies_at_the_end, **options).status == -signal.SIGKILL
+        assert saved_step(tmp_path / name / "state") == options.get("steps", 2)
+        assert "have not moved" not in done(script(name), **options).out

@@ -1,5 +1,6 @@
 """What stages share: options and what is said of wrong ones, the learning rate, AdamW's groups, and the life of a run."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from train import Run, adamw, autocast, difference, fingerprint, load_function, lr_at, main, opt, parse, pick_device, set_lr
+from train import Run, adamw, autocast, code, difference, fingerprint, load_function, lr_at, main, opt, parse, pick_device, set_lr
 
 STAGES = ["pretrain", "sft", "compare", "reward", "ppo", "dpo", "evals"]
 
@@ -101,6 +102,36 @@ def test_main_leaves_a_mistake_in_the_code_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["toy.py"])
     with pytest.raises(KeyError):
         main(lambda o: {}["x"], Options, "Doc.")
+
+
+@pytest.mark.parametrize(
+    "stage, argv, said",
+    [
+        ("sft", "--alpha 8", ["--alpha has no effect without --lora"]),
+        ("sft", "--alpha 8 --targets mlp --keep-base", ["--alpha has no effect without --lora", "--targets has no effect without --lora"]),
+        ("sft", "--alpha 8 --targets mlp --lora 2", []),
+        ("sft", "--virtual-tokens 4 --adapter ia3", ["--virtual-tokens has no effect without --adapter prompt or prefix"]),
+        ("sft", "--virtual-tokens 4 --adapter prefix --virtual-tokens 20", []),
+        ("sft", "--weight-decay 0.1 --adapter ia3", ["--weight-decay has no effect without --adapter none or prompt or prefix"]),
+        ("sft", "--warmup 9 --steps 9", ["--warmup is 9, below --steps 9 was expected: it has no effect beyond"]),
+        ("sft", "--warmup 8 --steps 9 --accumulate 32", []),
+        ("sft", "--accumulate 9 --batch 8", ["--accumulate is 9, at most --batch 8 was expected: it has no effect beyond"]),
+        ("reward", "--steps 5", ["--warmup is 10, below --steps 5 was expected: it has no effect beyond"]),
+        ("ppo", "--horizon 5 --iterations 2", ["--warmup is 2, below --iterations 2 was expected: it has no effect beyond",
+                                               "--horizon has no effect without --target-kl"]),
+        ("ppo", "--horizon 5 --target-kl 6", []),
+        ("dpo", "--loss ipo --label-smoothing 0.1", ["--label-smoothing has no effect without --loss dpo"]),
+        ("dpo", "--loss simpo --label-smoothing 0.1 --gamma 2", ["--label-smoothing has no effect without --loss dpo"]),
+        ("dpo", "--gamma 2 --label-smoothing 0.1", ["--gamma has no effect without --loss simpo"]),
+        ("dpo", "--gamma 1 --loss ipo", []),
+        ("evals", "--prefs x.jsonl", ["--prefs has no effect without --data"]),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_said(stage, argv, said, capsys):
+    """Those that were given and change nothing beside the others; a default is never one."""
+    parse(importlib.import_module(stage).Options, "Doc.", argv.split())
+    out, err = capsys.readouterr()
+    assert [line.partition(": ")[2] for line in out.splitlines()] == said and err == ""
 
 
 # ---------------------------------------------------------------- device, optimizer, learning rate
@@ -200,20 +231,93 @@ def test_a_reader_s_function(tmp_path):
 def test_fingerprint_sees_what_a_checkpoint_says_and_nothing_else(tmp_path):
     folder = tmp_path / "sft"
     folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "metrics.jsonl", "run.json"):
+    (folder / "adapter").mkdir()
+    decide = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+              "model.safetensors.index.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]  # fmt: skip
+    for name in (*decide, "metrics.jsonl", "run.json"):
         (folder / name).write_text("x")
     whole = fingerprint(folder)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+    for name in decide:
         (folder / name).write_text("y")
         assert fingerprint(folder) != whole
         (folder / name).write_text("x")
     (folder / "metrics.jsonl").write_text("y")
     assert fingerprint(folder) == whole == fingerprint(str(folder))
     assert fingerprint(folder / "run.json") != fingerprint(folder / "metrics.jsonl")
+    (folder / "tokenizer_config.json").rename(folder / "tokenizer.json")  # of equal content under another name
+    assert fingerprint(folder) != whole
     with pytest.raises(FileNotFoundError, match=r"sfl: no such file or folder \(did you mean sft\?\)"):
         fingerprint(tmp_path / "sfl")
     with pytest.raises(FileNotFoundError, match="c: no such file or folder$"):
         fingerprint(tmp_path / "a" / "b" / "c")
+
+
+SCRIPT = '''"""What it does."""
+import json
+import tokens.splitter
+from helper import add
+
+def stage():
+    """How."""
+    # why
+    return add(1, json.loads("2"))  # a sum
+'''
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project: stage.py, which imports helper.py and tokens/splitter.py; that imports other.py and names tokens/words.json."""
+    monkeypatch.setattr("train.ROOT", tmp_path)
+    (tmp_path / "tokens").mkdir()
+    splitter = "import other\nWORDS = open('words.json')\nMORE = 'more.json ' * 99\n"
+    texts = {"stage.py": SCRIPT, "helper.py": "def add(a, b): return a + b\n", "other.py": "X = 1\n", "alone.py": "import stage\n",
+             "tokens/splitter.py": splitter, "tokens/words.json": "[]", "tokens/more.json": "[]"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_code_of_a_stage_is_its_modules_and_what_they_import(project):
+    assert code(project / "stage.py").keys() == {"stage.py", "helper.py", "other.py", "tokens/splitter.py", "tokens/words.json"}
+    before = code(project / "stage.py")
+    for name in ("helper.py", "other.py", "tokens/splitter.py"):
+        (project / name).write_text((project / name).read_text() + "Y = 2\n")
+        assert [k for k, h in code(project / "stage.py").items() if before[k] != h] == [name]
+        before = code(project / "stage.py")
+    (project / "tokens/words.json").write_text("[1]")
+    assert code(project / "stage.py")["tokens/words.json"] != before["tokens/words.json"]
+
+
+@pytest.mark.parametrize("old, new, changed", [
+    ("# why", "# because", False), ('"""How."""', '"""In another way."""', False), ('    """How."""\n', "", False),
+    ('"""What it does."""\n', "\n\n", False), ("add(1, json", "add(1,\n        json", False), ("  # a sum", "", False),
+    ("add(1,", "add(2,", True), ("return add", "add", True), ('"2"', '"3"', True), ("def stage", "def stages", True),
+    ("(1, json.loads(\"2\"))", "(json.loads(\"2\"), 1)", True),
+])  # fmt: skip
+def test_an_edited_comment_is_no_other_code(project, old, new, changed):
+    before = code(project / "stage.py")["stage.py"]
+    assert SCRIPT.count(old) == 1
+    (project / "stage.py").write_text(SCRIPT.replace(old, new))
+    assert (code(project / "stage.py")["stage.py"] != before) == changed
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "evals"])
+def test_the_code_of_each_stage_has_what_it_reads(stage):
+    importlib.import_module(stage)
+    known = code(f"{stage}.py")
+    assert {f"{stage}.py", "train.py", "model.py", "hub.py", "quant.py", "data/tokenizer.py"} <= known.keys()
+    imported = {m.replace(".", "/") + ".py" for m in sys.modules}
+    assert {k for k in known if k.endswith(".py")} <= imported | {f"{stage}.py"}, "only what is imported"
+    assert ("data/facts.json" in known) == ("data/kinds.py" in known) and known.get("data/kinds.py", stage) != "compare"
+
+
+def test_the_device_is_the_one_that_auto_means(tmp_path):
+    @dataclass
+    class OnADevice(Options):
+        device: str = opt("auto", "which")
+
+    said = Run(OnADevice(out=str(tmp_path / "x")), __file__, []).identity["options"]["device"]
+    assert said == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_difference_in_words():
@@ -345,7 +449,7 @@ def test_what_no_run_wrote_is_never_touched(o, tmp_path):
     write(tmp_path / "toy", torch.nn.Linear(3, 3))
     before = files(tmp_path / "toy")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="toy: holds what no run of this stage wrote; choose another --out"):
+        with pytest.raises(ValueError, match="toy: holds what no run of this stage wrote, config.json; choose another --out"):
             toy(dataclasses.replace(o, overwrite=overwrite))
     assert files(tmp_path / "toy") == before
     records = tmp_path / "comparisons.jsonl"
@@ -354,6 +458,83 @@ def test_what_no_run_wrote_is_never_touched(o, tmp_path):
         with pytest.raises(ValueError, match="comparisons.jsonl: holds what no run"):
             Run(dataclasses.replace(o, out=str(records), overwrite=overwrite), __file__, [], file=True)
     assert records.read_text() == "a reader's own"
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["state/notes.txt", "state/metrics.jsonl", "adapter/adapter_config.json", "model.safetensors",
+                                  "state", "adapter", "tokenizer.json", "metrics.jsonl", "state/result/config.json"])  # fmt: skip
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_reader_s_own_file_is_never_touched(name, finished, o, tmp_path):
+    """In a folder of his own, or laid into one of ours; whatever is asked for."""
+    out = tmp_path / "toy"
+    if finished:
+        toy(o)
+        if (out / name).exists():
+            return  # the run's own
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("{}")
+    before = everything(out)
+    for overwrite, lr in ((False, 0.1), (False, 0.3), (True, 0.3)):
+        what = name.partition("/")[0]
+        with pytest.raises(ValueError, match=f"toy: holds what no run of this stage wrote, {what}; choose another --out"):
+            toy(dataclasses.replace(o, overwrite=overwrite, lr=lr))
+        assert everything(out) == before
+
+
+def test_beside_a_reader_s_other_files_there_is_room(o, whole, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "log.txt").write_text("mine")
+    toy(o)
+    assert files(tmp_path / "toy") == whole | {"log.txt": b"mine"}
+
+
+def test_what_is_refused_makes_no_folder(o, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        toy(dataclasses.replace(o, data=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "toy").exists()
+
+
+def test_an_unfinished_run_stays_until_its_successor_has_read_its_inputs(o, whole, tmp_path):
+    """--overwrite with inputs that are refused, or a mistake in them, costs no hours of another run."""
+    with pytest.raises(Killed):
+        toy(o, 3)
+    before = everything(tmp_path / "toy")
+    Run(dataclasses.replace(o, lr=0.3, overwrite=True), __file__, [])  # and then the stage refuses its data
+    assert everything(tmp_path / "toy") == before
+    toy(o)
+    assert files(tmp_path / "toy") == whole
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"options": 1, "inputs": {}}', '{"options": {}}', "\0\1", "[" * 100_000,
+                                  '{"options": {}, "inputs": {}, "files": []}'])  # fmt: skip
+def test_a_damaged_record_is_said(text, o, tmp_path):
+    toy(o)
+    (tmp_path / "toy" / "run.json").write_text(text)
+    before = files(tmp_path / "toy")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="toy.run.json: damaged, or no run's record .*; choose another --out, or remove"):
+            toy(dataclasses.replace(o, overwrite=overwrite))
+    assert files(tmp_path / "toy") == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other bytes"])
+def test_a_damaged_checkpoint_is_not_finished(name, damage, o, whole, tmp_path):
+    toy(o)
+    file = tmp_path / "toy" / name
+    if damage == "gone" and name == "config.json":
+        return  # then nothing says that it was finished
+    text = file.read_bytes()
+    file.write_bytes(text[:-1] if damage == "cut" else text[:-1] + b"?")
+    if damage == "gone":
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{name}: damaged or changed since its run finished; .*--overwrite starts anew"):
+        toy(o)
+    toy(dataclasses.replace(o, overwrite=True))
+    assert files(tmp_path / "toy") == whole
 
 
 @pytest.mark.parametrize("moment", ["while it writes", "before the rename"])
@@ -428,7 +609,7 @@ def test_a_file_as_result(o, tmp_path):
         run.finish(lambda path: path.write_text(text))
 
     stage(o)
-    assert out.read_text() == "whole\n" and {f.name for f in out.with_suffix(".run").iterdir()} == {"run.json", "metrics.jsonl"}
+    assert out.read_text() == "whole\n" and {f.name for f in out.with_name("x.jsonl.run").iterdir()} == {"run.json", "metrics.jsonl"}
     with pytest.raises(SystemExit):
         stage(o)
     with pytest.raises(ValueError, match="steps was 6, is 7"):
@@ -436,6 +617,41 @@ def test_a_file_as_result(o, tmp_path):
     out.unlink()  # thrown away: made again, not "finished already"
     stage(o)
     assert out.exists()
+    other = dataclasses.replace(o, out=str(out.with_suffix(".json")))  # a run of its own, not this one under another name
+    stage(other, "other\n")
+    assert out.with_suffix(".json").read_text() == "other\n" and out.read_text() == "whole\n"
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_a_file_that_is_only_written_and_killed_is_never_the_old_one(moment, o, tmp_path, monkeypatch):
+    """As compare.py with pairs, which saves no state: at each moment before the last rename it is written again."""
+    out, moves = tmp_path / "x.jsonl", []
+    o = dataclasses.replace(o, out=str(out))
+
+    def stage(o, text):
+        Run(o, __file__, [], file=True).finish(lambda path: path.write_text(text))
+
+    def dying(real):
+        def move(*args, **more):
+            if moves or (tmp_path / "x.jsonl.run" / "state" / "result" / "run.json").exists():
+                moves.append(real)
+                if len(moves) > moment:
+                    raise Killed
+            return real(*args, **more)
+
+        return move
+
+    stage(o, "old\n")
+    new = dataclasses.replace(o, lr=0.3, overwrite=True)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("replace", "unlink", "rmdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        stage(new, "new\n")
+    try:
+        stage(dataclasses.replace(new, overwrite=moment == 0), "new\n")  # killed at once, it has not begun: the old one is whole
+    except SystemExit as finished:
+        assert finished.code == 0
+    assert out.read_text() == "new\n"
 
 
 def test_a_folder_may_have_a_dot_in_its_name(o, whole, tmp_path):
@@ -451,6 +667,25 @@ def test_a_damaged_state_is_said(o, tmp_path):
     os.truncate(saved, 100)
     with pytest.raises(ValueError, match=r"state.safetensors: damaged \(.*\); remove .*state to start anew"):
         toy(o)
+
+
+def test_a_state_that_lacks_something_is_said(o, tmp_path):
+    """A log that lost lines, a note or a model that lost tensors."""
+    with pytest.raises(Killed):
+        toy(o, 3)
+    state = tmp_path / "toy" / "state"
+    log, saved = (state / "metrics.jsonl").read_bytes(), (state / "state.safetensors").read_bytes()
+    (state / "metrics.jsonl").write_bytes(log.splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="metrics.jsonl: has 1 of 2 lines; remove .*state to start anew"):
+        toy(o)
+    (state / "metrics.jsonl").write_bytes(log)
+    for name, said in (("model/weight", "model is incomplete"), ("note", "")):
+        tensors = load_file(state / "state.safetensors")
+        del tensors[name]
+        save_file(tensors, state / "state.safetensors")
+        with pytest.raises(ValueError, match=rf"state.safetensors: damaged \(.*{said}.*\); remove .*state to start anew"):
+            toy(o)
+        (state / "state.safetensors").write_bytes(saved)
 
 
 def test_what_is_not_finite_stops_a_run_before_it_is_saved(o, tmp_path):
@@ -491,3 +726,14 @@ def test_a_full_disk(o, whole, tmp_path, monkeypatch):
     seen = []
     toy(o, seen=seen)
     assert seen == [] and files(tmp_path / "toy") == whole
+
+
+def test_a_control_of_a_run_without_a_record_is_refused(tmp_path):
+    """tools/controls.py reads a finished run's options from its record."""
+    from tools import controls
+
+    for text, said in ((None, "has no run.json"), ("", "damaged, or no run's record"), ("{}", "damaged, or no run's record")):
+        if text is not None:
+            (tmp_path / "run.json").write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            controls.again("sft.py", tmp_path, tmp_path / "out", False)

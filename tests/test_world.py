@@ -281,6 +281,41 @@ def test_same_bytes_for_a_seed():
     assert sha(json.dumps([TRAIN[:110], HELD[:110]], sort_keys=True)) == "2afab37ef64a398559a4f0ca5b891f3dbbccacba1abd353b2abe3de4d25cda5a"
 
 
+def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkeypatch, capsys):
+    """Each make all calls it: done, it says so; with another seed it refuses, or with --overwrite writes that one's; killed, it goes on."""
+    monkeypatch.setattr(world, "SIZES", {"sft": 22, "prompts": 11, "heldout": 11})
+    out = tmp_path / "world"
+
+    def made(*argv):
+        monkeypatch.setattr(sys, "argv", ["world.py", "--out", str(out), *argv])
+        world.main()
+        return {p.name: p.read_text() for p in sorted(out.iterdir())}
+
+    first = made()
+    assert list(first) == ["heldout.jsonl", "prompts.jsonl", "run.json", "sft.jsonl"]
+    assert json.loads(first["run.json"])["options"] == {"seed": 0}
+    for argv, status, said in (([], 0, "finished already"), (["--seed", "1"], 2, "seed was 0, is 1 (--overwrite starts anew)")):
+        with pytest.raises(SystemExit) as left:
+            made(*argv)
+        assert left.value.code == status and said in "".join(capsys.readouterr())
+    second = made("--seed", "1", "--overwrite")
+    assert all(second[name] != text for name, text in first.items())
+
+    def interrupted():
+        yield {"messages": []}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(world, "records", lambda seed: {"sft": [{}], "prompts": interrupted(), "heldout": []})
+        made("--seed", "2", "--overwrite")
+    assert {p.name: p.read_text() for p in out.glob("*.json*")} == second, "all of them or none"
+    (out / "sft.jsonl").write_text(second["sft.jsonl"][:1000])
+    with pytest.raises(SystemExit) as left:
+        made("--seed", "1")
+    assert left.value.code == 2 and "sft.jsonl: damaged or changed" in capsys.readouterr().err
+    assert made("--overwrite") == first
+
+
 def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
     code = ("import pathlib, sys; from data import world; world.SIZES.update(sft=44, prompts=22, heldout=22);"
             "sys.argv[1:] = ['--out', sys.argv[1]]; world.main()")
@@ -289,7 +324,7 @@ def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
         out = tmp_path / seed
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code, str(out)], check=True, env=env, capture_output=True)
-        written.append({p.name: p.read_bytes() for p in sorted(out.iterdir())})
+        written.append({p.name: p.read_bytes() for p in sorted(out.glob("*.jsonl"))})
     assert written[0] == written[1] and list(written[0]) == ["heldout.jsonl", "prompts.jsonl", "sft.jsonl"]
     first_lines = b"".join(text.splitlines(keepends=True)[0] for text in written[0].values())
     assert hashlib.sha256(first_lines).hexdigest() == "2c8256cf1305b262f5fbaaa7bbb68da6ca1f8595a751b49d7b8610a7aa356ccf"

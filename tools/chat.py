@@ -28,7 +28,7 @@ COMMANDS = re.findall(r"^/\w+", HELP, re.M)
 class Options:
     model: str = opt("out/ppo", "checkpoint folder to talk to")
     temperature: float = opt(0.7, "0: always the likeliest token", at_least=0)
-    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share; 1: from all", above=0)
+    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share; 1: from all", needs="temperature", above=0)
     max_new_tokens: int = opt(256, "tokens of an answer", at_least=1)
     system: str = opt("", "system message")
     seed: int = opt(0, "seed of the answers")

@@ -20,7 +20,7 @@ from pathlib import Path
 import evals
 import hub
 from data import records, world
-from train import main, opt, pick_device
+from train import main, opt, pick_device, read_record
 
 
 @dataclass
@@ -37,7 +37,9 @@ class Options:
 
 def again(script: str, of: Path, out: Path, overwrite: bool, **changes):
     """Runs a stage with the options of the finished run `of`, but for the changes; → its folder."""
-    options = json.loads((of / "run.json").read_text())["options"] | changes | {"out": str(out), "overwrite": overwrite}
+    if (record := read_record(of)) is None:
+        raise FileNotFoundError(f"{of}: has no run.json; a stage's finished run was expected, make eval makes it")
+    options = record["options"] | changes | {"out": str(out), "overwrite": overwrite}
     words = [script]
     for k, v in options.items():
         if v is not False and v != "":

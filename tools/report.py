@@ -157,9 +157,12 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if isinstance(content, dict):
+            return content
     except ValueError:
-        raise ValueError(f"{path}: not JSON; make eval writes it again") from None
+        pass
+    raise ValueError(f"{path}: not JSON, or no object; make eval writes it again")
 
 
 def read(out: Path):
