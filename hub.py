@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import adapters
 from data.tokenizer import Tokenizer
+from files import hub_name, read_json, write_json
 from model import Config, Transformer
 from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 
@@ -28,7 +30,8 @@ PACKED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_
 
 
 def load(path, device="cpu", dtype=torch.float32, quant=None):
-    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`.
+    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`. The virtual tokens of a
+    prompt or prefix in path/adapter are part of the model; another adapter there has been merged into the weights.
 
     quant="nf4": the blocks' linear layers in 4 bits, each quantised as it is read, so that the whole model is never there in `dtype`.
     Those that bitsandbytes has quantised in the folder stay as they are.
@@ -52,7 +55,15 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
         raise ValueError(f"{path}: {e}") from None
     if config.tie_word_embeddings and not config.num_labels:
         model.lm_head.weight = model.embed_tokens.weight
+    add_virtual(model, path / "adapter")
     return model, tokenizer
+
+
+def add_virtual(model, folder):
+    """Puts the prompt or prefix that lies beside the weights before the model: it was trained with them and means nothing without."""
+    file = folder / "adapter_config.json"
+    if file.exists() and read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        adapters.load_adapter(model, folder).requires_grad_(True)
 
 
 def language_model(path, device="cpu", dtype=torch.float32, quant=None):
@@ -87,25 +98,6 @@ def save(path, model, tokenizer=None, dtype=None):
             pad = next(text for text, i in tokenizer.special.items() if i == ids["pad_token_id"])
             write_json(path / "tokenizer_config.json", read_json(path / "tokenizer_config.json") | {"pad_token": pad})
     write_json(path / "config.json", config_json(model.config, dtype) | ids)
-
-
-def hub_name(name: str) -> str:
-    """Our parameter's or module's name as transformers spells it: the backbone lies under "model."."""
-    return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name
-
-
-def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}); get the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, an object was expected; get the file again")
-    return content
 
 
 # -- config.json

@@ -62,14 +62,7 @@ def learning_rate(o, weights: float) -> float:
 
 
 # ---------------------------------------------------------------- checkpoint folders
-def load(path, device="cpu", dtype=torch.float32, quant=None):
-    """hub.language_model(), with the prompt or prefix that lies beside the weights where that is how they were tuned."""
-    model, tok = hub.language_model(path, device, dtype, quant)
-    file = Path(path) / "adapter" / "adapter_config.json"
-    if file.exists() and hub.read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        adapters.load_adapter(model, file.parent, trainable=False)
-        model.requires_grad_(True)
-    return model, tok
+load = hub.language_model
 
 
 def base_of(path) -> str:
