@@ -12,12 +12,15 @@ def parse(text: str, where, again="get the file again"):
         raise ValueError(f"{where} is not JSON ({e}); {again}") from None
 
 
-def read_json(path: Path) -> dict:
+def read_text(path: Path) -> str:
     try:
-        text = path.read_text("utf-8")
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}); get the file again") from None
-    content = parse(text, path)
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not JSON, nor text in UTF-8 ({e}); get the file again") from None
+
+
+def read_json(path: Path) -> dict:
+    content = parse(read_text(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, an object was expected; get the file again")
     return content
