@@ -170,7 +170,7 @@ def ppo(o: Options):
     reference = share(policy).requires_grad_(False)  # a copy of what is trained; what is frozen is in memory once
     judge, reward_model = load_reward(o, reference, tok, device)
     critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
-    end, prompts = templates.end_id(tok), prepare(o.data, tok, prompt_room(policy, o.max_new_tokens))
+    end, prompts = templates.end_ids(tok, policy.config), prepare(o.data, tok, prompt_room(policy, o.max_new_tokens))
     peak = tuning.learning_rate(o, 2e-4)
     optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
     beta = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer).get("beta", o.kl)
@@ -188,7 +188,7 @@ def ppo(o: Options):
             batch = records.batch(prompts, it, o.batch, o.seed)
             asked = [r["ids"] for r in batch]
             answers = generate(policy, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + it)
-            texts, ended = [tok.decode(a, skip_special=True) for a in answers], [a[-1] == end for a in answers]
+            texts, ended = templates.read_answers(tok, answers, end)
             tokens, real, mask = join(asked, answers, device)  # mask: the answer and its end token
             finished, last = torch.tensor(ended, device=device), real.sum(1) - 1
             old = in_parts(o.minibatch, lambda *rows: logp_of(policy, *rows), tokens, real, mask)
