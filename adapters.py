@@ -198,7 +198,8 @@ def save_adapter(model, path, base=None):
     if not tensors:
         raise ValueError(f"{path}: the model has no IA3, prompt or prefix to save")
     kind = type(model.virtual).__name__.lower() if model.virtual is not None else "ia3"
-    said = {"peft_type": PEFT_TYPE[kind], "task_type": task_type(model), "base_model_name_or_path": base and str(base), "inference_mode": True}
+    said = {"peft_type": PEFT_TYPE[kind], "task_type": task_type(model), "inference_mode": True}
+    said |= {"base_model_name_or_path": base and str(base)}
     if kind == "ia3":
         said |= {"target_modules": list(SCALED), "feedforward_modules": list(FEEDFORWARD), "fan_in_fan_out": False, "modules_to_save": None}
     else:

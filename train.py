@@ -85,10 +85,14 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]}); try cpu or auto") from None
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Is this a GPU that computes in bf16? One place decides it for autocast and for frozen weights."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(device: torch.device):
     """bf16 on a GPU that has it, float32 everywhere else."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16) if has_bf16(device) else contextlib.nullcontext()
 
 
 def adamw(model, lr: float, weight_decay=0.0, eps=1e-8, paged=False):

@@ -10,6 +10,7 @@ memory once, and a 4-bit base is never rounded again: merged weights are not on 
 of what was learnt.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import lora
 import memory
 from data.tokenizer import Tokenizer
 from model import scalar_model, share
-from train import opt
+from train import has_bf16, opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
 LORA_LR = 5  # LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about ten
@@ -67,10 +68,16 @@ load = hub.language_model
 
 def base_of(path) -> str:
     """The folder of the model that the adapter of a stage's folder lies on."""
-    folder = Path(path) / "adapter"
-    if not folder.is_dir():
+    file = Path(path) / "adapter" / "adapter_config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave --keep-base out")
-    return hub.read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    base = hub.read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the model that the "
+            "adapter lies on was expected; write it there, or leave --keep-base out"
+        )
+    return base
 
 
 def inputs(o) -> list[str]:
@@ -136,6 +143,41 @@ def save(o, path, model, tok):
         adapters.save_adapter(model, folder, o.model)
         model = adapters.merge(model) if model.virtual is None else model
     hub.save(path, model, tok)
+
+
+# ---------------------------------------------------------------- for programs that train nothing
+@dataclass(kw_only=True)
+class Reading:
+    """The options of a program that answers or scores: it holds a model as the stages hold it."""
+
+    quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
+    keep_base: bool = opt(False, "the model's adapter on the base below it, as --keep-base trains it, not the two merged")
+
+
+def read(o, path, device, reward=False):
+    """A language model's folder, or a reward model's → model and tokenizer, frozen, in bf16 on a GPU that
+    has it. With --keep-base the adapter in path/adapter lies on its own base, 4-bit with --quant nf4:
+    to quantise the merged weights would undo part of what was learnt."""
+    quant = None if o.quant == "none" else o.quant
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    model, tok = (on_base if o.keep_base else hub.load)(path, device, dtype, quant)
+    if reward and not model.config.num_labels:
+        raise ValueError(f"{path} is a language model: a reward model was expected, such as reward.py writes")
+    if not reward:
+        hub.expect_language_model(path, model, tok)
+    return model.requires_grad_(False).eval(), tok
+
+
+def on_base(path, device, dtype, quant):
+    """The adapter in path/adapter on the model below it, whatever its kind. → model, tokenizer"""
+    folder, config, tok = Path(path) / "adapter", hub.read_config(Path(path)), Tokenizer.load(path)
+    model = hub.load(base_of(path), device, dtype, quant)[0].requires_grad_(False)
+    if config.num_labels:
+        model = scalar_model(model)
+    for key in ("eos_token_id", "reward_mean", "reward_std"):
+        setattr(model.config, key, getattr(config, key))
+    is_lora = hub.read_json(folder / "adapter_config.json").get("peft_type") == "LORA"
+    return (lora if is_lora else adapters).load_adapter(model, folder, trainable=False), tok
 
 
 # ---------------------------------------------------------------- what is said about it
