@@ -21,6 +21,7 @@ TARGETS ?= $(if $(REAL),all,all,lm_head)
 ADAPTER = --lora $(LORA) --targets $(TARGETS)
 FIRST   = $(if $(LORA),$(ADAPTER)$(if $(QUANT), --quant $(QUANT)))
 THEN    = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT),$(ADAPTER)))
+READ    = $(if $(LORA),$(if $(QUANT),--keep-base --quant $(QUANT)))
 COMMON  = --seed $(SEED) --device $(DEVICE) $(if $(OVERWRITE),--overwrite)
 WORLD   = $(OUT)/world
 PROMPTS = $(if $(PREFS),$(OUT)/prompts.jsonl,$(WORLD)/prompts.jsonl)
@@ -82,7 +83,7 @@ sft: world ## stage 1: supervised fine-tuning
 	$(PY) sft.py --model $(MODEL) --data $(or $(DATA),$(WORLD)/sft.jsonl) --out $(OUT)/sft $(COMMON) $(FIRST) $(SFT_ARGS)
 
 comparisons: sft ## stage 2a: answers, ranked
-	$(PY) compare.py --model $(OUT)/sft --data $(or $(PREFS),$(WORLD)/prompts.jsonl) --out $(OUT)/comparisons.jsonl $(COMMON) $(COMPARE_ARGS)
+	$(PY) compare.py --model $(OUT)/sft --data $(or $(PREFS),$(WORLD)/prompts.jsonl) --out $(OUT)/comparisons.jsonl $(COMMON) $(READ) $(COMPARE_ARGS)
 
 reward: comparisons ## stage 2b: the reward model
 	$(PY) reward.py --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --reference $(or $(DATA),$(WORLD)/sft.jsonl) --out $(OUT)/reward \
@@ -99,16 +100,17 @@ simpo: comparisons ## the short cut without a reference: SimPO
 	$(PY) dpo.py --loss simpo --beta 2.5 --gamma 1.0 --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/simpo $(COMMON) $(THEN) $(SIMPO_ARGS)
 
 eval: ppo dpo $(if $(REAL),,simpo) ## OUT/results.json and OUT/answers
-	$(PY) evals.py --out $(OUT) --base $(MODEL) --seed $(SEED) --device $(DEVICE) $(if $(DATA),--data $(DATA) --prefs $(PREFS)) $(EVAL_ARGS)
+	$(PY) evals.py --out $(OUT) --base $(MODEL) --seed $(SEED) --device $(DEVICE) $(READ) \
+	  $(if $(DATA),--data $(DATA) --prefs $(PREFS)) $(EVAL_ARGS)
 
 report: eval ## OUT/report.html
 	$(PY) -m tools.report --out $(OUT)
 
 chat: $(if $(CHAT),$(READY),ppo) ## talk to what PPO made, or with CHAT=DIR to another checkpoint
-	$(PY) -m tools.chat --model $(or $(CHAT),$(OUT)/ppo) --device $(DEVICE)
+	$(PY) -m tools.chat --model $(or $(CHAT),$(OUT)/ppo) --device $(DEVICE) $(if $(CHAT),,$(READ))
 
 controls: eval ## what the results could be mistaken for: OUT/controls.json
-	$(PY) -m tools.controls --out $(OUT) --base $(MODEL) $(COMMON)
+	$(PY) -m tools.controls --out $(OUT) --base $(MODEL) $(COMMON) $(READ)
 
 results: $(READY) ## RESULTS.md's tables from SEEDS runs
 	for s in $$(seq 0 $$(($(SEEDS) - 1))); do $(MAKE) controls OUT=$(OUT)/seed$$s SEED=$$s || exit 1; done

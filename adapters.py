@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from hub import hub_name, read_json, write_json
+from files import hub_name, read_json, write_json
 from lora import read_tensors
 from model import Cache, wide
 
@@ -138,9 +138,10 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
     return model
 
 
-def check(model):
-    """ValueError where a model cannot take an adapter of this kind."""
-    if model.config.num_labels:
+def check(model, loading=False):
+    """ValueError where a model cannot take an adapter of this kind. A reward model is given none, but may have been made from a model
+    that has one."""
+    if model.config.num_labels and not loading:
         raise ValueError("IA3, prompts and prefixes are for language models: this one has a scalar head")
     if parts(model):
         raise ValueError("the model has an adapter already: merge it, or load the model anew")
@@ -191,7 +192,8 @@ def save_adapter(model, path, base=None):
     if not tensors:
         raise ValueError(f"{path}: the model has no IA3, prompt or prefix to save")
     kind = type(model.virtual).__name__.lower() if model.virtual is not None else "ia3"
-    said = {"peft_type": PEFT_TYPE[kind], "task_type": "CAUSAL_LM", "base_model_name_or_path": base and str(base), "inference_mode": True}
+    said = {"peft_type": PEFT_TYPE[kind], "task_type": task_type(model), "inference_mode": True}
+    said |= {"base_model_name_or_path": base and str(base)}
     if kind == "ia3":
         said |= {"target_modules": list(SCALED), "feedforward_modules": list(FEEDFORWARD), "fan_in_fan_out": False, "modules_to_save": None}
     else:
@@ -201,6 +203,10 @@ def save_adapter(model, path, base=None):
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     write_json(path / "adapter_config.json", said)
     shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")  # safetensors makes it the owner's alone
+
+
+def task_type(model) -> str:
+    return "SEQ_CLS" if model.config.num_labels else "CAUSAL_LM"
 
 
 def shape_of(c, kind: str) -> dict:
@@ -215,7 +221,7 @@ def load_adapter(model, path, trainable=True):
 
     FileNotFoundError or ValueError, before anything changes, where a file is missing, asks for what we lack, or is another model's.
     """
-    check(model)
+    check(model, loading=True)
     path = Path(path)
     kind, tokens = read_config(path, model)
     if kind == "ia3":
@@ -248,7 +254,7 @@ def read_config(path: Path, model) -> tuple[str, int]:
     if kind is None:
         raise ValueError(f"{where}: peft_type is {said.get('peft_type')!r}, one of {', '.join(PEFT_TYPE.values())} was expected")
     ia3 = {"target_modules": sorted(SCALED), "feedforward_modules": sorted(FEEDFORWARD)}
-    known = {"task_type": "CAUSAL_LM"} | (ia3 if kind == "ia3" else shape_of(model.config, kind))
+    known = {"task_type": task_type(model)} | (ia3 if kind == "ia3" else shape_of(model.config, kind))
     for key, value in said.items():
         if key in known and (sorted(map(str, value)) if isinstance(value, list) else value) not in (known[key], None):
             raise ValueError(f"{where}: {key} is {value!r}, {known[key]!r} was expected of an adapter for this model")

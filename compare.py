@@ -2,10 +2,13 @@
 
 The labeller is the embedded world's (noisy people, see data/world.py), or your own: --labeller FILE.py:function, called with
 (prompts: message lists, answers: strings), returns scores, the higher the better. A file of preference pairs is ranked already:
-it is only rewritten. reward.py reads what comes out as rankings, dpo.py as pairs.
+it is only rewritten. reward.py reads what comes out as rankings, dpo.py as pairs. Beside its text each answer's ids are kept, as they were
+sampled (`ids`, and the hash of the `tokenizer` that they belong to), and whether it ended (`finished`): encoded again, an answer cut
+inside a character would be another one.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 
 import tuning
@@ -13,11 +16,12 @@ from data import records, templates, world
 from model import generate, prompt_room
 from train import Run, load_function, main, opt, pick_device
 
+OWN = ("prompt", "responses", "ranks", "finished", "ids", "tokenizer")  # the fields that are written here
 LABELLERS = 10  # people who share the work, each prompt goes to one of them
 
 
 @dataclass
-class Options:
+class Options(tuning.Reading):
     model: str = opt("out/sft", "checkpoint folder that answers")
     data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn, or preference pairs")
     out: str = opt("out/comparisons.jsonl", "file for the rankings")
@@ -58,34 +62,37 @@ def prepare(o: Options, tok, room: int):
     dropped = {f"longer than {room} tokens (the context less --max-new-tokens)": len(asked) - len(kept),
                "beyond --prompts": len(found) - len(chosen)}  # fmt: skip
     records.report(o.data, len(kept), dropped, "prompts", 0)
+    if taken := sorted({k for r in chosen for k in r.keys() & set(OWN)}):
+        print(f"{o.data}: its fields {', '.join(taken)} are left out: a ranking's own have these names", file=sys.stderr)
     return kept
 
 
 def compare(o: Options):
-    file = o.labeller.rpartition(":")[0]
+    file, bases = o.labeller.rpartition(":")[0], [tuning.base_of(o.model)] if o.keep_base else []
     if not file and o.labeller != "world":
         raise ValueError(f"--labeller {o.labeller}: world or FILE.py:function was expected")
-    run = Run(o, __file__, [o.model, o.data, *([file] if file else [])], file=True)
+    run = Run(o, __file__, [o.model, *bases, o.data, *([file] if file else [])], file=True)
     if records.kind(o.data) == "preference pair":
         return run.finish(lambda path: write_jsonl(path, records.rankings(o.data)))
     judge = load_function(o.labeller) if file else None
-    model, tok = tuning.load(o.model, pick_device(o.device))
-    end, prompts = templates.end_id(tok), prepare(o, tok, prompt_room(model, o.max_new_tokens))
+    model, tok = tuning.read(o, o.model, pick_device(o.device))
+    ends, prompts = templates.end_ids(tok, model.config), prepare(o, tok, prompt_room(model, o.max_new_tokens))
     done = run.resume().get("records", [])
 
     for step in run.steps(-(-len(prompts) // o.batch), "batch"):
         batch = prompts[step * o.batch : (step + 1) * o.batch]
         asked = [ids for _, ids in batch for _ in range(o.k)]
-        answers = generate(model, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + step)
+        answers = generate(model, asked, o.max_new_tokens, o.temperature, eos_id=ends, seed=o.seed * 100_003 + step)
         for i, (record, _) in enumerate(batch):
             mine = answers[i * o.k : (i + 1) * o.k]
-            texts, finished = [tok.decode(a, skip_special=True) for a in mine], [a[-1] == end for a in mine]
+            texts, finished = templates.read_answers(tok, mine, ends)
             if judge:
                 ranks = rank(judge([record["messages"]] * o.k, texts, [record] * o.k))
             else:
                 ranks = world_ranks(record, step * o.batch + i, texts, finished, o.seed)
-            extra = {k: v for k, v in record.items() if k not in ("messages", "reference")}
-            done.append({"prompt": record["messages"], "responses": texts, "ranks": ranks, "finished": finished, **extra})
+            extra = {k: v for k, v in record.items() if k not in ("messages", "reference", *OWN)}
+            written = record["messages"], texts, ranks, finished, mine, tok.hash
+            done.append(dict(zip(OWN, written, strict=True)) | extra)
         run.log(step, ("ties",), prompts=len(done), ties=sum(len(set(d["ranks"])) < len(d["ranks"]) for d in done) / len(done))
         run.save(step, records=done)
     run.finish(lambda path: write_jsonl(path, done))

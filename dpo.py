@@ -76,17 +76,19 @@ def prepare(path, which, tok, length: int):
     """Pairs of the training side, those of one prompt together: [(prompt ids, [answer ids], [(chosen, rejected) as places among them])].
     So an answer that stands in several pairs is read once. Answers too long drop their pairs, counted."""
     train, held = records.split(records.pairs(path, which))
-    groups, kept = [], 0
+    groups, kept, empty = [], 0, 0
     for _, pairs in itertools.groupby(train, key=lambda r: r["prompt"]):
         pairs = list(pairs)
-        texts = list(dict.fromkeys(r[side] for r in pairs for side in ("chosen", "rejected")))
-        encoded = [templates.answer_ids(tok, pairs[0]["prompt"], t) for t in texts]
-        fits = [t for t, (p, a) in zip(texts, encoded, strict=True) if len(p) + len(a) <= length]
-        places = [(fits.index(r["chosen"]), fits.index(r["rejected"])) for r in pairs if {r["chosen"], r["rejected"]} <= set(fits)]
+        encoded = [templates.ranked_ids(tok, r, (r["chosen"], r["rejected"])) for r in pairs]
+        prompt, both = encoded[0][0], [tuple(map(tuple, answers)) for _, answers in encoded]
+        empty += sum(not all(pair) for pair in both)
+        answers = [a for a in dict.fromkeys(a for pair in both for a in pair) if a and len(prompt) + len(a) <= length]
+        places = [(answers.index(w), answers.index(l)) for w, l in both if {w, l} <= set(answers)]
         if places:
-            groups.append((encoded[0][0], [encoded[texts.index(t)][1] for t in fits], places))
+            groups.append((prompt, list(map(list, answers)), places))
         kept += len(places)
-    records.report(path, kept, {f"longer than {length} tokens": len(train) - kept}, "pairs", len(held))
+    dropped = {f"longer than {length} tokens": len(train) - kept - empty, "with an empty answer": empty}
+    records.report(path, kept, dropped, "pairs", len(held))
     return groups
 
 

@@ -5,16 +5,18 @@
 Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt, answer, finished, gold, right, reasons}
 a line. OUT/results.json has the figures; where a figure is a mean over prompts, FIGURE_ci is half the width of its 95 % interval.
 Two checkpoints are compared on the same prompts: the paired difference is what is noisy, not each score.
+One model at a time is in memory: of each stage its answers and their log-probabilities are kept, and the SFT model, from which KL is
+measured, is read once more after all stages.
 """
 
 import json
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import hub
 import tuning
 from data import records, templates, world
 from model import generate, join, last_score, logprobs, pad, prompt_room
@@ -24,7 +26,7 @@ STAGES = ("base", "sft", "ppo", "dpo", "simpo")
 
 
 @dataclass
-class Options:
+class Options(tuning.Reading):
     out: str = opt("out", "folder with the stages' checkpoints")
     base: str = opt("data/base", "the base model's folder")
     data: str = opt("", "your own conversations: held-out loss instead of gold; default: OUT/world/heldout.jsonl")
@@ -71,16 +73,17 @@ def pair_accuracy(scores, ranks) -> float:
 # ---------------------------------------------------------------- answers and their gold score
 def answer(model, tok, prompts, o, temperature: float, seed: int):
     """Message lists → [(text, ids, finished)] in their order; prompts of like length are answered together."""
-    end = templates.end_id(tok)
+    ends = templates.end_ids(tok, model.config)
     ids = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
     out = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for at in range(0, len(order), o.batch):
         some = order[at : at + o.batch]
-        answers = generate(model, [ids[i] for i in some], o.max_new_tokens, temperature, eos_id=end, seed=seed * 100_003 + at)
+        answers = generate(model, [ids[i] for i in some], o.max_new_tokens, temperature, eos_id=ends, seed=seed * 100_003 + at)
         for i, a in zip(some, answers, strict=True):
-            out[i] = a, a[-1] == end
-    return [(tok.decode(a, skip_special=True), a, done) for a, done in out]
+            out[i] = a
+    texts, finished = templates.read_answers(tok, out, ends)
+    return list(zip(texts, out, finished, strict=True))
 
 
 def rate(held, answers):
@@ -95,14 +98,27 @@ def rate(held, answers):
 
 
 @torch.no_grad()
-def kl(policy, reference, tok, held, answers, device, size=32):
-    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its log-ratio (k1)."""
+def token_logps(model, tok, held, answers, device, size=32):
+    """log p of each token of the answers, on the CPU: a tensor (rows, T) for each `size` of them, 0 off the answers."""
     out = []
     asked = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in held]
     for i in range(0, len(asked), size):
         rows = join(asked[i : i + size], [ids for _, ids, _ in answers[i : i + size]], device)
-        out += (logprobs(policy, *rows) - logprobs(reference, *rows)).sum(1).tolist()
+        out.append(logprobs(model, *rows).cpu())
     return out
+
+
+def kl(policy, reference):
+    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its log-ratio (k1); the token_logps of both."""
+    differences = [(p - r).sum(1).tolist() for p, r in zip(policy, reference, strict=True)]
+    return finite([x for some in differences for x in some], "log-probabilities")
+
+
+def finite(xs, what):
+    """xs, or a ValueError where one of them is NaN or infinite."""
+    if not all(map(math.isfinite, xs)):
+        raise ValueError(f"the {what} of answers are NaN or infinite: the model's weights are damaged")
+    return xs
 
 
 def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
@@ -124,28 +140,48 @@ def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
         gains = [a - b for a, b in zip(gold, theirs, strict=True)]
         out["gain_vs_sft"], out["gain_vs_sft_ci"] = mean(gains), bootstrap(gains)
     if kls:
-        out["kl_vs_sft"], out["kl_vs_sft_ci"] = mean(kls), bootstrap(kls)
+        out |= kl_figures(kls)
     return out
+
+
+def kl_figures(kls):
+    return {"kl_vs_sft": mean(kls), "kl_vs_sft_ci": bootstrap(kls)}
 
 
 # ---------------------------------------------------------------- the reward model
 @torch.no_grad()
-def score_texts(model, tok, prompts, answers, size=64):
-    """Raw scores of answers (str) to prompts (message lists)."""
-    ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
+def score_texts(model, tok, prompts, answers, sampled=None, size=64):
+    """Raw scores of answers (str) to prompts (message lists). sampled: the answers' own ids, where they were sampled: a cut one has no
+    end, and its last character may be half a one."""
+    ids = with_ids(tok, prompts, answers, sampled)
     out = []
     for i in range(0, len(ids), size):
         out += last_score(model, *join(*zip(*ids[i : i + size], strict=True), model.device)).tolist()
-    return out
+    return finite(out, "scores")
 
 
-def reward_figures(reward, sft, tok, held, o, k=4):
+def with_ids(tok, prompts, answers, sampled=None):
+    """[(prompt ids, answer ids)] of answers (str), or as they were sampled."""
+    ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
+    return ids if sampled is None else [(p, a) for (p, _), a in zip(ids, sampled, strict=True)]
+
+
+def fresh_answers(sft, tok, held, o, k=4):
+    """What reward_figures() scores: k answers of the SFT model to each held-out prompt, one after another."""
+    return answer(sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 7)
+
+
+def average(x):
+    """The mean of a tensor of numbers; None of none."""
+    return x.float().mean().item() if x.numel() else None
+
+
+def reward_figures(reward, tok, held, answers, o):
     """The reward model on k fresh answers of the SFT model to each held-out prompt, pairs of equal gold left out, and labellers on
     the same pairs; on those pairs where one is right, the other wrong and their manner alike (truth); and on demonstrations in the very
     same words but for the answer (minimal pairs). → reward's entry in results.json"""
-    asked = [r["messages"] for r in held]
-    prompts = [p for p in asked for _ in range(k)]
-    answers = answer(sft, tok, prompts, o, 1.0, o.seed + 7)
+    k = len(answers) // len(held)
+    prompts, ids = [r["messages"] for r in held for _ in range(k)], [a[1] for a in answers]
     rows = [[answers[i * k + j] for j in range(k)] for i in range(len(held))]
     texts = [a[0] for a in answers]
     rank = lambda judge: torch.tensor([judge(r["item"], row) for r, row in zip(held, rows, strict=True)])  # noqa: E731
@@ -157,9 +193,10 @@ def reward_figures(reward, sft, tok, held, o, k=4):
     first, second = (
         rank(lambda item, row, who=who: world.Labeller(f"eval {who}").rank(item, [a[0] for a in row], [a[2] for a in row])) for who in "ab"
     )
-    scores = torch.tensor(score_texts(reward, tok, prompts, texts)).view(-1, k)
-    swapped = torch.tensor(score_texts(reward, tok, prompts[k:] + prompts[:k], texts)).view(-1, k)
+    scores = torch.tensor(score_texts(reward, tok, prompts, texts, ids)).view(-1, k)
+    swapped = torch.tensor(score_texts(reward, tok, prompts[k:] + prompts[:k], texts, ids)).view(-1, k)
     length = torch.tensor([len(t.split()) for t in texts]).view(-1, k)
+    correlation = torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[0, 1].item()
     near = (length[:, :, None] - length[:, None]).abs() <= 1
     order = lambda x: (x[:, :, None] - x[:, None]).sign()  # noqa: E731
     decided = (order(ranks) < 0) & (order(first) != 0) & (order(second) != 0)
@@ -167,11 +204,11 @@ def reward_figures(reward, sft, tok, held, o, k=4):
     by_prompt = list(zip(((order(scores) + 1) / 2 * truth).sum((1, 2)).tolist(), truth.sum((1, 2)).tolist(), strict=True))
     return {
         "pair_accuracy": pair_accuracy(scores, ranks), "labeller_gold_accuracy": pair_accuracy(-first.float(), ranks),
-        "labeller_agreement": (order(first) == order(second))[decided].float().mean().item(),
+        "labeller_agreement": average((order(first) == order(second))[decided]),
         "truth_accuracy": ratio(by_prompt), "truth_accuracy_ci": bootstrap(by_prompt, ratio), "truth_pairs": int(truth.sum()),
         "minimal_pairs_accuracy": mean(minimal), "minimal_pairs_accuracy_ci": bootstrap(minimal),
-        "length_matched_accuracy": (order(scores)[near & (order(ranks) < 0)] > 0).float().mean().item(),
-        "score_length_correlation": torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[0, 1].item(),
+        "length_matched_accuracy": average(order(scores)[near & (order(ranks) < 0)] > 0),
+        "score_length_correlation": correlation if math.isfinite(correlation) else None,  # none where one of the two never differs
         "swapped_prompts_accuracy": pair_accuracy(swapped, ranks), "pairs": int((order(ranks) < 0).sum()),
     }  # fmt: skip
 
@@ -196,17 +233,18 @@ def held_out_losses(model, tok, conversations, device, size=8):
         tokens, mask = pad([i for i, _ in ids[at : at + size]], device=device)
         where, _ = pad([[int(x != -100) for x in lab] for _, lab in ids[at : at + size]], device=device)
         nll = -logprobs(model, tokens, mask, where.bool()).sum(1)
-        out += zip(nll.tolist(), where[:, 1:].sum(1).tolist(), strict=True)
+        out += zip(finite(nll.tolist(), "losses"), where[:, 1:].sum(1).tolist(), strict=True)
     return out
 
 
 @torch.no_grad()
-def answer_logps(model, tok, prompts, answers, device, size=8):
-    """Summed log-probability of each answer (str)."""
-    ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
-    return [
+def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
+    """Summed log-probability of each answer (str); sampled: as in score_texts."""
+    ids = with_ids(tok, prompts, answers, sampled)
+    found = [
         x for i in range(0, len(ids), size) for x in logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
     ]
+    return finite(found, "log-probabilities")
 
 
 def hits(scores):
@@ -221,34 +259,74 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
 
 
+def write_results(path, results):
+    """{stage: {figure: value}} as JSON. ValueError, and the old file stays, where a figure is NaN or infinite."""
+    for stage, figures in results.items():
+        for name, value in figures.items() if isinstance(figures, dict) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{path}: {stage}'s {name} would be {value}: not written")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def found(o):
     """The stages there are → {name: folder}."""
     places = {s: Path(o.base) if s == "base" else Path(o.out) / s for s in STAGES}
     return {s: p for s, p in places.items() if (p / "config.json").exists()}
 
 
+def read(o, stage, path, device):
+    """A stage's model and tokenizer; the base has no adapter, with --keep-base either."""
+    plain = replace(o, keep_base=o.keep_base and stage != "base")
+    return tuning.read(plain, path, device, reward=stage == "reward")
+
+
+def reward_place(o):
+    """The reward model's folder, or None."""
+    path = Path(o.out) / "reward"
+    return path if (path / "config.json").exists() else None
+
+
 def evaluate_world(o, held, device):
     """The embedded world's prompts: gold score of every stage's answers, and what the reward model makes of them."""
-    results, sft, sampled_sft = {"perfect": world.PERFECT}, None, None
-    asked = [r["messages"] for r in held]
-    for stage, path in found(o).items():
-        model, tok = tuning.load(path, device)
-        sampled = answer(model, tok, asked, o, 1.0, o.seed)
-        lines, greedy = rate(held, sampled), rate(held, answer(model, tok, asked, o, 0.0, o.seed))
+    results, sampled_sft, kept, places = {"perfect": world.PERFECT}, None, {}, found(o)
+    for stage, path in places.items():
+        lines, greedy, own = stage_answers(o, stage, path, held, device)
         if stage == "sft":
-            sft, sampled_sft, sft_tok = model, lines, tok
-        kls = kl(model, sft, tok, held, sampled, device) if sft else None
-        results[stage] = stage_figures(lines, greedy, sampled_sft, kls)
+            sampled_sft = lines
+        if sampled_sft:
+            kept[stage] = own
+        results[stage] = stage_figures(lines, greedy, sampled_sft)
         kinds = [r["item"]["kind"] for r in held]
         right = {k: [a["right"] for a, kind in zip(greedy, kinds, strict=True) if kind == k] for k in sorted(set(kinds))}
         results[stage]["right_greedy_by_kind"] = {k: mean(rights) for k, rights in right.items()}
         write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
         write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", greedy)
         show(stage, results[stage])
-    if sft and (Path(o.out) / "reward" / "config.json").exists():
-        results["reward"] = reward_figures(hub.load(Path(o.out) / "reward", device)[0], sft, sft_tok, held[:400], o)
+    if not kept:
+        return results
+    sft, tok = read(o, "sft", places["sft"], device)
+    for stage, (sampled, logps) in kept.items():
+        results[stage] |= kl_figures(kl(logps, token_logps(sft, tok, held, sampled, device)))
+        show(stage, {k: v for k, v in results[stage].items() if k.startswith("kl")})
+    if reward_place(o):
+        fresh = fresh_answers(sft, tok, held[:400], o)
+        del sft
+        reward, own = read(o, "reward", reward_place(o), device)
+        if own is None or own.hash != tok.hash:
+            raise ValueError(f"{reward_place(o)}: its vocabulary is not that of {places['sft']}; train it on the same model")
+        results["reward"] = reward_figures(reward, tok, held[:400], fresh, o)
         show("reward", results["reward"])
     return results
+
+
+def stage_answers(o, stage, path, held, device):
+    """A stage's lines of its two answers files, and its sampled answers with their log-probabilities."""
+    model, tok = read(o, stage, path, device)
+    asked = [r["messages"] for r in held]
+    sampled = answer(model, tok, asked, o, 1.0, o.seed)
+    greedy = answer(model, tok, asked, o, 0.0, o.seed)
+    logps = None if stage == "base" else token_logps(model, tok, held, sampled, device)
+    return rate(held, sampled), rate(held, greedy), (sampled, logps)
 
 
 def evaluate_records(o, conversations, device):
@@ -259,35 +337,47 @@ def evaluate_records(o, conversations, device):
         raise FileNotFoundError(f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward")
     held = records.split(conversations)[1][: o.n]
     pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
-    asked, given = [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
     for stage, path in found(o).items():
-        model, tok = tuning.load(path, device)
-        losses = held_out_losses(model, tok, held, device)
+        losses, logps, lines = stage_records(o, stage, path, held, pairs, device)
         records.report(o.data, len(losses), {}, "held-out conversations")
         results[stage] = {"n": len(losses), "loss_per_token": ratio(losses), "loss_per_token_ci": bootstrap(losses, ratio)}
         before = before or losses
         if len(before) == len(losses) and before is not losses:  # the first stage there is, as a rule the base; on the same tokens
             change = [(a - b, n) for (a, n), (b, _) in zip(losses, before, strict=True)]
             results[stage] |= {"loss_change": ratio(change), "loss_change_ci": bootstrap(change, ratio)}
-        if pairs and stage != "base":
-            logps = answer_logps(model, tok, asked, given, device)
+        if logps:
             reference = reference or logps
             won = hits([a - b for a, b in zip(logps, reference, strict=True)])
             results[stage] |= {"implicit_accuracy": mean(won), "implicit_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
-        room = prompt_room(model, o.max_new_tokens)
-        some = [c["messages"][:-1] for c in held]
-        some = [p for p in some if len(templates.render(tok, p, add_generation_prompt=True)[0]) <= room][:20]
-        lines = [
-            {"prompt": p, "answer": t, "finished": f} for p, (t, _, f) in zip(some, answer(model, tok, some, o, 0.0, o.seed), strict=True)
-        ]
         write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", lines)
         show(stage, results[stage])
-    if pairs and (Path(o.out) / "reward" / "config.json").exists():
-        model, tok = hub.load(Path(o.out) / "reward", device)
-        won = hits(score_texts(model, tok, asked, given))
+    if pairs and reward_place(o):
+        model, tok = read(o, "reward", reward_place(o), device)
+        won = hits(score_texts(model, tok, *in_pairs(tok, pairs)))
         results["reward"] = {"pair_accuracy": mean(won), "pair_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
         show("reward", results["reward"])
     return results
+
+
+def in_pairs(tok, pairs):
+    """Preference pairs → (prompts, answers (str), their ids), the chosen ones and then the rejected ones."""
+    ids = [templates.ranked_ids(tok, p, (p["chosen"], p["rejected"]))[1] for p in pairs]
+    texts = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
+    return [p["prompt"] for p in pairs] * 2, texts, [c for c, _ in ids] + [r for _, r in ids]
+
+
+def stage_records(o, stage, path, held, pairs, device):
+    """A stage's held-out losses, its log-probabilities of the pairs' answers (of the base: none), and some answers to read."""
+    model, tok = read(o, stage, path, device)
+    losses, logps = held_out_losses(model, tok, held, device), []
+    if pairs and stage != "base":
+        asked, given, ids = in_pairs(tok, pairs)
+        logps = answer_logps(model, tok, asked, given, device, ids)
+    room = prompt_room(model, o.max_new_tokens)
+    some = [c["messages"][:-1] for c in held]
+    some = [p for p in some if len(templates.render(tok, p, add_generation_prompt=True)[0]) <= room][:20]
+    said = zip(some, answer(model, tok, some, o, 0.0, o.seed), strict=True)
+    return losses, logps, [{"prompt": p, "answer": t, "finished": f} for p, (t, _, f) in said]
 
 
 def show(stage, figures):
@@ -308,8 +398,7 @@ def evaluate(o: Options):
         results = evaluate_records(o, records.conversations(o.data), device)
     else:
         results = evaluate_world(o, records.conversations(f"{o.out}/world/heldout.jsonl", "prompt")[: o.n], device)
-    write = Path(o.out) / "results.json"
-    write.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(Path(o.out) / "results.json", results)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a config asks for is refused by name, never ignored. Pickled weights are not rea
 """
 
 import json
+import math
 import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,11 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import adapters
 from data.tokenizer import Tokenizer
+from files import hub_name, read_json, write_json
 from model import Config, Transformer
 from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 
 CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
+LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # no model has more; who asks for it has a damaged file
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What a config may say beside our own fields: a value that changes nothing here, or the model is another one.
 HARMLESS = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "partial_rotary_factor": (1,)}
@@ -28,7 +32,8 @@ PACKED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_
 
 
 def load(path, device="cpu", dtype=torch.float32, quant=None):
-    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`.
+    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`. The virtual tokens of a
+    prompt or prefix in path/adapter are part of the model; another adapter there has been merged into the weights.
 
     quant="nf4": the blocks' linear layers in 4 bits, each quantised as it is read, so that the whole model is never there in `dtype`.
     Those that bitsandbytes has quantised in the folder stay as they are.
@@ -52,17 +57,31 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
         raise ValueError(f"{path}: {e}") from None
     if config.tie_word_embeddings and not config.num_labels:
         model.lm_head.weight = model.embed_tokens.weight
+    if tokenizer is not None and (spare := sorted(set(range(config.vocab_size)) - tokenizer.ids)):
+        model.spare = torch.tensor(spare, device=device)
+    add_virtual(model, path / "adapter")
     return model, tokenizer
+
+
+def add_virtual(model, folder):
+    """Puts the prompt or prefix that lies beside the weights before the model: it was trained with them and means nothing without."""
+    file = folder / "adapter_config.json"
+    if file.exists() and read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        adapters.load_adapter(model, folder).requires_grad_(True)
 
 
 def language_model(path, device="cpu", dtype=torch.float32, quant=None):
     """load() for a stage that goes on from a chat model: a reward model, or a folder without tokenizer, is a ValueError."""
     model, tokenizer = load(path, device, dtype, quant)
+    expect_language_model(path, model, tokenizer)
+    return model, tokenizer
+
+
+def expect_language_model(path, model, tokenizer):
     if model.config.num_labels:
         raise ValueError(f"{path} is a reward model: a language model was expected, such as sft.py writes")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json: get the checkpoint's own tokenizer.json and tokenizer_config.json")
-    return model, tokenizer
 
 
 def save(path, model, tokenizer=None, dtype=None):
@@ -87,25 +106,6 @@ def save(path, model, tokenizer=None, dtype=None):
             pad = next(text for text, i in tokenizer.special.items() if i == ids["pad_token_id"])
             write_json(path / "tokenizer_config.json", read_json(path / "tokenizer_config.json") | {"pad_token": pad})
     write_json(path / "config.json", config_json(model.config, dtype) | ids)
-
-
-def hub_name(name: str) -> str:
-    """Our parameter's or module's name as transformers spells it: the backbone lies under "model."."""
-    return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name
-
-
-def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}); get the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, an object was expected; get the file again")
-    return content
 
 
 # -- config.json
@@ -152,12 +152,16 @@ def rope_theta(where: Path, said: dict) -> float:
 
 def labels(where: Path, said: dict) -> int:
     """0 for a language model, 1 for a scalar head. transformers stores the number of labels as the length of id2label."""
-    kind = (said.get("architectures") or [CAUSAL])[0]
+    kinds = said.get("architectures") or [CAUSAL]
+    if not isinstance(kinds, list) or not isinstance(kinds[0], str):
+        raise ValueError(f"{where}: architectures is {json.dumps(kinds)}, a list of names was expected")
+    kind = kinds[0]
     if kind == CAUSAL:
         return 0
     if kind != SCALAR:
         raise ValueError(f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and {SCALAR} are")
-    count = len(said["id2label"]) if "id2label" in said else said.get("num_labels", 2)
+    names = said.get("id2label")
+    count = len(names) if isinstance(names, dict | list) else said.get("num_labels", 2)
     if count != 1:
         raise ValueError(f"{where} asks for {count} labels (id2label): a reward model with one label was expected")
     return 1
@@ -169,6 +173,18 @@ def checked(where: Path, c: Config) -> Config:
         value, kind = getattr(c, f.name), f.type | int if f.type is float else f.type
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or (f.default is MISSING and value < 1):
             raise ValueError(f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)} was expected")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {f.name} is {value}, a finite number was expected")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{where}: {f.name} is {value}, at most {LARGEST:,} was expected")
+    for name in ("max_position_embeddings", "rms_norm_eps", "rope_theta"):
+        if getattr(c, name) <= 0:
+            raise ValueError(f"{where}: {name} is {getattr(c, name)}, a number above 0 was expected")
+    if c.num_hidden_layers > MOST_LAYERS:
+        raise ValueError(f"{where}: num_hidden_layers is {c.num_hidden_layers}, at most {MOST_LAYERS:,} was expected")
+    ends = c.eos_token_id if isinstance(c.eos_token_id, list) else []
+    if not all(type(i) is int for i in ends):
+        raise ValueError(f"{where}: eos_token_id is {json.dumps(ends)}, a number or a list of numbers was expected")
     heads, kv = c.num_attention_heads, c.num_key_value_heads
     if heads % kv or c.head_dim % 2:
         raise ValueError(f"{where}: {heads} heads must be a multiple of {kv} key/value heads, and head_dim = {c.head_dim} even")

@@ -175,6 +175,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = config
         self.virtual = None  # prompt or prefix tuning (adapters.py): a module that gives each layer `tokens` keys and values to begin with
+        self.spare = None  # ids without a token, of a vocabulary that was padded (hub.load): they are never sampled
         self.checkpointing = False  # keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -401,8 +402,10 @@ def prompt_room(model, max_new_tokens: int) -> int:
 def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0):
     """Yields (rows, ids) a step: the next token of every answer that has not ended. Prompts are ragged lists of ids.
 
-    Each answer draws its own uniforms, fixed by seed, row and step: what one row says does not depend on when others end.
-    Raises ValueError where a prompt is empty or prompt and answer exceed the model's context.
+    eos_id: the id that ends an answer, or several; None: none does. Each answer draws its own
+    uniforms, fixed by seed, row and step: what one row says does not depend on when others end.
+    Raises ValueError where a prompt is empty, where prompt and answer exceed the model's context,
+    and where logits are not finite.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     if min(map(len, prompts)) == 0:
@@ -412,13 +415,24 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     uniform = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)).to(model.device)
     tokens, mask = pad(prompts, left=True, device=model.device)
     rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)
+    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.long, device=model.device).flatten()
     ids = None
     for step in range(max_new_tokens):
         h = dense_hidden(model, tokens, mask, cache=cache) if ids is None else model.hidden(ids[:, None], cache=cache)
-        ids = sample(model.lm_head(h[:, -1]), temperature, top_p, uniform[step, rows])
+        logits = model.lm_head(h[:, -1])
+        finite = logits.isfinite().all()
+        if model.spare is not None:
+            logits = logits.index_fill(1, model.spare, -torch.inf)
+        ids = sample(logits, temperature, top_p, uniform[step, rows])
+        going = (ids[:, None] != ends).all(1)
+        finite, all_going = torch.stack((finite, going.all())).tolist()  # together: on a GPU each question is a wait
+        if not finite:
+            raise ValueError(
+                f"generate: the logits of an answer's token {step + 1} are NaN or infinite: the model's"
+                " weights are damaged, or too large for their type; take another checkpoint"
+            )
         yield rows, ids
-        going = ids != eos_id if eos_id is not None else torch.ones_like(ids, dtype=torch.bool)
-        if not going.all():
+        if not all_going:
             rows, ids = rows[going], ids[going]
             cache.keep(going)
         if not len(rows):

@@ -210,7 +210,7 @@ def ppo(o: Options):
     judge, reward_model = load_reward(o, reference, tok, device)
     critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
-    end, prompts = templates.end_id(tok), prepare(o.data, tok, room)
+    end, prompts = templates.end_ids(tok, policy.config), prepare(o.data, tok, room)
     peak = tuning.learning_rate(o, 2e-4)
     optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
     answered = o.minibatch * o.max_new_tokens
@@ -230,7 +230,7 @@ def ppo(o: Options):
             longest = max(map(len, asked)) + o.max_new_tokens
             train.make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
             answers = generate(policy, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + it)
-            texts, ended = [tok.decode(a, skip_special=True) for a in answers], [a[-1] == end for a in answers]
+            texts, ended = templates.read_answers(tok, answers, end)
             tokens, real, mask = join(asked, answers, device)  # mask: the answer and its end token
             finished, last = torch.tensor(ended, device=device), real.sum(1) - 1
             old = in_parts(o.minibatch, lambda *rows: logp_of(policy, *rows), tokens, real, mask)

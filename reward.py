@@ -8,6 +8,7 @@ K(K-1)/2 comparisons, and a prompt weighs the same however many answers it has. 
 show each answer K-1 times an epoch, and the model overfits (InstructGPT, section 3.5).
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -54,20 +55,39 @@ def ranking_loss(scores, ranks):
 
 def encode(rankings, tok, length: int):
     """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and prompts left with nothing to compare,
-    and how many rankings had such answers."""
-    kept, long = [], 0
+    how many rankings had such answers, and how many answers were another's equal."""
+    kept, long, equal = [], 0, 0
     for r in rankings:
-        encoded = [templates.answer_ids(tok, r["prompt"], a) for a in r["responses"]]
-        fits = [i for i, (p, a) in enumerate(encoded) if len(p) + len(a) <= length and r["ranks"][i] != ABSENT]
-        if len({r["ranks"][i] for i in fits}) > 1:
-            kept.append((encoded[0][0], [encoded[i][1] for i in fits], [r["ranks"][i] for i in fits]))
-        long += len(fits) < len(encoded)
-    return kept, long
+        prompt, answers = templates.ranked_ids(tok, r, r["responses"])
+        ranks = r["ranks"]
+        fits = [i for i, a in enumerate(answers) if len(prompt) + len(a) <= length and ranks[i] != ABSENT]
+        long += len(fits) < len(answers)
+        ended = r.get("finished", [True] * len(answers))
+        first, merged = merge_equal([(r["responses"][i], ended[i]) for i in fits], [ranks[i] for i in fits])
+        equal += len(fits) - len(first)
+        if len(set(merged)) > 1:
+            kept.append((prompt, [answers[fits[i]] for i in first], merged))
+    return kept, long, equal
+
+
+def merge_equal(answers, ranks):
+    """Equal answers become one, at their mean rank: two ranks of one text would be noise.
+    → the place of each one's first, and their ranks, whole numbers again."""
+    places = {}
+    for i, answer in enumerate(answers):
+        places.setdefault(answer, []).append(i)
+    if len(places) == len(answers):
+        return range(len(answers)), ranks
+    means = [sum(ranks[i] for i in same) / len(same) for same in places.values()]
+    order = sorted(set(means))
+    return [same[0] for same in places.values()], [order.index(m) for m in means]
 
 
 def prepare(path, rankings, tok, length: int, held=0):
     """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left."""
-    kept, long = encode(rankings, tok, length)
+    kept, long, equal = encode(rankings, tok, length)
+    if equal:
+        print(f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean rank", file=sys.stderr)
     records.report(path, len(kept), {f"with answers longer than {length} tokens or absent": long}, "rankings", held)
     return kept
 

@@ -65,14 +65,7 @@ def learning_rate(o, weights: float) -> float:
 
 
 # ---------------------------------------------------------------- checkpoint folders
-def load(path, device="cpu", dtype=torch.float32, quant=None):
-    """hub.language_model(), with the prompt or prefix that lies beside the weights where that is how they were tuned."""
-    model, tok = hub.language_model(path, device, dtype, quant)
-    file = Path(path) / "adapter" / "adapter_config.json"
-    if file.exists() and hub.read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        adapters.load_adapter(model, file.parent, trainable=False)
-        model.requires_grad_(True)
-    return model, tok
+load = hub.language_model
 
 
 def base_of(path) -> str:
@@ -191,6 +184,41 @@ def save(o, path, model, tok):
     if in_4_bits(model) or any(hasattr(m, "base") for m in model.modules()):
         lora.merge(model)
     hub.save(path, model, tok)
+
+
+# ---------------------------------------------------------------- for programs that train nothing
+@dataclass(kw_only=True)
+class Reading:
+    """The options of a program that answers or scores: it holds a model as the stages hold it."""
+
+    quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
+    keep_base: bool = opt(False, "the model's adapter on the base below it, as --keep-base trains it, not the two merged")
+
+
+def read(o, path, device, reward=False):
+    """A language model's folder, or a reward model's → model and tokenizer, frozen, in bf16 on a GPU that
+    has it. With --keep-base the adapter in path/adapter lies on its own base, 4-bit with --quant nf4:
+    to quantise the merged weights would undo part of what was learnt."""
+    quant = None if o.quant == "none" else o.quant
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    model, tok = (on_base if o.keep_base else hub.load)(path, device, dtype, quant)
+    if reward and not model.config.num_labels:
+        raise ValueError(f"{path} is a language model: a reward model was expected, such as reward.py writes")
+    if not reward:
+        hub.expect_language_model(path, model, tok)
+    return model.requires_grad_(False).eval(), tok
+
+
+def on_base(path, device, dtype, quant):
+    """The adapter in path/adapter on the model below it, whatever its kind. → model, tokenizer"""
+    folder, config, tok = Path(path) / "adapter", hub.read_config(Path(path)), Tokenizer.load(path)
+    model = hub.load(base_of(path), device, dtype, quant)[0].requires_grad_(False)
+    if config.num_labels:
+        model = scalar_model(model)
+    for key in ("eos_token_id", "reward_mean", "reward_std"):
+        setattr(model.config, key, getattr(config, key))
+    is_lora = hub.read_json(folder / "adapter_config.json").get("peft_type") == "LORA"
+    return (lora if is_lora else adapters).load_adapter(model, folder, trainable=False), tok
 
 
 # ---------------------------------------------------------------- what is said about it

@@ -23,6 +23,7 @@ from data.tokenizer import check_spaces
 
 READERS = {"conversation": "sft.py, and where they end in a user's turn compare.py and ppo.py,", "preference pair": "reward.py and dpo.py",
            "ranking": "reward.py and dpo.py"}                            # kind -> who reads it
+SAMPLED = ("finished", "ids", "tokenizer")                             # what compare.py writes beside the answers
 EMPTY, SAME, TIED = "with an empty turn", "with chosen = rejected", "without two answers of different rank"
 UNWANTED = "with label false"
 WRITES = "python -m data.records FILE OUT writes the prompts of a file"
@@ -90,7 +91,8 @@ def rankings(path):
         pair = _pair(record)
         if isinstance(pair, str):
             return pair
-        return _keep(pair, ("chosen", "rejected"), prompt=pair["prompt"], responses=[pair["chosen"], pair["rejected"]], ranks=[0, 1])
+        return _keep(pair, ("chosen", "rejected", *SAMPLED), prompt=pair["prompt"], responses=[pair["chosen"], pair["rejected"]],
+                     ranks=[0, 1])
 
     return _convert(path, {"ranking": _ranking, "preference pair": pair_as_ranking})
 
@@ -109,7 +111,9 @@ def pairs(path, which="all"):
             if responses[i] == responses[j]:
                 dropped[SAME] += 1
             else:
-                out.append(_keep(record, ("responses", "ranks"), prompt=record["prompt"], chosen=responses[i], rejected=responses[j]))
+                both = {k: [record[k][i], record[k][j]] for k in SAMPLED[:2] if k in record}    # chosen's, rejected's
+                out.append(_keep(record, ("responses", "ranks"), prompt=record["prompt"], chosen=responses[i],
+                                 rejected=responses[j], **both))
     report(path, len(out), dropped, "pairs")
     return out
 
@@ -403,7 +407,21 @@ def _ranking(record):
         return EMPTY
     if len({r for r in ranks if r >= 0}) < 2:
         return TIED
-    return _keep(record, (), prompt=prompt, responses=responses, ranks=list(ranks))
+    return _keep(record, _unknown_ids(record, len(responses)), prompt=prompt, responses=responses, ranks=list(ranks))
+
+
+def _unknown_ids(record, k):
+    """Checks what compare.py writes beside the K answers of a ranking -> of it the fields that mean nothing here."""
+    ended, ids = record.get("finished"), record.get("ids")
+    if ended is not None and not (isinstance(ended, list) and len(ended) == k and all(type(f) is bool for f in ended)):
+        raise ValueError(f"finished: {k} times true or false, as many as responses, were expected (got {_short(ended)})")
+    lacking = () if ended is not None else ("finished",)
+    if not isinstance(record.get("tokenizer"), str) or ids is None:        # ids of what? of some other table, perhaps
+        return ("ids", *lacking)
+    fits = isinstance(ids, list) and len(ids) == k
+    if not fits or not all(isinstance(a, list) and a and all(type(i) is int and i >= 0 for i in a) for a in ids):
+        raise ValueError(f"ids: {k} lists of token ids, as many as responses, were expected beside tokenizer (got {_short(ids)})")
+    return lacking
 
 
 def _prompt(record):

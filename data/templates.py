@@ -153,18 +153,48 @@ def render(tokenizer, messages, add_generation_prompt=False, format=None):
     return ids, labels
 
 
-def answer_ids(tokenizer, prompt, answer):
+def answer_ids(tokenizer, prompt, answer, finished=True):
     """messages that end in a user's turn, and an answer (str) → (ids of the prompt, ids of the answer with its end token).
 
-    The one layout that the reward model, PPO and DPO read: the last token is the answer's end.
+    The one layout that the reward model, PPO and DPO read: the last token is the answer's end. finished: False where the answer was
+    cut, which no end token may follow then.
     """
-    return render(tokenizer, prompt, add_generation_prompt=True)[0], [*tokenizer.encode(answer), end_id(tokenizer)]
+    end = [end_id(tokenizer)] if finished else []
+    return render(tokenizer, prompt, add_generation_prompt=True)[0], [*tokenizer.encode(answer), *end]
+
+
+def ranked_ids(tokenizer, record, answers):
+    """A record's prompt and its answers (str) → (prompt ids, [answer ids]): the very ids that were
+    sampled, where the record has them in this vocabulary; else the texts', cut ones without an end."""
+    prompt = render(tokenizer, record["prompt"], add_generation_prompt=True)[0]
+    if "ids" in record and record.get("tokenizer") == tokenizer.hash:
+        bad = [i for ids in record["ids"] for i in ids if i not in tokenizer.ids]
+        if bad:
+            raise ValueError(f"ids: {bad[0]} is none of the tokenizer's, although its hash is theirs")
+        return prompt, record["ids"]
+    finished = record.get("finished", [True] * len(answers))
+    pairs = zip(answers, finished, strict=True)
+    return prompt, [answer_ids(tokenizer, record["prompt"], a, ended)[1] for a, ended in pairs]
+
+
+def read_answers(tokenizer, answers, ends):
+    """Sampled ids, [answer ids] → (texts, whether each has ended); ends: the ids that end an answer."""
+    finished = [a[-1] in ends for a in answers]
+    told = [a[:-1] if ended else a for a, ended in zip(answers, finished, strict=True)]
+    return [tokenizer.decode(a, skip_special=True) for a in told], finished
 
 
 def end_id(tokenizer, format=None):
     """The id of the token that ends an assistant's turn: what generation stops at."""
     format = format or of(tokenizer)
     return _special(tokenizer, format.end, format)
+
+
+def end_ids(tokenizer, config):
+    """All ids that end an answer: the format's end token, and after it what config.eos_token_id names (an id, or several)."""
+    named = config.eos_token_id
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    return list(dict.fromkeys([end_id(tokenizer), *named]))
 
 
 def _encode_own(tokenizer, piece, format):

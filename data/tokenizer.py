@@ -5,6 +5,7 @@ the neighbouring pair that was learnt first is merged, again and again (Sennrich
 rank of a merge is the id of the token it makes, so the ids must rise in the order of the merges: true of every file that a
 BPE trainer wrote, and checked here.
 """
+import hashlib
 import heapq
 import json
 import re
@@ -15,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
+
+from files import parse, read_json, read_text, write_json
 
 # GPT-2's pattern; each class stands in brackets, so that _python_regex can put its characters there
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+"
@@ -34,16 +37,16 @@ class Tokenizer:
     """A tokenizer.json of byte-level BPE (GPT-2's or SmolLM2's kind) with its tokenizer_config.json.
 
     json: the tokenizer.json as it was read, character by character; config: the tokenizer_config.json as a dict;
-    special: {text: id}; vocab_size: the highest id + 1. Raises ValueError for a kind of file that tiktoken would read otherwise.
+    special: {text: id}; ids: all there are (there may be gaps); vocab_size: the highest id + 1; hash: of the vocabulary, so that two
+    tokenizers with the same one mean the same by an id. Raises ValueError for a kind of file that tiktoken would read otherwise.
     """
 
     def __init__(self, json_text, config=None, name="tokenizer.json"):
-        try:
-            spec = json.loads(json_text)
-        except ValueError as e:
-            raise ValueError(f"{name}: not JSON ({e})") from None
         self.json, self.config, self.special, self.warned = json_text, dict(config or {}), {}, False
-        pattern, ranks = _read(spec, name, self.special)
+        pattern, ranks = _read(parse(json_text, name), name, self.special)
+        self.ids = frozenset([*ranks.values(), *self.special.values()])
+        vocabulary = sorted([*((t.hex(), i) for t, i in ranks.items()), *self.special.items()])
+        self.hash = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
         self.missing = frozenset(range(256)) - {t[0] for t in ranks if len(t) == 1}
         self.vocab_size = max([*ranks.values(), *self.special.values()]) + 1
         spare = {bytes([b]): self.vocab_size + i for i, b in enumerate(sorted(self.missing))}    # tiktoken wants all 256
@@ -76,15 +79,18 @@ class Tokenizer:
         """ids -> str; bytes that are no UTF-8 become U+FFFD. Special tokens come out as their text, or not at all."""
         drop = set(self.special.values()) if skip_special else ()
         ids = [i for i in ids if i not in drop]
-        bad = [i for i in ids if not 0 <= i < self.vocab_size]
+        bad = [i for i in ids if i not in self.ids]
         if bad:
-            raise ValueError(f"cannot decode token {bad[0]}: the tokenizer has the ids 0 to {self.vocab_size - 1}")
+            gaps = ", with gaps" if len(self.ids) < self.vocab_size else ""
+            raise ValueError(
+                f"cannot decode token {bad[0]}: the tokenizer has the ids 0 to {self.vocab_size - 1}{gaps}"
+            )
         return self.encoding.decode(ids, errors="replace")
 
     def _named(self, key):
         token = self.config.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        return None if token is None else self.special.get(token)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self.special.get(token) if isinstance(token, str) else None
 
     bos_id = property(lambda self: self._named("bos_token"))
     eos_id = property(lambda self: self._named("eos_token"))
@@ -93,8 +99,7 @@ class Tokenizer:
     @property
     def chat_template(self):
         """The jinja text of the chat template, or None; of several named ones the default."""
-        template = self.config.get("chat_template")
-        return {t["name"]: t["template"] for t in template}.get("default") if isinstance(template, list) else template
+        return _template(self.config.get("chat_template"))
 
     @chat_template.setter
     def chat_template(self, text):
@@ -106,21 +111,43 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was expected")
-        config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        try:
-            config = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-        except ValueError as e:
-            raise ValueError(f"{config}: not JSON ({e})") from None
+        said, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config = read_json(said) if said.is_file() else {}
         if jinja.is_file():
-            config["chat_template"] = jinja.read_text("utf-8")
-        return cls((folder / "tokenizer.json").read_text("utf-8"), config, str(folder / "tokenizer.json"))
+            config["chat_template"] = read_text(jinja)
+        _check(config, jinja if jinja.is_file() else said)
+        return cls(read_text(folder / "tokenizer.json"), config, str(folder / "tokenizer.json"))
 
     def save(self, folder):
         """Writes FOLDER/tokenizer.json, as it was read, and tokenizer_config.json, with the chat template in it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.json, "utf-8", newline="")
-        (folder / "tokenizer_config.json").write_text(json.dumps(self.config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        write_json(folder / "tokenizer_config.json", self.config)
+
+
+def _template(template):
+    """A config's chat template: a jinja text, or a list of named ones, of which the default counts."""
+    if isinstance(template, list):
+        return {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+
+def _check(config, where):
+    """ValueError where a tokenizer_config.json says what no tokenizer can be: what is read from it is of its kind."""
+    template = config.get("chat_template")
+    named = template if isinstance(template, list) else [{"name": "", "template": template}]
+    for t in named if template is not None else []:
+        if not isinstance(t, dict) or not all(isinstance(t.get(k), str) for k in ("name", "template")):
+            got = json.dumps(template)[:80]
+            raise ValueError(
+                f"{where}: chat_template is {got}, a text or a list of named ones was expected"
+            )
+    for key in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{where}: {key} is {json.dumps(config[key])[:80]}, a text was expected")
 
 
 def check_spaces(text):
@@ -220,7 +247,9 @@ def _read(spec, name, special):
     def refuse(field, value, expected):
         raise ValueError(f"{name}: {field} is {json.dumps(value)[:120]}, this reader knows {expected} only")
 
+    _want(isinstance(spec, dict), name, "the file", spec, "an object")
     model = spec.get("model") or {}
+    _want(isinstance(model, dict), name, "model", model, "an object")
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
         refuse("model.type", model.get("type"), "BPE")
     for key in ("byte_fallback", "ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -230,20 +259,46 @@ def _read(spec, name, special):
         refuse("normalizer", spec["normalizer"], "null")
     for key in ("decoder", "post_processor"):
         part = spec.get(key)
-        if (part or key == "decoder") and (part or {}).get("type") != "ByteLevel":
+        if (part or key == "decoder") and _type(part) != "ByteLevel":
             refuse(key, part, "ByteLevel")
-    for token in spec.get("added_tokens") or []:
+    added = spec.get("added_tokens") or []
+    _want(isinstance(added, list), name, "added_tokens", added, "a list")
+    for n, token in enumerate(added, 1):
+        text, at = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        fits = isinstance(text, str) and text and _is_id(at)
+        _want(fits, name, f"added token {n}", token, "an object with a content and an id")
         if not token.get("special"):
             refuse(f"added token {token.get('content')!r}: special", False, "added tokens that are special")
-        special[token["content"]] = token["id"]
+        special[text] = at
     pattern = _pattern(spec.get("pre_tokenizer"), refuse)
-    return pattern, _ranks(model, special, name)
+    ranks = _ranks(model, special, name)
+    ids = Counter([*ranks.values(), *special.values()])
+    _want(ids, name, "model.vocab", {}, "one token or more")
+    twice = next((i for i, n in ids.items() if n > 1), None)
+    if twice is not None:
+        raise ValueError(f"{name}: two tokens have the id {twice}: each token's own was expected")
+    return pattern, ranks
+
+
+def _want(fits, name, field, value, expected):
+    """ValueError unless a field's value is what it must be."""
+    if not fits:
+        raise ValueError(f"{name}: {field} is {json.dumps(value)[:120]}, {expected} was expected")
+
+
+def _is_id(value):
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _type(part):
+    return part.get("type") if isinstance(part, dict) else None
 
 
 def _pattern(pre, refuse):
     """GPT-2's ByteLevel, or SmolLM2's Sequence of Digits and ByteLevel -> the split pattern for tiktoken."""
-    parts = (pre or {}).get("pretokenizers") if (pre or {}).get("type") == "Sequence" else [pre or {}]
-    kinds, last = [p.get("type") for p in parts], (parts or [{}])[-1]
+    parts = pre.get("pretokenizers") if _type(pre) == "Sequence" else [pre]
+    kinds = [_type(p) for p in parts] if isinstance(parts, list) else []
+    last = parts[-1] if kinds and isinstance(parts[-1], dict) else {}
     digits = kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits")
     if not (digits or kinds == ["ByteLevel"]) or last.get("add_prefix_space", True) or not last.get("use_regex", True):
         refuse("pre_tokenizer", pre, "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits (individual_digits true),")
@@ -252,13 +307,18 @@ def _pattern(pre, refuse):
 
 def _ranks(model, special, name):
     """The model's vocab and merges -> {bytes: id}, without the special tokens."""
+    vocab = model.get("vocab")
+    fits = isinstance(vocab, dict) and all(map(_is_id, vocab.values()))
+    _want(fits, name, "model.vocab", vocab, "an object of ids")
     try:
-        ranks = {bytes(BYTE[c] for c in t): i for t, i in model["vocab"].items() if t not in special}
+        ranks = {bytes(BYTE[c] for c in t): i for t, i in vocab.items() if t not in special}
     except KeyError as e:
         raise ValueError(f"{name}: model.vocab has the character {e}, which is none of byte-level BPE's") from None
     made, last = set(), -1
     for k, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
+        fits = isinstance(pair, list) and all(isinstance(t, str) for t in pair)
+        _want(fits, name, f"merge {k}", merge, "two tokens")
         parts = [bytes(BYTE.get(c, 0) for c in t) for t in pair]
         token = b"".join(parts)
         if len(parts) != 2 or any(t not in ranks for t in (*parts, token)):

@@ -126,7 +126,7 @@ def test_a_wrong_vocabulary(refuses, folder, world, tmp_path, lines):
     (tmp_path / "other" / "tokenizer.json").unlink()
     refuses("ppo", f"--reward {reward}: its vocabulary is not the policy's", reward=reward)
     (folder / "tokenizer.json").write_text(larger.json[:-30])
-    refuses("dpo", f"{folder}/tokenizer.json: not JSON", model=folder)
+    refuses("dpo", f"{folder}/tokenizer.json is not JSON", model=folder)
     (folder / "tokenizer.json").unlink()
     for stage in ("sft", "compare", "reward", "ppo", "dpo"):
         refuses(stage, f"{folder} has no tokenizer.json: get the checkpoint's own", model=folder)

@@ -108,14 +108,15 @@ def test_answers_end_at_the_end_token_and_say_so(model, tok):
 def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answers(model, tok):
     other, held = lm(3), [{"messages": c} for c in CHATS]
     answers = evals.answer(model, tok, CHATS, options(), 1.0, 0)
-    assert evals.kl(model, model, tok, held, answers, CPU) == [0.0] * 5
+    own = evals.token_logps(model, tok, held, answers, CPU, size=2)
+    assert evals.kl(own, own) == [0.0] * 5
     expected = []
     for chat, (_, ids, _) in zip(CHATS, answers, strict=True):
         prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
         with torch.no_grad():
             p, q = (torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other))
         expected.append(sum((p - q)[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
-    assert evals.kl(model, other, tok, held, answers, CPU, size=2) == pytest.approx(expected, abs=1e-3)
+    assert evals.kl(own, evals.token_logps(other, tok, held, answers, CPU, size=2)) == pytest.approx(expected, abs=1e-3)
     assert mean(expected) > 1
 
 
@@ -162,9 +163,9 @@ def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
     monkeypatch.setattr(evals, "answer", answer)
 
     def figures(score):
-        monkeypatch.setattr(evals, "score_texts", lambda m, t, prompts, answers: [
+        monkeypatch.setattr(evals, "score_texts", lambda m, t, prompts, answers, *_: [
             score(by_prompt[p[-1]["content"]], a) for p, a in zip(prompts, answers, strict=True)])  # fmt: skip
-        return evals.reward_figures(None, None, tok, held, options())
+        return evals.reward_figures(None, tok, held, evals.fresh_answers(None, tok, held, options()), options())
 
     gold = figures(lambda item, a: world.gold(item, a)[0])
     assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["minimal_pairs_accuracy"] == gold["length_matched_accuracy"] == 1

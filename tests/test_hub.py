@@ -371,7 +371,7 @@ def test_a_vocabulary_larger_than_the_embedding(tokenizer, tmp_path):
 def test_a_damaged_tokenizer(tokenizer, tmp_path):
     hub.save(tmp_path, tiny(), tokenizer)
     (tmp_path / "tokenizer.json").write_text("{")
-    refused(tmp_path, ValueError, "tokenizer.json: not JSON")
+    refused(tmp_path, ValueError, "tokenizer.json is not JSON")
 
 
 def test_a_language_model_was_expected(tokenizer, tmp_path):

@@ -445,7 +445,7 @@ def test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update(run, temperatu
 def test_answers_are_sampled_from_the_policy_as_it_is(run):
     calls, _ = run(iterations=2)
     for args, kwargs, _ in calls["generate"]:
-        assert len(args) == 4 and set(kwargs) == {"eos_id", "seed"} and kwargs["eos_id"] == 279  # no top-p, no top-k
+        assert len(args) == 4 and set(kwargs) == {"eos_id", "seed"} and kwargs["eos_id"] == [279]  # no top-p, no top-k
     assert calls["generate"][0][1]["seed"] != calls["generate"][1][1]["seed"]
     assert calls["generate"][0][2] != calls["generate"][1][2]
 

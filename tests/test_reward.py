@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from tiny import chat_tokenizer, folder, lm, metrics, user, write
 
+import dpo
 import evals
 import hub
 import ppo
 import reward
-from data import templates
+from data import records, templates
 from model import join, last_score, scalar_model
 from reward import ranking_loss
 
@@ -191,7 +192,70 @@ def test_what_is_too_long_absent_or_tied_is_left_out(capsys):
     assert "1 rankings used, dropped 3 with answers longer than 64 tokens or absent" in capsys.readouterr().err
 
 
+def test_equal_answers_become_one_at_their_mean_rank(capsys):
+    """So the reward model never learns two ranks of one text."""
+    tok = chat_tokenizer()
+    rows = [
+        {"prompt": user("a"), "responses": ["x", "y", "x", "z"], "ranks": [0, 1, 3, 2]},  # x: 1.5, between y and z
+        {"prompt": user("b"), "responses": ["x", "x", "y"], "ranks": [0, 2, 1]},  # x and y are tied then: nothing to compare
+        {"prompt": user("c"), "responses": ["x", "y", "z"], "ranks": [5, 0, 5]},  # as they were
+        {"prompt": user("d"), "responses": ["x", "x", "y"], "ranks": [0, 1, 2], "finished": [True, False, True]},  # two answers
+    ]
+    kept = reward.prepare("file", rows, tok, 64)
+    told = [[tok.decode(a) for a in answers] for _, answers, _ in kept]
+    x, y, z = (t + "<|im_end|>" for t in "xyz")
+    assert told == [[x, y, z], [x, y, z], [x, "x", y]] and [ranks for _, _, ranks in kept] == [[1, 0, 2], [5, 0, 5], [0, 1, 2]]
+    assert "file: 2 answers equal another to their prompt" in capsys.readouterr().err
+    for _, answers, _ in kept:
+        assert len({tuple(a) for a in answers}) == len(answers)
+
+
+def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
+    """By the reward model, DPO and the evaluation alike; a text is encoded again where its ids are another vocabulary's."""
+    tok = chat_tokenizer()
+    half = tok.encode("\u20ac")[:-1]  # cut inside a character: its text is U+FFFD
+    other = [*tok.encode("t"), *tok.encode("he"), 279]  # "the", not as the tokenizer cuts it
+    texts, ended = ["\ufffd", "the", "yes"], [False, True, False]
+    assert tok.decode(half) == texts[0] and other[:-1] != tok.encode("the") and tok.encode(texts[0]) != half
+    row = {"prompt": user("b"), "responses": texts, "ranks": [2, 1, 0], "finished": ended}
+    ids = {"ids": [half, other, tok.encode("yes")], "tokenizer": tok.hash}
+    again = [tok.encode("\ufffd"), [*tok.encode("the"), 279], tok.encode("yes")]
+    for more, expected in (({}, again), (ids, ids["ids"]), (ids | {"tokenizer": "0" * 16}, again)):
+        ((_, answers, _),) = reward.prepare("x", [row | more], tok, 64)
+        assert answers == expected
+        file = write(tmp_path / "r.jsonl", [row | more])
+        ((_, answers, pairs),) = dpo.prepare(file, "all", tok, 64)
+        told = {(tuple(answers[w]), tuple(answers[l])) for w, l in pairs}
+        assert told == {(tuple(expected[w]), tuple(expected[l])) for w, l in ((2, 1), (2, 0), (1, 0))}
+        chosen = evals.in_pairs(tok, records.pairs(file))[2][:3]
+        assert sorted(chosen) == sorted([expected[2], expected[2], expected[1]])
+    empty = {"prompt": "b", "responses": ["", "x", "y"], "ranks": [0, 1, 2], "finished": [False, True, True]}
+    ((_, answers, pairs),) = dpo.prepare(write(tmp_path / "e.jsonl", [empty]), "all", tok, 64)
+    assert [tok.decode(answers[i]) for i in pairs[0]] == ["x<|im_end|>", "y<|im_end|>"] and len(pairs) == 1
+
+
+def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
+    good = {"prompt": "a", "responses": ["x", "y"], "ranks": [0, 1]}
+    for field, value in (("finished", [True]), ("finished", "yes"), ("finished", [1, 0]), ("ids", [[1]]), ("ids", [[1], []]),
+                         ("ids", [[1], ["a"]]), ("ids", [[1], [-2]]), ("ids", "a")):  # fmt: skip
+        file = write(tmp_path / "r.jsonl", [good, good | {"tokenizer": "t", field: value}])
+        with pytest.raises(ValueError, match=f"r.jsonl:2: {field}: .*as many as responses, were expected"):
+            records.rankings(file)
+    mine = write(tmp_path / "r.jsonl", [good | {"ids": [7, 8]}, {"prompt": "a", "chosen": "x", "rejected": "y", "finished": 3, "ids": 4}])
+    assert not any({"ids", "finished"} & r.keys() for r in records.rankings(mine))  # a reader's own: they say nothing of tokens
+
+
 # ---------------------------------------------------------------- the stage
+def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(tmp_path):
+    rows = [{"prompt": f"{i}?", "responses": ["yes", "no"], "ranks": [0, 1]} for i in range(20)]
+    data = write(tmp_path / "rankings.jsonl", rows)
+    reference = write(tmp_path / "chats.jsonl", [{"prompt": "the same", "completion": "words"}] * 4)
+    o = reward.Options(model=folder(tmp_path / "sft"), data=data, reference=reference, out=str(tmp_path / "rm"), device="cpu", steps=1)
+    with pytest.raises(ValueError, match="chats.jsonl: the reward model scores all reference answers alike"):
+        reward.reward(o)
+    assert not (tmp_path / "rm" / "config.json").exists()
+
+
 def test_it_learns_the_ranking_and_its_reference_answers_have_mean_0_and_deviation_1(tmp_path):
     rng = random.Random(0)
     words = ["one", "two", "three", "Peru", "Lima", "the capital"]

@@ -235,8 +235,8 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json: not JSON"):
+    with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("no")
-    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         Tokenizer.load(tmp_path)

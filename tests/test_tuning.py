@@ -16,6 +16,7 @@ from tiny import metrics
 import hub
 import lora
 import memory
+import reward
 import train
 import tuning
 from model import share
@@ -171,6 +172,23 @@ def test_a_prompt_stays_beside_the_weights(small, tmp_path):
     assert "virtual" not in " ".join(load_file(tmp_path / "sft" / "model.safetensors"))
     done("compare.py", out=tmp_path / "c.jsonl", **small["compare"] | dict(model=tmp_path / "sft"))
     refused(run("dpo.py", out=tmp_path / "dpo", **small["dpo"] | LORA | dict(model=tmp_path / "sft")), "prompt or prefix")
+
+
+@pytest.mark.parametrize("way", ("prompt", "prefix"))
+def test_a_reward_model_is_read_with_the_virtual_tokens_that_it_was_trained_with(way, small, tmp_path):
+    """By the one loader of PPO, the evaluation and the controls: its reference answers have mean 0 and deviation 1 for all of them."""
+    done("sft.py", out=tmp_path / "sft", **small["sft"] | WAYS[way])
+    done("reward.py", out=tmp_path / "reward", **small["reward"] | dict(model=tmp_path / "sft"))
+    model, tok = hub.load(tmp_path / "reward")
+    c, chats = model.config, reward.prepare_references(small["reward"]["reference"], tok, 160, 0)
+    found = reward.reference_scores(model, chats, CPU)
+    assert found == pytest.approx((c.reward_mean, c.reward_std), abs=1e-5) and c.reward_std > 1e-3
+    model.virtual = None
+    bare = reward.reference_scores(model, chats, CPU)
+    assert abs(bare[0] - c.reward_mean) > 0.01 * c.reward_std
+    quantised = hub.load(tmp_path / "reward", quant="nf4")[0]
+    assert quantised.virtual is not None and all(p.requires_grad for p in quantised.parameters())
+    done("ppo.py", out=tmp_path / "ppo", **small["ppo"] | dict(model=tmp_path / "sft", reward=tmp_path / "reward", iterations=1))
 
 
 def test_a_head_with_lora_is_written_untied(small, tmp_path):

@@ -25,7 +25,7 @@ COMMANDS = re.findall(r"^/\w+", HELP, re.M)
 
 
 @dataclass
-class Options:
+class Options(tuning.Reading):
     model: str = opt("out/ppo", "checkpoint folder to talk to")
     temperature: float = opt(0.7, "0: always the likeliest token", at_least=0)
     top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share; 1: from all", needs="temperature", above=0)
@@ -104,7 +104,7 @@ def command(line: str, o: Options, talk: list) -> bool:
 
 def load(o: Options):
     """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it has no room for."""
-    model, tok = tuning.load(o.model, pick_device(o.device))
+    model, tok = tuning.read(o, o.model, pick_device(o.device))
     room = model.context
     if o.top_p > 1:
         raise ValueError(f"--top-p is {o.top_p}, it must be at most 1")
@@ -132,7 +132,7 @@ def answer(model, tok, o: Options, talk: list, ends, seed: int):
 
 def converse(o: Options):
     model, tok = load(o)
-    ends, talk, turn = {templates.end_id(tok), tok.eos_id}, [], 0
+    ends, talk, turn = {*templates.end_ids(tok, model.config), tok.eos_id}, [], 0
     say(f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {templates.of(tok).name}; /help, /exit")
     if tok.chat_template is None:
         say("(no chat template: a base model, which continues text and was never taught to answer; chatml is used)")

@@ -9,7 +9,6 @@
 The runs that it needs take the options of OUT's own runs (their run.json) with one thing changed.
 """
 
-import json
 import math
 import random
 import subprocess
@@ -18,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evals
-import hub
+import tuning
 from data import records, world
 from train import main, opt, pick_device, read_record
 
 
 @dataclass
-class Options:
+class Options(tuning.Reading):
     out: str = opt("out", "folder of a finished `make all`")
     base: str = opt("data/base", "the base model's folder")
     n: int = opt(500, "how many held-out prompts", at_least=2)
@@ -65,21 +64,29 @@ def good_answers(demonstrations: Path, path: Path):
     return path
 
 
-def figures(o, path, held, sampled_sft, sft, device):
-    """A checkpoint's entry, as evals.py writes it for a stage."""
-    model, tok = hub.load(path, device)
-    asked = [r["messages"] for r in held]
-    sampled = evals.answer(model, tok, asked, o, 1.0, o.seed)
-    kls = evals.kl(model, sft, tok, held, sampled, device)
-    greedy = evals.answer(model, tok, asked, o, 0.0, o.seed)
-    return evals.stage_figures(evals.rate(held, sampled), evals.rate(held, greedy), sampled_sft, kls)
+def figures(o, runs, held, sampled_sft, device):
+    """The entries of checkpoints {name: folder}, as evals.py writes them for a stage; one model at a time is in memory."""
+    found = {name: evals.stage_answers(o, name, path, held, device) for name, path in runs.items()}
+    sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
+    out = {}
+    for name, (lines, greedy, (sampled, logps)) in found.items():
+        kls = evals.kl(logps, evals.token_logps(sft, tok, held, sampled, device))
+        out[name] = evals.stage_figures(lines, greedy, sampled_sft, kls)
+    return out
 
 
-def best_of(k, sft, tok, reward, held, o):
-    """Of k SFT answers to each prompt the one that the reward model likes best → the lines of an answers file."""
+def sft_answers(o, held, k, device):
+    """Of the SFT model one answer to each prompt and then k others, as evals.answer() gives them, and its tokenizer."""
+    sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
+    once = evals.answer(sft, tok, [r["messages"] for r in held], o, 1.0, o.seed)
+    often = evals.answer(sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 16)
+    return once, often, tok
+
+
+def best_of(k, answers, tok, reward, held):
+    """Of k answers to each prompt the one that the reward model likes best → the lines of an answers file."""
     asked = [r["messages"] for r in held for _ in range(k)]
-    answers = evals.answer(sft, tok, asked, o, 1.0, o.seed + 16)
-    scores = evals.score_texts(reward, tok, asked, [a[0] for a in answers])
+    scores = evals.score_texts(reward, tok, asked, [a[0] for a in answers], [a[1] for a in answers])
     best = [max(range(i, i + k), key=lambda j: (answers[j][2], scores[j])) for i in range(0, len(asked), k)]
     return evals.rate(held, [answers[i] for i in best])
 
@@ -87,12 +94,14 @@ def best_of(k, sft, tok, reward, held, o):
 def controls(o: Options):
     out, mine, device = Path(o.out), Path(o.out) / "controls", pick_device(o.device)
     held = records.conversations(out / "world" / "heldout.jsonl", "prompt")[: o.n]
-    sft, tok = hub.load(out / "sft", device)
-    reward, _ = hub.load(out / "reward", device)
-    sampled_sft = evals.rate(held, evals.answer(sft, tok, [r["messages"] for r in held], o, 1.0, o.seed))
+    once, often, tok = sft_answers(o, held, 16, device)
+    sampled_sft = evals.rate(held, once)
     rng = random.Random(o.seed)
     polite = [world.gold(r["item"], world.polite_nonanswer(rng), True)[0] for r in held]
-    chosen = best_of(16, sft, tok, reward, held, o)
+    reward, _ = evals.read(o, "reward", out / "reward", device)
+    chosen = best_of(16, often, tok, reward, held)
+    truth = evals.truth_pairs(reward, tok, held, o.seed, [r["messages"] for r in held[1:] + held[:1]])
+    del reward  # the stages below want the memory
     labels = shuffled_labels(out / "comparisons.jsonl", mine / "shuffled.jsonl", o.seed)
     blind = again("reward.py", out / "reward", mine / "reward_shuffled", o.overwrite, data=labels)
     runs = {
@@ -101,17 +110,16 @@ def controls(o: Options):
                               data=good_answers(out / "world" / "sft.jsonl", mine / "good.jsonl")),
         "dpo_nll": again("dpo.py", out / "dpo", mine / "dpo_nll", o.overwrite, nll=0.5),
     }  # fmt: skip
-    truth = evals.truth_pairs(reward, tok, held, o.seed, [r["messages"] for r in held[1:] + held[:1]])
     result = {
         "sft": evals.stage_figures(sampled_sft, sampled_sft),
         "polite": {"n": len(held), "gold_sampled": evals.mean(polite), "gold_sampled_ci": evals.bootstrap(polite)},
         "best_of_16": evals.stage_figures(chosen, chosen, sampled_sft) | {"kl_vs_sft": math.log(16) - 15 / 16},
         "swapped": {"truth_accuracy": evals.mean(truth), "truth_accuracy_ci": evals.bootstrap(truth)},
-        **{name: figures(o, path, held, sampled_sft, sft, device) for name, path in runs.items()},
+        **figures(o, runs, held, sampled_sft, device),
     }
     for name, entry in result.items():
         evals.show(name, entry)
-    (out / "controls.json").write_text(json.dumps(result, indent=1) + "\n")
+    evals.write_results(out / "controls.json", result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""JSON files in a model's folder: read with a clear word where they are no object, written as they are read."""
+
+import json
+from pathlib import Path
+
+
+def parse(text: str, where, again="get the file again"):
+    """JSON → what it says, of any kind. ValueError where it is none, or nested deeper than any file that means something."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON ({e}); {again}") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not JSON, nor text in UTF-8 ({e}); get the file again") from None
+
+
+def read_json(path: Path) -> dict:
+    content = parse(read_text(path), path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, an object was expected; get the file again")
+    return content
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def hub_name(name: str) -> str:
+    """Our parameter's or module's name as transformers spells it: the backbone lies under "model."."""
+    return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name
