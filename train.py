@@ -330,7 +330,7 @@ class Run:
         self.out, self.every = Path(options.out), getattr(options, "save_every", 1)
         self.home = self.out.with_name(self.out.name + ".run") if file else self.out
         self.result = self.out if file else self.home / writes[-1]
-        self.writes = {self.out.name} if file else set(writes)
+        self.writes = {"result"} if file else set(writes)
         self.state, self.saved, self.lock = self.home / "state", self.home / "state" / SAVED, None
         known = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "overwrite", "save_every")}
         if "device" in known:
@@ -387,7 +387,7 @@ class Run:
         return None
 
     def _place(self, name: str) -> Path:
-        return self.result if name == self.result.name else self.home / name
+        return self.result if name in ("result", self.result.name) else self.home / name  # "result": OUT, where that is a file
 
     def _is_ours(self, name: str, record: dict | None) -> bool:
         """Whether a run wrote what OUT has under a name."""
@@ -476,6 +476,8 @@ class Run:
             aside.mkdir()
             write(aside if self.home == self.out else aside / self.out.name)
             files = {str(p.relative_to(aside)): sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+            if self.home != self.out:
+                files = {"result": files[self.out.name]}  # it may be called something else one day
             (aside / "run.json").write_text(json.dumps(self.identity | {"files": files}, indent=1) + "\n")
             if log.stat().st_size:
                 shutil.copy(log, aside)
