@@ -24,7 +24,7 @@ from data import corpus, templates, tokenizer, world
 ROOT = Path(__file__).parent.parent
 Result = namedtuple("Result", "status out err")
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch._dynamo", "pytest", "hub", "evals", "train", "data.world"])
+processes.set_forkserver_preload(["torch._dynamo", "pytest", "hub", "evals", "preloaded", "data.world"])
 
 
 def _child(stage, argv, streams, before):
