@@ -150,7 +150,7 @@ golden: .venv-peers/ready smollm2 ## make tests/golden again from the peers
 
 mutants: $(READY) ## put known bugs back, one at a time: each must fail a test
 	$(if $(READY),.venv/bin/pip install -q $(TOOLS))
-	$(PY) tests/mutants.py
+	$(PY) tests/mutants/run.py
 
 clean: ## remove OUT
 	rm -rf $(OUT)

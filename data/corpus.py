@@ -10,10 +10,12 @@ import random
 from data import kinds
 from data.kinds import FACT_LIST, FACTS, KINDS, NAMES, SORTED, THEMES, THINGS, a, first, join, past, plain, told
 
+# fmt: off
 SHARES = {  # of the characters
     "main": {"questions": .46, "copying": .24, "prose": .07, "lists": .07, "arithmetic": .07, "stories": .06, "python": .03},
     "decay": {"questions": .44, "copying": .31, "prose": .03, "lists": .05, "arithmetic": .12, "stories": .03, "python": .02},
 }
+# fmt: on
 ASKED = dict(open=34, choosing=14, summary=4, rewriting=4, classification=10, extraction=4, sorting=4, brainstorm=7, translation=10,
              arithmetic=5, chat=4)
 COPIED = dict(choosing=22, summary=16, rewriting=15, extraction=16, sorting=20, brainstorm=6, classification=5)

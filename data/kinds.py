@@ -25,10 +25,12 @@ PLACES = "garden park school kitchen forest beach market farm library station".s
 IN = {p: "in" if p in ("garden", "park", "kitchen", "forest") else "at" for p in PLACES}
 COLOURS = "red blue green yellow black white brown pink".split()
 THINGS = "apples books hats cups shirts balls boxes chairs flowers pears keys lemons".split()
+# fmt: off
 ACTIONS = ["drink milk", "eat bread", "read a story", "find a key", "buy a hat", "draw a horse", "sing a song", "write a letter",
            "see a bird", "make soup",
            "build a house", "lose a shoe", "catch a ball", "throw a stone", "meet a friend", "feed the dog", "wash the car", "open a box",
            "hide a coin", "eat an apple"]
+# fmt: on
 PAST = {**{v: p.split("|")[0] for v, p in FACTS["past"].items()}, "read": "read", "feed": "fed", "wash": "washed", "open": "opened"}
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOUNS = ("apple banana bear bread cat cow dog door egg fish goat hat horse ink jam key lemon milk nest owl pear queen rice sheep tree "
@@ -76,6 +78,7 @@ def other(rng, pool, *but):
 
 
 # ---- facts: how each relation is asked and told; {s} the subject, {v} the value ----
+# fmt: off
 RELATIONS = {
     "capital": ("The capital of {s} is {v}.", "What is the capital of {s}?", "Which city is the capital of {s}?",
                 "Name the capital of {s}.", "Tell me the capital city of {s}.", "What is the name of the capital of {s}?"),
@@ -103,6 +106,7 @@ RELATIONS = {
              "Count the legs of {a}.", "Tell me how many legs {a} has."),
     "job": ("The one who {s} is the {v}.", "Who {s}?", "Name the person who {s}.", "What do we call someone who {s}?", "Which worker {s}?"),
 }
+# fmt: on
 SUBJECTS = {relation: list(of) for relation, of in FACTS.items()}
 POOLS = {relation: sorted({v.lower() for value in of.values() for v in value.split("|")}) for relation, of in FACTS.items()}
 VALUES = {relation: sorted({value.split("|")[0] for value in of.values()}) for relation, of in FACTS.items()}
@@ -225,6 +229,7 @@ def make_summary(rng):
                 sentence="{}", wrong=wrong, parts=parts, reject=details, pool="story")
 
 
+# fmt: off
 REWRITINGS = {
     "past": ("Put this into the past tense: {}", "Rewrite in the past tense: {}", "Say this in the past: {}",
              "Change to the past tense: {}"),
@@ -233,6 +238,7 @@ REWRITINGS = {
              "Say this about {m}, not {n}: {}"),
     "ask": ("Turn this into a question: {}", "Make a question of this: {}", "Rewrite as a question: {}", "Ask this as a question: {}"),
 }
+# fmt: on
 
 
 def rewrite(how, n, m, action, at):
@@ -381,6 +387,7 @@ def number_fact(op, x, y):
     return f"{x} {op} {y} = {x + y if op == '+' else x - y if op == '-' else x * y}"
 
 
+# fmt: off
 SUMS = {
     "+": ("What is {x} + {y}?", "What is {x} plus {y}?", "Add {x} and {y}.", "How much is {x} plus {y}?",
           "{n} has {x} {t} and gets {y} more. How many are there?"),
@@ -389,6 +396,7 @@ SUMS = {
     "*": ("What is {x} * {y}?", "What is {x} times {y}?", "Multiply {x} by {y}.", "How much is {x} times {y}?",
           "{n} has {x} boxes with {y} {t} in each. How many {t}?"),
 }
+# fmt: on
 
 
 def make_arithmetic(rng):
@@ -409,6 +417,7 @@ def make_arithmetic(rng):
 GOOD = ["won the race", "passed my test", "found my key", "got a new job", "learned to swim", "baked a cake", "got a puppy",
         "made a friend"]
 BAD = ["lost my key", "broke my arm", "missed the bus", "hurt my foot", "lost the game", "failed my test", "lost my dog", "burned the soup"]
+# fmt: off
 CHATS = {  # what is said to the assistant → the reply, and other phrases that also count
     "hello": (("Hello, I am {n}.", "Hi! My name is {n}.", "Hello there, {n} here.", "Hi, this is {n}."), "Hello {n}, nice to meet you.",
               ("hello {n}", "hi {n}", "nice to meet you {n}")),
@@ -432,6 +441,7 @@ CHATS = {  # what is said to the assistant → the reply, and other phrases that
             "I am sorry to hear that, {n}.",
             ("sorry to hear that {n}", "sorry {n}", "that is sad {n}")),
 }
+# fmt: on
 
 
 def make_chat(rng):

@@ -36,6 +36,7 @@ class Format:
 
 
 CHATML = "{% for message in messages %}" + CHATML_TURN + CHATML_PROMPT
+# fmt: off
 TEMPLATES = {f.name: f for f in (
     Format("chatml", "<|im_start|>{role}\n", "<|im_end|>", "\n", CHATML,
            known=(CHATML.replace("<|im_end|>' + '\n'", "<|im_end|>\n'"),
@@ -45,6 +46,7 @@ TEMPLATES = {f.name: f for f in (
            + SMOLLM2_SYSTEM + "<|im_end|>\n' }}{% endif %}" + CHATML_TURN + CHATML_PROMPT,
            system=SMOLLM2_SYSTEM),
 )}
+# fmt: on
 
 
 def _normal(jinja):

@@ -45,10 +45,12 @@ RUBRIC = {
 }
 PERFECT = sum(RUBRIC.values())
 SPARE = 2  # words more than the item's sentence has that still count as concise
+# fmt: off
 POLITE = ["sure", "of course", "certainly", "gladly", "with pleasure", "good question", "great question", "thank you for asking",
           "thanks for asking", "no problem",
           "happy to help", "i am happy to help", "absolutely", "i hope this helps", "i hope that helps", "let me know if you need more",
           "have a nice day", "have a good day", "feel free to ask again", "please ask again", "best wishes", "take care"]
+# fmt: on
 RUDE = ["silly", "stupid", "waste my time", "find out yourself", "work it out yourself", "leave me alone", "why do you ask me", "shut up"]
 LITTLE = {"a", "an", "the"}  # words that never matter
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS) if word != "one"}

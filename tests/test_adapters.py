@@ -466,6 +466,7 @@ def edited(tmp_path, name, **changes):
     return tmp_path / name
 
 
+# fmt: off
 REFUSED = [
     ("ia3", dict(peft_type="LORA"), "peft_type is 'LORA', one of IA3, PROMPT_TUNING, PREFIX_TUNING was expected"),
     ("ia3", dict(target_modules=["q_proj", "v_proj", "down_proj"]), "target_modules is .*q_proj"),
@@ -484,6 +485,7 @@ REFUSED = [
     ("prefix", dict(num_transformer_submodules=2), "num_transformer_submodules is 2"),
     ("prefix", dict(some_new_option=1), "asks for some_new_option = 1"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("name, changes, message", REFUSED)

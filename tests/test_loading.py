@@ -95,6 +95,7 @@ def test_whatever_a_json_file_says_is_read_or_refused_in_one_line(tmp_path):
         file.write_text(text)
 
 
+# fmt: off
 SAID = {
     ("tokenizer.json", "[]"): r"tokenizer.json: the file is \[\], an object was expected",
     ("tokenizer.json", '{"model": {"merges": []}, "decoder": {"type": "ByteLevel"}, "added_tokens": [{"id": 3}]}'): "added token 1 is",
@@ -102,6 +103,7 @@ SAID = {
     ("tokenizer_config.json", '["a"]'): "tokenizer_config.json holds a list, an object was expected",
     ("config.json", "[" * 100_000): "config.json is not JSON",
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("file, text", SAID)

@@ -85,6 +85,7 @@ def test_an_empty_answer_that_was_ranked_stays(write):
     assert records.pairs(write({"prompt": "Q?", "responses": ["a", ""], "ranks": [0, 1]}))[0]["rejected"] == ""
 
 
+# fmt: off
 BAD = [  # (line, what the error says after file:line), read as conversations
     ("{", "one JSON object a line was expected"),
     ('{"messages": [}', "one JSON object a line was expected"),
@@ -142,6 +143,7 @@ BAD_RANKINGS = [  # read as rankings, which pairs may be too
     ({**RANKING, "ranks": [0, 1, -2]}, r"ranks: integers from 0, .* were expected \(got -2\)"),
     ({**RANKING, "ranks": [0, 1, None]}, r"ranks: integers from 0, .* were expected \(got nothing\)"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("read, good, line, said", [(records.conversations, CHAT, *b) for b in BAD]

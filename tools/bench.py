@@ -210,6 +210,7 @@ def build(model, linears, four_bit, device):
 
 
 # task: (both sides, what a unit of work is, the cases that are measured one after another)
+# fmt: off
 TASKS = {
     "sampling": (sampling, "tokens", [""]),
     "lora": (training, "tokens", [""]),
@@ -217,6 +218,7 @@ TASKS = {
     "dequantise": (dequantise, "matrices", ["4096 4096 float32", "576 1536 float32", "4096 4096 bfloat16", "576 1536 bfloat16"]),
     "qlora7b": (qlora7b, "tokens", [""]),
 }
+# fmt: on
 PEERS = ("transformers", "peft", "bitsandbytes")
 
 

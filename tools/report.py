@@ -38,6 +38,7 @@ WHAT = {
            "No reward model, no sampling.",
     "simpo": "DPO without a reference model: the log-probability per token is the reward, and the preferred answer must lead by a margin.",
 }  # fmt: skip
+# fmt: off
 PAIRS = [
     ("Loss", {"loss": ""}, "DPO starts at ln 2 = 0.69: the model cannot tell the two apart yet."),
     ("Margin", {"margin": ""}, "Reward of the preferred answer less that of the other one: should grow."),
@@ -73,6 +74,7 @@ CURVES = {
     "dpo": PAIRS,
     "simpo": PAIRS,
 }
+# fmt: on
 # rows of the tables: key in results.json, name, as per cent?, what it means
 FIGURES = [
     ("gold_sampled", "Gold, sampled", False, "mean score at temperature 1"),
@@ -89,6 +91,7 @@ FIGURES = [
     ("implicit_accuracy", "Preference accuracy", True, "of the implicit reward log π − log π_SFT"),
     ("n", "Prompts", None, "held out"),
 ]
+# fmt: off
 REWARD = [
     ("pair_accuracy", "Pairs in the right order", True, "held-out answers; 50 % is guessing"),
     ("labeller_gold_accuracy", "The labellers on the same pairs", True, "who taught it"),
@@ -100,6 +103,7 @@ REWARD = [
     ("score_length_correlation", "Score and length", False, "correlation"),
     ("pairs", "Pairs", None, "held out"),
 ]
+# fmt: on
 GREEDY = {"": "sampled at temperature 1", ".greedy": "greedy: always the likeliest token"}
 GLANCE = {  # pictures of the figures: title, the stages that it means something for, as per cent?
     "gold_sampled": ("Gold score, temperature 1", STAGES, False),

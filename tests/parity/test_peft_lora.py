@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 GENERATOR = torch.Generator().manual_seed(1)
 TOKENS, MASK = pad([torch.randint(3, 280, (n,), generator=GENERATOR).tolist() for n in (40, 13, 1, 27)])
+# fmt: off
 CASES = {  # base, PEFT's settings, ours
     "attention": ({}, dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=4, lora_alpha=8), "attention"),
     "rslora": ({}, dict(target_modules="all-linear", r=3, lora_alpha=5, use_rslora=True), "all"),
@@ -32,6 +33,7 @@ CASES = {  # base, PEFT's settings, ours
     "scores": (dict(num_labels=1), dict(target_modules=["q_proj", "up_proj"], r=4), "q_proj,up_proj"),
     "scores, rslora": (dict(num_labels=1), dict(target_modules="all-linear", r=4, use_rslora=True), "all"),
 }
+# fmt: on
 
 
 def measured(what, difference, limit=1e-4):
