@@ -1,12 +1,14 @@
-"""The lighter adapters: a frozen model, 4-bit or not, steered by a few learned numbers. PEFT folders both ways.
+"""The lighter adapters: a frozen model, 4-bit or not, steered by a few learned numbers. PEFT
+folders both ways.
 
     IA3             k = l_k ⊙ (W_k x), v = l_v ⊙ (W_v x), down(l_ff ⊙ silu(gate x) * up x); every l is 1 at the start      Liu et al. 2022
     prompt tuning   P learned embeddings stand before every row's own                                              Lester et al. 2021
     prefix tuning   P learned keys and values stand before every row's own, in every layer                        Li & Liang 2021
 
-Prompt and prefix are one thing to the model: a past that all rows share, a pair of keys and values a layer (model.virtual). A prompt's
-is computed from its embeddings by the model itself, exactly as if they stood in front, for they come first and nothing sees ahead.
-A prefix's keys are learned as they are compared, without RoPE; the real tokens' positions start at P with both.
+Prompt and prefix are one thing to the model: a past that all rows share, a pair of keys and values
+a layer (model.virtual). A prompt's is computed from its embeddings by the model itself, exactly as
+if they stood in front, for they come first and nothing sees ahead. A prefix's keys are learned as
+they are compared, without RoPE; the real tokens' positions start at P with both.
 """
 
 import shutil
@@ -20,17 +22,21 @@ from files import hub_name, read_json, write_json
 from lora import read_tensors
 from model import Cache, wide
 
-# Peak learning rates for AdamW, which moves a number by about the learning rate a step whatever its gradient. IA3's factors start at 1
-# and must move by tenths, in a few hundred steps here (Liu et al.: 3e-3 in thousands); a prompt must leave its words and is felt through
-# every layer alone (PEFT's examples: 3e-2; Lester et al. 0.3, with Adafactor); a prefix is moved by all of its MLP's inputs at once, in
-# every layer (Li & Liang: 5e-5). Chosen among a few by short single runs on SmolLM2.
+# Peak learning rates for AdamW, which moves a number by about the learning rate a step whatever its
+# gradient. IA3's factors start at 1 and must move by tenths, in a few hundred steps here (Liu et
+# al.: 3e-3 in thousands); a prompt must leave its words and is felt through every layer alone
+# (PEFT's examples: 3e-2; Lester et al. 0.3, with Adafactor); a prefix is moved by all of its MLP's
+# inputs at once, in every layer (Li & Liang: 5e-5). Chosen among a few by short single runs on
+# SmolLM2.
 LEARNING_RATE = {"ia3": 3e-2, "prompt": 3e-2, "prefix": 5e-4}
 PEFT_TYPE = {"ia3": "IA3", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
 SCALED, FEEDFORWARD = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 
 
 class IA3Linear(nn.Module):
-    """A linear layer with a learned factor on each output, l ⊙ (W x + b), or (feedforward) on each input, W (l ⊙ x) + b."""
+    """A linear layer with a learned factor on each output, l ⊙ (W x + b), or (feedforward) on each
+    input, W (l ⊙ x) + b.
+    """
 
     def __init__(self, base, feedforward: bool, device):
         super().__init__()
@@ -44,7 +50,9 @@ class IA3Linear(nn.Module):
         return (y * self.scale).to(y.dtype)
 
     def stored(self):
-        """The factors as PEFT stores them: (out,1) or (1,in), which is also how they multiply the weight."""
+        """The factors as PEFT stores them: (out,1) or (1,in), which is also how they multiply the
+        weight.
+        """
         return self.scale[None] if self.feedforward else self.scale[:, None]
 
     @torch.no_grad()
@@ -72,17 +80,21 @@ class Prompt(nn.Module):
         return self.rows
 
     def past(self, model):
-        """Keys and values of the P embeddings: a pair (1,kv_heads,P,head_dim) a layer, with their gradient."""
+        """Keys and values of the P embeddings: a pair (1,kv_heads,P,head_dim) a layer, with their
+        gradient.
+        """
         cache, positions = Cache(model, 1, self.tokens), torch.arange(self.tokens, device=model.device)[None]
         model.blocks(self.rows[None].to(model.embed_tokens.weight.dtype), positions, cache=cache)
         return cache.kv
 
 
 class Prefix(nn.Module):
-    """P virtual tokens given by their keys and values: rows (P, layers · 2 · kv_heads · head_dim), key before value in each layer.
+    """P virtual tokens given by their keys and values: rows (P, layers · 2 · kv_heads · head_dim),
+    key before value in each layer.
 
-    With the reparametrisation (Li & Liang, section 4.3) the rows are (P,D), and an MLP that all share makes of them what is added to
-    the keys and values of the start; both serve the training alone and are dropped when the adapter is saved.
+    With the reparametrisation (Li & Liang, section 4.3) the rows are (P,D), and an MLP that all
+    share makes of them what is added to the keys and values of the start; both serve the training
+    alone and are dropped when the adapter is saved.
     """
 
     def __init__(self, rows, start=None, mlp=None):
@@ -101,12 +113,14 @@ class Prefix(nn.Module):
 
 @torch.no_grad()
 def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparametrise=True, generator=None):
-    """Freezes the model and gives it a float32 adapter to train: "ia3", or "prompt" or "prefix" of `tokens` virtual tokens.
+    """Freezes the model and gives it a float32 adapter to train: "ia3", or "prompt" or "prefix" of
+    `tokens` virtual tokens.
 
-    A prompt starts as embeddings drawn from the vocabulary, or as a text's (repeated or cut to `tokens`); random numbers would lie far
-    from all embeddings. A prefix starts as the keys and values of the same, with `reparametrise` too: the MLP's last layer starts at 0
-    (PEFT's starts at random, and the model with it far from where it was). generator: a CPU one, which decides what is drawn.
-    ValueError where that is impossible. → the model
+    A prompt starts as embeddings drawn from the vocabulary, or as a text's (repeated or cut to
+    `tokens`); random numbers would lie far from all embeddings. A prefix starts as the keys and
+    values of the same, with `reparametrise` too: the MLP's last layer starts at 0 (PEFT's starts at
+    random, and the model with it far from where it was). generator: a CPU one, which decides what
+    is drawn. ValueError where that is impossible. → the model
     """
     check(model)
     if kind not in PEFT_TYPE:
@@ -124,13 +138,15 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
     model.requires_grad_(False)
     virtual = Prompt(wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device))))
     if kind == "prefix":
-        kv = torch.stack([torch.cat(pair) for pair in virtual.past(model)])  # (layers, 2, kv_heads, P, head_dim)
+        # (layers, 2, kv_heads, P, head_dim)
+        kv = torch.stack([torch.cat(pair) for pair in virtual.past(model)])
         start = wide(kv.permute(3, 0, 1, 2, 4).flatten(1))
         virtual = Prefix(start)
     if kind == "prefix" and reparametrise:
         D = c.hidden_size
         mlp = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, width(c))).to(model.device)
-        for layer, bound in ((mlp[0], D**-0.5), (mlp[2], 0.0)):  # nn.Linear's own distribution, drawn from the generator; zeros
+        # nn.Linear's own distribution, drawn from the generator; zeros
+        for layer, bound in ((mlp[0], D**-0.5), (mlp[2], 0.0)):
             for p in layer.parameters():
                 p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
         virtual = Prefix(torch.randn(tokens, D, generator=generator).to(model.device), start, mlp)
@@ -139,8 +155,8 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
 
 
 def check(model, loading=False):
-    """ValueError where a model cannot take an adapter of this kind. A reward model is given none, but may have been made from a model
-    that has one."""
+    """ValueError where a model cannot take an adapter of this kind. A reward model is given none,
+    but may have been made from a model that has one."""
     if model.config.num_labels and not loading:
         raise ValueError("IA3, prompts and prefixes are for language models: this one has a scalar head")
     if parts(model):
@@ -187,7 +203,9 @@ def ia3_key(name: str) -> str:
 
 # ---------------------------------------------------------------- PEFT folders
 def save_adapter(model, path, base=None):
-    """Writes adapter_config.json and adapter_model.safetensors as PEFT does. base: the folder or hub name of the model."""
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT does. base: the folder or
+    hub name of the model.
+    """
     c, path, tensors = model.config, Path(path), state(model)
     if not tensors:
         raise ValueError(f"{path}: the model has no IA3, prompt or prefix to save")
@@ -202,7 +220,8 @@ def save_adapter(model, path, base=None):
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     write_json(path / "adapter_config.json", said)
-    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")  # safetensors makes it the owner's alone
+    # safetensors makes it the owner's alone
+    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")
 
 
 def task_type(model) -> str:
@@ -210,16 +229,20 @@ def task_type(model) -> str:
 
 
 def shape_of(c, kind: str) -> dict:
-    """What PEFT's config says of the model: a prefix token is as wide as the key/value heads, not as the hidden state."""
+    """What PEFT's config says of the model: a prefix token is as wide as the key/value heads, not
+    as the hidden state.
+    """
     heads = c.num_attention_heads if kind == "prompt" else c.num_key_value_heads
     size = c.hidden_size if kind == "prompt" else heads * c.head_dim
     return {"num_layers": c.num_hidden_layers, "num_attention_heads": heads, "token_dim": size, "num_transformer_submodules": 1}
 
 
 def load_adapter(model, path, trainable=True):
-    """Reads a PEFT folder into the model, which is frozen; the adapter too where not `trainable`. → the model
+    """Reads a PEFT folder into the model, which is frozen; the adapter too where not `trainable`. →
+    the model
 
-    FileNotFoundError or ValueError, before anything changes, where a file is missing, asks for what we lack, or is another model's.
+    FileNotFoundError or ValueError, before anything changes, where a file is missing, asks for what
+    we lack, or is another model's.
     """
     check(model, loading=True)
     path = Path(path)
@@ -238,14 +261,17 @@ def load_adapter(model, path, trainable=True):
     return model if trainable else model.requires_grad_(False)
 
 
-# What a config may say without changing what is computed here (a stored prefix is the keys and values, however they were made).
+# What a config may say without changing what is computed here (a stored prefix is the keys and
+# values, however they were made).
 SAID = "peft_type base_model_name_or_path revision peft_version auto_mapping inference_mode init_ia3_weights num_virtual_tokens"
 SAID += " init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
 SAID += " prefix_projection encoder_hidden_size"
 
 
 def read_config(path: Path, model) -> tuple[str, int]:
-    """adapter_config.json → the kind and the number of virtual tokens. Refuses by name whatever it asks for and we lack."""
+    """adapter_config.json → the kind and the number of virtual tokens. Refuses by name whatever it
+    asks for and we lack.
+    """
     where = path / "adapter_config.json"
     if not where.is_file():
         raise FileNotFoundError(f"{where} is missing: a PEFT folder (adapter_config.json, adapter_model.safetensors) was expected")

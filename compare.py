@@ -1,10 +1,12 @@
-"""Stage 2a: comparisons. The SFT model answers each prompt K times, and a labeller ranks the answers (Ouyang et al. 2022, section 3.2).
+"""Stage 2a: comparisons. The SFT model answers each prompt K times, and a labeller ranks the
+answers (Ouyang et al. 2022, section 3.2).
 
-The labeller is the embedded world's (noisy people, see data/world.py), or your own: --labeller FILE.py:function, called with
-(prompts: message lists, answers: strings), returns scores, the higher the better. A file of preference pairs is ranked already:
-it is only rewritten. reward.py reads what comes out as rankings, dpo.py as pairs. Beside its text each answer's ids are kept, as they were
-sampled (`ids`, and the hash of the `tokenizer` that they belong to), and whether it ended (`finished`): encoded again, an answer cut
-inside a character would be another one.
+The labeller is the embedded world's (noisy people, see data/world.py), or your own: --labeller
+FILE.py:function, called with (prompts: message lists, answers: strings), returns scores, the higher
+the better. A file of preference pairs is ranked already: it is only rewritten. reward.py reads what
+comes out as rankings, dpo.py as pairs. Beside its text each answer's ids are kept, as they were
+sampled (`ids`, and the hash of the `tokenizer` that they belong to), and whether it ended
+(`finished`): encoded again, an answer cut inside a character would be another one.
 """
 
 import json
@@ -16,7 +18,8 @@ from data import records, templates, world
 from model import generate, prompt_room
 from train import Run, load_function, main, opt, pick_device
 
-OWN = ("prompt", "responses", "ranks", "finished", "ids", "tokenizer")  # the fields that are written here
+# the fields that are written here
+OWN = ("prompt", "responses", "ranks", "finished", "ids", "tokenizer")
 LABELLERS = 10  # people who share the work, each prompt goes to one of them
 
 
@@ -52,7 +55,9 @@ def write_jsonl(path, rows):
 
 
 def prepare(o: Options, tok, room: int):
-    """The prompts of this run → [(record, ids)]; those that leave no room for an answer are dropped and counted."""
+    """The prompts of this run → [(record, ids)]; those that leave no room for an answer are dropped
+    and counted.
+    """
     found = records.conversations(o.data, "prompt")
     if o.labeller == "world" and not all(map(world.knows, found)):
         raise ValueError(f"{o.data}: --labeller world knows the embedded world's prompts only (with their `item`); give FILE.py:function")

@@ -1,6 +1,8 @@
-"""The short cut: preferences, no reward model, no RL. DPO (Rafailov et al. 2023), IPO (Azar et al. 2023), SimPO (Meng et al. 2024).
+"""The short cut: preferences, no reward model, no RL. DPO (Rafailov et al. 2023), IPO (Azar et al.
+2023), SimPO (Meng et al. 2024).
 
-PPO's optimum is known: π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x). Turned round, a policy *is* a reward model, and Z cancels in a pair:
+PPO's optimum is known: π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x). Turned round, a policy *is* a
+reward model, and Z cancels in a pair:
 
     r̂(x, y) = β (log π(y|x) - log π_ref(y|x))                         log π(y|x): the sum over the answer's tokens, end token included
     h        = (log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))
@@ -8,10 +10,12 @@ PPO's optimum is known: π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x). Turned rou
     IPO      (h - 1/(2β))²
     SimPO    -log σ(β (log π(y_w)/|y_w| - log π(y_l)/|y_l|) - γ)      means instead of sums, a margin γ, no reference
 
-What the log shows. At the first step DPO's loss is ln 2: policy and reference are the same. Then the margin grows, and often *both*
-log-probabilities fall, the chosen one's too: the loss sees only their difference, and what is taken from rejected answers
-need not go to the chosen one (it can go to answers in neither). That is no bug as long as held-out answers stay good; --nll W adds
-W times the chosen answer's negative log-likelihood per token, which holds it up (iterative RPO, Pang et al. 2024).
+What the log shows. At the first step DPO's loss is ln 2: policy and reference are the same. Then
+the margin grows, and often *both* log-probabilities fall, the chosen one's too: the loss sees only
+their difference, and what is taken from rejected answers need not go to the chosen one (it can go
+to answers in neither). That is no bug as long as held-out answers stay good; --nll W adds W times
+the chosen answer's negative log-likelihood per token, which holds it up (iterative RPO, Pang et al.
+2024).
 """
 
 import itertools
@@ -52,7 +56,8 @@ class Options(tuning.Tuning):
 
 
 def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, kind="dpo", label_smoothing=0.0):
-    """Losses, chosen rewards, rejected rewards, all (N,), from sums of log-probabilities (N,). The rewards are detached.
+    """Losses, chosen rewards, rejected rewards, all (N,), from sums of log-probabilities (N,). The
+    rewards are detached.
 
     kind "dpo" (label_smoothing > 0: cDPO) or "ipo" (on sums, as in its paper).
     """
@@ -73,8 +78,9 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
 
 
 def prepare(path, which, tok, length: int):
-    """Pairs of the training side, those of one prompt together: [(prompt ids, [answer ids], [(chosen, rejected) as places among them])].
-    So an answer that stands in several pairs is read once. Answers too long drop their pairs, counted."""
+    """Pairs of the training side, those of one prompt together: [(prompt ids, [answer ids],
+    [(chosen, rejected) as places among them])]. So an answer that stands in several pairs is read
+    once. Answers too long drop their pairs, counted."""
     train, held = records.split(records.pairs(path, which))
     groups, kept, empty = [], 0, 0
     for _, pairs in itertools.groupby(train, key=lambda r: r["prompt"]):
@@ -101,7 +107,8 @@ def answer_logps(model, groups, device):
 
 
 def places(groups, device):
-    """Where the pairs' chosen and rejected answers stand among all the groups' answers: (2, pairs)."""
+    """Where the pairs' chosen and rejected answers stand among all the groups' answers: (2, pairs).
+    """
     out, start = [], 0
     for _, answers, pairs in groups:
         out += [(start + w, start + l) for w, l in pairs]
@@ -111,7 +118,9 @@ def places(groups, device):
 
 @torch.no_grad()
 def reference_logps(model, groups, device, size: int):
-    """Of every answer once, before training changes the model, so that no second model is kept: a tensor a group."""
+    """Of every answer once, before training changes the model, so that no second model is kept: a
+    tensor a group.
+    """
     out, order = [None] * len(groups), sorted(range(len(groups)), key=lambda i: len(groups[i][0]))
     for at in range(0, len(order), size):
         some = order[at : at + size]
@@ -127,7 +136,8 @@ def dpo(o: Options):
     policy, tok = tuning.start(o, device)
     records.say_cut(o.length, policy.context)
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
-    data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)  # no reference for what will not be read
+    # no reference for what will not be read
+    data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)
     reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
     data = list(zip(data, reference, strict=True))
     peak = tuning.learning_rate(o, 2e-4)
@@ -140,7 +150,8 @@ def dpo(o: Options):
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
-        pairs = sum(len(pairs) for (_, _, pairs), _ in batch)  # of the whole step: the loss's denominator
+        # of the whole step: the loss's denominator
+        pairs = sum(len(pairs) for (_, _, pairs), _ in batch)
         figures, size = {}, -(-len(batch) // o.accumulate)
         for at in range(0, len(batch), size):
             groups, reference = zip(*batch[at : at + size], strict=True)

@@ -1,12 +1,14 @@
-"""How good a checkpoint is: gold score, win rates, KL to the reference; without a gold rater, held-out loss and preference accuracy.
+"""How good a checkpoint is: gold score, win rates, KL to the reference; without a gold rater,
+held-out loss and preference accuracy.
 
     python evals.py --out OUT        evaluates what it finds there: OUT/{sft,reward,ppo,dpo,simpo} and the base
 
-Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt, answer, finished, gold, right, reasons}
-a line. OUT/results.json has the figures; where a figure is a mean over prompts, FIGURE_ci is half the width of its 95 % interval.
-Two checkpoints are compared on the same prompts: the paired difference is what is noisy, not each score.
-One model at a time is in memory: of each stage its answers and their log-probabilities are kept, and the SFT model, from which KL is
-measured, is read once more after all stages.
+Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt,
+answer, finished, gold, right, reasons} a line. OUT/results.json has the figures; where a figure is
+a mean over prompts, FIGURE_ci is half the width of its 95 % interval. Two checkpoints are compared
+on the same prompts: the paired difference is what is noisy, not each score. One model at a time is
+in memory: of each stage its answers and their log-probabilities are kept, and the SFT model, from
+which KL is measured, is read once more after all stages.
 """
 
 import json
@@ -56,14 +58,18 @@ def bootstrap(xs, statistic=mean, rounds=1000, seed=0):
 
 
 def win_rate(ours, theirs):
-    """Scores on the same prompts → share won with ties counted half, and share won of the decided ones (None where all are ties)."""
+    """Scores on the same prompts → share won with ties counted half, and share won of the decided
+    ones (None where all are ties).
+    """
     points = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)]
     decided = [p for p in points if p != 0.5]
     return mean(points), mean(decided) if decided else None
 
 
 def pair_accuracy(scores, ranks) -> float:
-    """Share of the pairs that the scores put in the ranks' order, equal scores count half. (B,K) both; rank -1: absent, equal: no pair."""
+    """Share of the pairs that the scores put in the ranks' order, equal scores count half. (B,K)
+    both; rank -1: absent, equal: no pair.
+    """
     better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None] & (ranks >= 0)[:, None, :]
     margin = scores[:, :, None] - scores[:, None, :]
     won = (margin > 0).float() + 0.5 * (margin == 0).float()
@@ -72,7 +78,9 @@ def pair_accuracy(scores, ranks) -> float:
 
 # ---------------------------------------------------------------- answers and their gold score
 def answer(model, tok, prompts, o, temperature: float, seed: int):
-    """Message lists → [(text, ids, finished)] in their order; prompts of like length are answered together."""
+    """Message lists → [(text, ids, finished)] in their order; prompts of like length are answered
+    together.
+    """
     ends = templates.end_ids(tok, model.config)
     ids = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
     out = [None] * len(ids)
@@ -99,7 +107,9 @@ def rate(held, answers):
 
 @torch.no_grad()
 def token_logps(model, tok, held, answers, device, size=32):
-    """log p of each token of the answers, on the CPU: a tensor (rows, T) for each `size` of them, 0 off the answers."""
+    """log p of each token of the answers, on the CPU: a tensor (rows, T) for each `size` of them, 0
+    off the answers.
+    """
     out = []
     asked = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in held]
     for i in range(0, len(asked), size):
@@ -109,7 +119,9 @@ def token_logps(model, tok, held, answers, device, size=32):
 
 
 def kl(policy, reference):
-    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its log-ratio (k1); the token_logps of both."""
+    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its
+    log-ratio (k1); the token_logps of both.
+    """
     differences = [(p - r).sum(1).tolist() for p, r in zip(policy, reference, strict=True)]
     return finite([x for some in differences for x in some], "log-probabilities")
 
@@ -151,8 +163,8 @@ def kl_figures(kls):
 # ---------------------------------------------------------------- the reward model
 @torch.no_grad()
 def score_texts(model, tok, prompts, answers, sampled=None, size=64):
-    """Raw scores of answers (str) to prompts (message lists). sampled: the answers' own ids, where they were sampled: a cut one has no
-    end, and its last character may be half a one."""
+    """Raw scores of answers (str) to prompts (message lists). sampled: the answers' own ids, where
+    they were sampled: a cut one has no end, and its last character may be half a one."""
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
     for i in range(0, len(ids), size):
@@ -167,7 +179,9 @@ def with_ids(tok, prompts, answers, sampled=None):
 
 
 def fresh_answers(sft, tok, held, o, k=4):
-    """What reward_figures() scores: k answers of the SFT model to each held-out prompt, one after another."""
+    """What reward_figures() scores: k answers of the SFT model to each held-out prompt, one after
+    another.
+    """
     return answer(sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 7)
 
 
@@ -177,9 +191,10 @@ def average(x):
 
 
 def reward_figures(reward, tok, held, answers, o):
-    """The reward model on k fresh answers of the SFT model to each held-out prompt, pairs of equal gold left out, and labellers on
-    the same pairs; on those pairs where one is right, the other wrong and their manner alike (truth); and on demonstrations in the very
-    same words but for the answer (minimal pairs). → reward's entry in results.json"""
+    """The reward model on k fresh answers of the SFT model to each held-out prompt, pairs of equal
+    gold left out, and labellers on the same pairs; on those pairs where one is right, the other
+    wrong and their manner alike (truth); and on demonstrations in the very same words but for the
+    answer (minimal pairs). → reward's entry in results.json"""
     k = len(answers) // len(held)
     prompts, ids = [r["messages"] for r in held for _ in range(k)], [a[1] for a in answers]
     rows = [[answers[i * k + j] for j in range(k)] for i in range(len(held))]
@@ -208,14 +223,16 @@ def reward_figures(reward, tok, held, answers, o):
         "truth_accuracy": ratio(by_prompt), "truth_accuracy_ci": bootstrap(by_prompt, ratio), "truth_pairs": int(truth.sum()),
         "minimal_pairs_accuracy": mean(minimal), "minimal_pairs_accuracy_ci": bootstrap(minimal),
         "length_matched_accuracy": average(order(scores)[near & (order(ranks) < 0)] > 0),
-        "score_length_correlation": correlation if math.isfinite(correlation) else None,  # none where one of the two never differs
+        # none where one of the two never differs
+        "score_length_correlation": correlation if math.isfinite(correlation) else None,
         "swapped_prompts_accuracy": pair_accuracy(swapped, ranks), "pairs": int((order(ranks) < 0).sum()),
     }  # fmt: skip
 
 
 def truth_pairs(reward, tok, held, seed, asked=None):
-    """A right and a wrong answer to each item in the very same polite words: 1 where the right one scores higher, ½ for a tie.
-    asked: the prompts under which they are read, default the items' own."""
+    """A right and a wrong answer to each item in the very same polite words: 1 where the right one
+    scores higher, ½ for a tie. asked: the prompts under which they are read, default the items'
+    own."""
     asked, items = asked or [r["messages"] for r in held], [r["item"] for r in held]
     wrongs = [dict(item, answer=random.Random(f"{seed} {i}").choice(item["wrong"])) for i, item in enumerate(items)]
     said = [world.demonstrate(item, random.Random(f"{seed} {i}"), "polite")[0] for some in (items, wrongs) for i, item in enumerate(some)]
@@ -248,7 +265,9 @@ def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
 
 
 def hits(scores):
-    """Scores of the chosen answers and then of the rejected ones → for each pair 1 where the chosen one scores higher, ½ for a tie."""
+    """Scores of the chosen answers and then of the rejected ones → for each pair 1 where the chosen
+    one scores higher, ½ for a tie.
+    """
     half = len(scores) // 2
     return [(c > r) + 0.5 * (c == r) for c, r in zip(scores[:half], scores[half:], strict=True)]
 
@@ -260,7 +279,9 @@ def write_jsonl(path, rows):
 
 
 def write_results(path, results):
-    """{stage: {figure: value}} as JSON. ValueError, and the old file stays, where a figure is NaN or infinite."""
+    """{stage: {figure: value}} as JSON. ValueError, and the old file stays, where a figure is NaN
+    or infinite.
+    """
     for stage, figures in results.items():
         for name, value in figures.items() if isinstance(figures, dict) else ():
             if isinstance(value, float) and not math.isfinite(value):
@@ -287,7 +308,9 @@ def reward_place(o):
 
 
 def evaluate_world(o, held, device):
-    """The embedded world's prompts: gold score of every stage's answers, and what the reward model makes of them."""
+    """The embedded world's prompts: gold score of every stage's answers, and what the reward model
+    makes of them.
+    """
     results, sampled_sft, kept, places = {"perfect": world.PERFECT}, None, {}, found(o)
     for stage, path in places.items():
         lines, greedy, own = stage_answers(o, stage, path, held, device)
@@ -320,7 +343,9 @@ def evaluate_world(o, held, device):
 
 
 def stage_answers(o, stage, path, held, device):
-    """A stage's lines of its two answers files, and its sampled answers with their log-probabilities."""
+    """A stage's lines of its two answers files, and its sampled answers with their
+    log-probabilities.
+    """
     model, tok = read(o, stage, path, device)
     asked = [r["messages"] for r in held]
     sampled = answer(model, tok, asked, o, 1.0, o.seed)
@@ -330,8 +355,8 @@ def stage_answers(o, stage, path, held, device):
 
 
 def evaluate_records(o, conversations, device):
-    """Anyone's records: held-out loss a token of every stage, held-out preference accuracy of the reward model and of DPO's implicit
-    reward log π - log π_sft, and answers to read."""
+    """Anyone's records: held-out loss a token of every stage, held-out preference accuracy of the
+    reward model and of DPO's implicit reward log π - log π_sft, and answers to read."""
     results, reference, before = {}, None, None
     if o.prefs and not (Path(o.out) / "sft" / "config.json").exists():
         raise FileNotFoundError(f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward")
@@ -342,7 +367,8 @@ def evaluate_records(o, conversations, device):
         records.report(o.data, len(losses), {}, "held-out conversations")
         results[stage] = {"n": len(losses), "loss_per_token": ratio(losses), "loss_per_token_ci": bootstrap(losses, ratio)}
         before = before or losses
-        if len(before) == len(losses) and before is not losses:  # the first stage there is, as a rule the base; on the same tokens
+        # the first stage there is, as a rule the base; on the same tokens
+        if len(before) == len(losses) and before is not losses:
             change = [(a - b, n) for (a, n), (b, _) in zip(losses, before, strict=True)]
             results[stage] |= {"loss_change": ratio(change), "loss_change_ci": bootstrap(change, ratio)}
         if logps:
@@ -360,14 +386,18 @@ def evaluate_records(o, conversations, device):
 
 
 def in_pairs(tok, pairs):
-    """Preference pairs → (prompts, answers (str), their ids), the chosen ones and then the rejected ones."""
+    """Preference pairs → (prompts, answers (str), their ids), the chosen ones and then the rejected
+    ones.
+    """
     ids = [templates.ranked_ids(tok, p, (p["chosen"], p["rejected"]))[1] for p in pairs]
     texts = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
     return [p["prompt"] for p in pairs] * 2, texts, [c for c, _ in ids] + [r for _, r in ids]
 
 
 def stage_records(o, stage, path, held, pairs, device):
-    """A stage's held-out losses, its log-probabilities of the pairs' answers (of the base: none), and some answers to read."""
+    """A stage's held-out losses, its log-probabilities of the pairs' answers (of the base: none),
+    and some answers to read.
+    """
     model, tok = read(o, stage, path, device)
     losses, logps = held_out_losses(model, tok, held, device), []
     if pairs and stage != "base":

@@ -1,8 +1,9 @@
 """Hugging Face folders ↔ our weights: config.json, model.safetensors, the tokenizer's files.
 
-What is written here transformers, vLLM and llama.cpp's converter open as it is; what they write is read here when it is a
-Llama: `LlamaForCausalLM`, or `LlamaForSequenceClassification` with one label (the reward model, the critic). Whatever else
-a config asks for is refused by name, never ignored. Pickled weights are not read: they may run code.
+What is written here transformers, vLLM and llama.cpp's converter open as it is; what they write is
+read here when it is a Llama: `LlamaForCausalLM`, or `LlamaForSequenceClassification` with one label
+(the reward model, the critic). Whatever else a config asks for is refused by name, never ignored.
+Pickled weights are not read: they may run code.
 """
 
 import json
@@ -24,21 +25,26 @@ from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # no model has more; who asks for it has a damaged file
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What a config may say beside our own fields: a value that changes nothing here, or the model is another one.
+# What a config may say beside our own fields: a value that changes nothing here, or the model is
+# another one.
 HARMLESS = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "partial_rotary_factor": (1,)}
 HARMLESS |= dict.fromkeys(("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,)) | {"sliding_window": ()}
-# What a quantization_config must say; the rest of it (compute type, double quantisation, skipped layers) the tensors themselves show.
+# What a quantization_config must say; the rest of it (compute type, double quantisation, skipped
+# layers) the tensors themselves show.
 PACKED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
 
 
 def load(path, device="cpu", dtype=torch.float32, quant=None):
-    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype` on `device`. The virtual tokens of a
-    prompt or prefix in path/adapter are part of the model; another adapter there has been merged into the weights.
+    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype`
+    on `device`. The virtual tokens of a prompt or prefix in path/adapter are part of the model;
+    another adapter there has been merged into the weights.
 
-    quant="nf4": the blocks' linear layers in 4 bits, each quantised as it is read, so that the whole model is never there in `dtype`.
-    Those that bitsandbytes has quantised in the folder stay as they are.
+    quant="nf4": the blocks' linear layers in 4 bits, each quantised as it is read, so that the
+    whole model is never there in `dtype`. Those that bitsandbytes has quantised in the folder stay
+    as they are.
 
-    FileNotFoundError where something is missing, ValueError where it is there and cannot be used; one sentence each.
+    FileNotFoundError where something is missing, ValueError where it is there and cannot be used;
+    one sentence each.
     """
     path = Path(path)
     config = read_config(path)
@@ -64,14 +70,18 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
 
 
 def add_virtual(model, folder):
-    """Puts the prompt or prefix that lies beside the weights before the model: it was trained with them and means nothing without."""
+    """Puts the prompt or prefix that lies beside the weights before the model: it was trained with
+    them and means nothing without.
+    """
     file = folder / "adapter_config.json"
     if file.exists() and read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
         adapters.load_adapter(model, folder).requires_grad_(True)
 
 
 def language_model(path, device="cpu", dtype=torch.float32, quant=None):
-    """load() for a stage that goes on from a chat model: a reward model, or a folder without tokenizer, is a ValueError."""
+    """load() for a stage that goes on from a chat model: a reward model, or a folder without
+    tokenizer, is a ValueError.
+    """
     model, tokenizer = load(path, device, dtype, quant)
     expect_language_model(path, model, tokenizer)
     return model, tokenizer
@@ -85,7 +95,9 @@ def expect_language_model(path, model, tokenizer):
 
 
 def save(path, model, tokenizer=None, dtype=None):
-    """Writes the folder: weights in `dtype` (None: the embedding's), config, generation_config and the tokenizer's files."""
+    """Writes the folder: weights in `dtype` (None: the embedding's), config, generation_config and
+    the tokenizer's files.
+    """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
         raise ValueError(f"{path}: the model has adapters: lora.merge() takes them into the weights, lora.save_adapter() writes them alone")
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
@@ -94,15 +106,19 @@ def save(path, model, tokenizer=None, dtype=None):
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
     weights = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
-    weights = {k: v for k, v in weights.items() if not k.startswith("virtual.")}  # adapters.py's, in a folder of their own
+    # adapters.py's, in a folder of their own
+    weights = {k: v for k, v in weights.items() if not k.startswith("virtual.")}
     weights = {hub_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # as the stages sample; transformers' top_k is 50
+    # as the stages sample; transformers' top_k is 50
+    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     write_json(path / "generation_config.json", ids | whole)
-    shutil.copymode(path / "generation_config.json", path / "model.safetensors")  # safetensors makes it the owner's alone
+    # safetensors makes it the owner's alone
+    shutil.copymode(path / "generation_config.json", path / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save(path)
-        if model.config.num_labels:  # transformers pads with the tokenizer's token and looks for the config's
+        # transformers pads with the tokenizer's token and looks for the config's
+        if model.config.num_labels:
             pad = next(text for text, i in tokenizer.special.items() if i == ids["pad_token_id"])
             write_json(path / "tokenizer_config.json", read_json(path / "tokenizer_config.json") | {"pad_token": pad})
     write_json(path / "config.json", config_json(model.config, dtype) | ids)
@@ -116,7 +132,8 @@ def read_config(path: Path) -> Config:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(no_checkpoint(path))
     where, said = path / "config.json", read_json(path / "config.json")
-    said = {"model_type": None} | {k: v for k, v in said.items() if v is not None}  # null is the default, as in transformers
+    # null is the default, as in transformers
+    said = {"model_type": None} | {k: v for k, v in said.items() if v is not None}
     for key, allowed in HARMLESS.items():
         if key in said and said[key] not in allowed:
             known = f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
@@ -138,7 +155,9 @@ def read_config(path: Path) -> Config:
 
 
 def rope_theta(where: Path, said: dict) -> float:
-    """RoPE's base: rope_parameters' (transformers 5), else rope_theta. Scaled and partial RoPE are refused."""
+    """RoPE's base: rope_parameters' (transformers 5), else rope_theta. Scaled and partial RoPE are
+    refused.
+    """
     theta = said.get("rope_theta", 10000.0)
     for key in ("rope_parameters", "rope_scaling"):
         rope = said.get(key) or {}
@@ -151,7 +170,9 @@ def rope_theta(where: Path, said: dict) -> float:
 
 
 def labels(where: Path, said: dict) -> int:
-    """0 for a language model, 1 for a scalar head. transformers stores the number of labels as the length of id2label."""
+    """0 for a language model, 1 for a scalar head. transformers stores the number of labels as the
+    length of id2label.
+    """
     kinds = said.get("architectures") or [CAUSAL]
     if not isinstance(kinds, list) or not isinstance(kinds[0], str):
         raise ValueError(f"{where}: architectures is {json.dumps(kinds)}, a list of names was expected")
@@ -192,7 +213,9 @@ def checked(where: Path, c: Config) -> Config:
 
 
 def config_json(c: Config, dtype) -> dict:
-    """Config → config.json, read alike by transformers 4 and 5: each spelling that one of them needs."""
+    """Config → config.json, read alike by transformers 4 and 5: each spelling that one of them
+    needs.
+    """
     said = {f.name: getattr(c, f.name) for f in fields(Config) if f.name not in ("num_labels", "reward_mean", "reward_std")}
     said = {"architectures": [SCALAR if c.num_labels else CAUSAL], "model_type": "llama", "hidden_act": "silu"} | said
     said |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
@@ -204,13 +227,16 @@ def config_json(c: Config, dtype) -> dict:
 
 
 def token_ids(c: Config, tokenizer) -> dict:
-    """The ids of beginning, end and padding: the config's, else the tokenizer's. transformers takes a sequence's score at its
-    last token that is not padding: a reward model's padding must not be the end token, whose score is the one wanted."""
+    """The ids of beginning, end and padding: the config's, else the tokenizer's. transformers takes
+    a sequence's score at its last token that is not padding: a reward model's padding must not be
+    the end token, whose score is the one wanted."""
     special = tokenizer.special if tokenizer is not None else {}
     ids = {f"{k}_token_id": getattr(c, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     if tokenizer is not None:
         ids = {k: getattr(tokenizer, k.replace("token_", "")) if i is None else i for k, i in ids.items()}
-    if c.num_labels:  # what it scores are chats, whose end is the turn's, also where its base ended texts with another token
+    # what it scores are chats, whose end is the turn's, also where its base ended texts with
+    # another token
+    if c.num_labels:
         ids["eos_token_id"] = special.get("<|im_end|>", ids["eos_token_id"])
         ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
         inside = {special.get("<|im_start|>"), *ends}
@@ -230,9 +256,11 @@ def token_ids(c: Config, tokenizer) -> dict:
 
 
 def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
-    """The model's tensors, read one by one. Missing, unexpected and mis-shaped ones are refused before anything is used.
+    """The model's tensors, read one by one. Missing, unexpected and mis-shaped ones are refused
+    before anything is used.
 
-    A weight in 4 bits, the folder's or with `quant` made here, is the several tensors of bitsandbytes' state dict; Linear4bit checks them.
+    A weight in 4 bits, the folder's or with `quant` made here, is the several tensors of
+    bitsandbytes' state dict; Linear4bit checks them.
     """
     wanted = {hub_name(k): (k, tuple(v.shape)) for k, v in model.state_dict().items()}
     linears = {f"{name}.weight" for name in block_linears(model)}
@@ -242,10 +270,12 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
         try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
-                    owner = name[: name.find(".weight.") + 7] if ".weight." in name else name  # of .absmax and the like
+                    # of .absmax and the like
+                    owner = name[: name.find(".weight.") + 7] if ".weight." in name else name
                     key, expected = wanted.get(owner, (None, None))
                     if key is None or owner != name and key not in linears:
-                        extra += [name] if not name.endswith("rotary_emb.inv_freq") else []  # old folders: computed here
+                        # old folders: computed here
+                        extra += [name] if not name.endswith("rotary_emb.inv_freq") else []
                         continue
                     tensor = f.get_tensor(name)
                     if owner != name or tensor.dtype == torch.uint8 and key in linears:
@@ -264,7 +294,8 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                         kept = dtype
                         if key == "score.weight":  # one row: bf16 would only blur the scores
                             kept = torch.promote_types(dtype, torch.float32)
-                        weights[key] = tensor.to(device, kept, copy=True)  # a copy: the file's memory map is not kept
+                        # a copy: the file's memory map is not kept
+                        weights[key] = tensor.to(device, kept, copy=True)
         except SafetensorError as e:
             raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
     if tied:

@@ -1,11 +1,14 @@
-"""LoRA: a frozen linear layer learns a low-rank change beside it (Hu et al. 2021, equation 3), and PEFT's adapter folders.
+"""LoRA: a frozen linear layer learns a low-rank change beside it (Hu et al. 2021, equation 3), and
+PEFT's adapter folders.
 
     y = W x + s B A x        A (r,in), B (out,r);  s = α/r, or α/√r (rsLoRA: Kalajdzievski 2023)
 
-B starts at zero: a model with a fresh adapter is the model without it, bit for bit, and the first step moves B alone. A and B are
-float32 whatever W is: bf16, or four bits (QLoRA: Dettmers et al. 2023). Several adapters lie side by side on one model, use() says which
-one counts, and none of them is the bare base: DPO's and PPO's reference. share() makes further models over the same frozen weights.
-A layer that lacks the adapter in use is its base alone. Dropout follows train() and eval(), as everywhere in torch.
+B starts at zero: a model with a fresh adapter is the model without it, bit for bit, and the first
+step moves B alone. A and B are float32 whatever W is: bf16, or four bits (QLoRA: Dettmers et al.
+2023). Several adapters lie side by side on one model, use() says which one counts, and none of them
+is the bare base: DPO's and PPO's reference. share() makes further models over the same frozen
+weights. A layer that lacks the adapter in use is its base alone. Dropout follows train() and
+eval(), as everywhere in torch.
 """
 
 import difflib
@@ -21,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from files import hub_name, read_json, write_json
-from model import share as share  # lora.share: policy, reference, critic and reward model as adapters over one frozen base
+# lora.share: policy, reference, critic and reward model as adapters over one frozen base
+from model import share as share
 from model import wide
 
 GROUPS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
@@ -29,7 +33,9 @@ GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
 
 
 class LoRALinear(nn.Module):
-    """A linear layer (nn.Linear, or quantised) as `base`, and the adapters that lie on it by name; `active` is the one in use."""
+    """A linear layer (nn.Linear, or quantised) as `base`, and the adapters that lie on it by name;
+    `active` is the one in use.
+    """
 
     def __init__(self, base):
         super().__init__()
@@ -55,10 +61,12 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name="default", generator=None):
-    """Puts a fresh adapter on the linear layers that `targets` names, freezes everything else, and takes it into use → the model.
+    """Puts a fresh adapter on the linear layers that `targets` names, freezes everything else, and
+    takes it into use → the model.
 
-    targets: attention, mlp, all (both), lm_head, names of modules (q_proj, layers.0.mlp.up_proj), or several of these, as a list or with
-    commas. A scalar model's `score` head is trained whole beside the adapter. ValueError for an unknown target, with the nearest one.
+    targets: attention, mlp, all (both), lm_head, names of modules (q_proj, layers.0.mlp.up_proj),
+    or several of these, as a list or with commas. A scalar model's `score` head is trained whole
+    beside the adapter. ValueError for an unknown target, with the nearest one.
     """
     settings = checked("add_lora", dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora))
     words = targets.split(",") if isinstance(targets, str) else targets
@@ -81,8 +89,8 @@ def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name=
 
 
 def attach(model, name: str, settings: dict, tensors: dict, score=None, trainable=True):
-    """Puts an adapter's tensors {layer: (A, B)} on the layers and takes it into use → the model. score: the scalar head that goes with
-    it, by default the one that is there."""
+    """Puts an adapter's tensors {layer: (A, B)} on the layers and takes it into use → the model.
+    score: the scalar head that goes with it, by default the one that is there."""
     if "." in name or not name:
         raise ValueError(f"an adapter's name is {name!r}: one without a dot was expected")
     if name in adapters(model):
@@ -105,13 +113,17 @@ def attach(model, name: str, settings: dict, tensors: dict, score=None, trainabl
 
 
 def linears(model) -> dict:
-    """{name: layer} of the layers that an adapter may lie on: every linear but the scalar head, a wrapped one as its LoRALinear."""
+    """{name: layer} of the layers that an adapter may lie on: every linear but the scalar head, a
+    wrapped one as its LoRALinear.
+    """
     fits = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear)) or hasattr(m, "dequantize")}
     return {n: m for n, m in fits.items() if n != "score" and not n.endswith(".base")}
 
 
 def matches(layer: str, wanted) -> bool:
-    """Does PEFT mean this layer? A pattern matches the whole of transformers' name, a list holds that name or its last parts."""
+    """Does PEFT mean this layer? A pattern matches the whole of transformers' name, a list holds
+    that name or its last parts.
+    """
     layer = hub_name(layer)
     return bool(re.fullmatch(wanted, layer)) if isinstance(wanted, str) else any(("." + layer).endswith("." + w) for w in wanted)
 
@@ -122,7 +134,9 @@ def adapters(model) -> list[str]:
 
 
 def use(model, name: str | None):
-    """Takes an adapter into use; None: the bare base. (A scalar head is the model's own, whichever adapter is in use.)"""
+    """Takes an adapter into use; None: the bare base. (A scalar head is the model's own, whichever
+    adapter is in use.)
+    """
     if name is not None and name not in (there := adapters(model)):
         raise ValueError(f"the model has no adapter named {name}: it has {', '.join(there) or 'none'}")
     for m in model.modules():
@@ -144,10 +158,12 @@ def unmoved(model, before: dict) -> list[str]:
 
 @torch.no_grad()
 def merge(model):
-    """Takes the adapter in use into the weights, W + s B A in float32 and once rounded to W's dtype → the model, of plain linears.
+    """Takes the adapter in use into the weights, W + s B A in float32 and once rounded to W's dtype
+    → the model, of plain linears.
 
-    Quantised weights are dequantised first; other adapters are dropped. A tied head that has an adapter is untied. Prints the drift: how
-    far the logits over a fixed page of tokens are from those before. IA3's layers merge themselves.
+    Quantised weights are dequantised first; other adapters are dropped. A tied head that has an
+    adapter is untied. Prints the drift: how far the logits over a fixed page of tokens are from
+    those before. IA3's layers merge themselves.
 
     A GPU that trained a model in 4 bits may have no room for it in 16. So the layers are merged one
     by one on the host, each frees what it replaces, and for the drift each visits the GPU alone.
@@ -204,14 +220,17 @@ def visits(layer, device):
 
 # -- PEFT's folders: adapter_config.json and adapter_model.safetensors
 
-INITS = (True, False, "gaussian", "orthogonal", "eva")  # of A and B alone; PiSSA, OLoRA, LoftQ, CorDA change the base too
+# of A and B alone; PiSSA, OLoRA, LoftQ, CorDA change the base too
+INITS = (True, False, "gaussian", "orthogonal", "eva")
 HARMLESS = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "layers_pattern"}
-HARMLESS |= {"megatron_core", "qalora_group_size", "eva_config"}  # they say nothing unless another key does
+# they say nothing unless another key does
+HARMLESS |= {"megatron_core", "qalora_group_size", "eva_config"}
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save"}
 
 
 def save_adapter(model, path, base: str | None = None, name="default"):
-    """Writes an adapter as PEFT's folder; base: the name or folder of the model that it belongs to."""
+    """Writes an adapter as PEFT's folder; base: the name or folder of the model that it belongs to.
+    """
     layers = {n: m for n, m in linears(model).items() if isinstance(m, LoRALinear) and name in m.A}
     if not layers:
         raise ValueError(f"the model has no adapter named {name}: it has {', '.join(adapters(model)) or 'none'}")
@@ -219,7 +238,8 @@ def save_adapter(model, path, base: str | None = None, name="default"):
     tensors = {key(n, k): p[name] for n, m in layers.items() for k, p in (("lora_A", m.A), ("lora_B", m.B))}
     tensors |= {key("score"): model.score.weight} if scalar else {}
     targets = sorted({n.rpartition(".")[2] for n in layers})
-    if {n for n in linears(model) if matches(n, targets)} != layers.keys():  # the short names would mean more layers than these
+    # the short names would mean more layers than these
+    if {n for n in linears(model) if matches(n, targets)} != layers.keys():
         targets = [hub_name(n) for n in layers]
     said = {"peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": base}
     said |= next(iter(layers.values())).settings[name] | {"target_modules": targets, "modules_to_save": ["score"] if scalar else None}
@@ -227,14 +247,16 @@ def save_adapter(model, path, base: str | None = None, name="default"):
     path.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"})
     write_json(path / "adapter_config.json", said | {"rank_pattern": {}, "alpha_pattern": {}})
-    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")  # safetensors makes it the owner's alone
+    # safetensors makes it the owner's alone
+    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")
 
 
 def load_adapter(model, path, name="default", trainable=True):
     """Puts a PEFT folder's adapter on the model and takes it into use → the model.
 
-    trainable: everything else is frozen; otherwise the adapter is, and the rest stays as it was. FileNotFoundError where a file is
-    missing; ValueError, before anything changes, where the config asks for what we lack or the tensors are not this model's.
+    trainable: everything else is frozen; otherwise the adapter is, and the rest stays as it was.
+    FileNotFoundError where a file is missing; ValueError, before anything changes, where the config
+    asks for what we lack or the tensors are not this model's.
     """
     path = Path(path)
     said, chosen = read_config(path, model)
@@ -249,12 +271,16 @@ def load_adapter(model, path, name="default", trainable=True):
 
 
 def key(layer: str, part="") -> str:
-    """A tensor's name in PEFT's file: what it wraps is "base_model.model", then transformers' name of the layer."""
+    """A tensor's name in PEFT's file: what it wraps is "base_model.model", then transformers' name
+    of the layer.
+    """
     return "base_model.model." + hub_name(".".join(filter(None, (layer, part, "weight"))))
 
 
 def read_config(path: Path, model) -> tuple[dict, dict]:
-    """adapter_config.json → what it says, defaults filled in, and the layers that it means. Refuses by name what we lack."""
+    """adapter_config.json → what it says, defaults filled in, and the layers that it means. Refuses
+    by name what we lack.
+    """
     where = path / "adapter_config.json"
     if not where.is_file():
         raise FileNotFoundError(f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT writes")
@@ -268,7 +294,8 @@ def read_config(path: Path, model) -> tuple[dict, dict]:
             raise ValueError(f"{where}: {k} is {json.dumps(v)}, names or a pattern were expected")
     lacking = {k: v for k, v in said.items() if k not in HARMLESS | READ and v not in (False, "none", "", [], {})}
     lacking |= {"init_lora_weights": init} if (init := lacking.pop("init_lora_weights", True)) not in INITS else {}
-    heads = [m for m in heads if not (model.config.num_labels and m in ("score", "classifier"))]  # PEFT itself always adds "classifier"
+    # PEFT itself always adds "classifier"
+    heads = [m for m in heads if not (model.config.num_labels and m in ("score", "classifier"))]
     lacking |= {"modules_to_save": heads} if heads else {}
     for k, v in lacking.items():
         raise ValueError(f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model: plain LoRA is")
@@ -299,7 +326,9 @@ def checked(where, said: dict) -> dict:
 
 
 def read_tensors(file: Path, wanted: dict, model) -> dict:
-    """The tensors that are wanted, by name and shape, and no others. (PEFT writes an adapted head's base along: it must be ours.)"""
+    """The tensors that are wanted, by name and shape, and no others. (PEFT writes an adapted head's
+    base along: it must be ours.)
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: an adapter's weights were expected there, as PEFT's save_pretrained() writes them")
     try:
@@ -310,7 +339,8 @@ def read_tensors(file: Path, wanted: dict, model) -> dict:
     theirs = tensors.pop(key("lm_head", "base_layer"), None)
     if theirs is not None and key("lm_head", "lora_A") in wanted:
         head = getattr(model.lm_head, "base", model.lm_head).weight
-        if theirs.shape != head.shape or not torch.allclose(wide(theirs), wide(head).cpu(), rtol=0.01, atol=1e-3):  # but for 16 bits
+        # but for 16 bits
+        if theirs.shape != head.shape or not torch.allclose(wide(theirs), wide(head).cpu(), rtol=0.01, atol=1e-3):
             raise ValueError(f"{file}: its lm_head is not this model's: the adapter belongs to another model")
     for what, names in (("lacks", wanted.keys() - tensors), ("has, and its config does not ask for,", tensors.keys() - wanted)):
         if names:

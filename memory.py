@@ -6,8 +6,9 @@
     gradients        as the trained weights       4                  4                 4
     optimizer        Adam's two averages          8                  8                 8
 
-These are exact. What a forward pass keeps for the backward pass grows with the tokens, not with what is trained: it is estimated here by
-counting what autograd saves in each block of model.py (tests count it too), and then measured.
+These are exact. What a forward pass keeps for the backward pass grows with the tokens, not with
+what is trained: it is estimated here by counting what autograd saves in each block of model.py
+(tests count it too), and then measured.
 """
 
 import resource
@@ -40,14 +41,17 @@ SIZES = {
 
 # ---------------------------------------------------------------- exact
 def count(*models) -> dict:
-    """Bytes of the models' tensors as allocated, what they share once: {"frozen bfloat16": …, "trained": …, "gradients": …, …}.
+    """Bytes of the models' tensors as allocated, what they share once: {"frozen bfloat16": …,
+    "trained": …, "gradients": …, …}.
 
-    A gradient is as large as its parameter, AdamW's state twice that, and a step counter of 4 bytes for each.
+    A gradient is as large as its parameter, AdamW's state twice that, and a step counter of 4 bytes
+    for each.
     """
     rows, seen = {}, set()
     for t in (t for model in models for t in (*model.parameters(), *model.buffers())):
         storage = t.untyped_storage()
-        if storage._cdata in seen:  # the address of the storage itself: its data's is 0 for every tensor on the meta device
+        # the address of the storage itself: its data's is 0 for every tensor on the meta device
+        if storage._cdata in seen:
             continue
         seen.add(storage._cdata)
         kind = "trained" if t.requires_grad else _frozen(t.dtype)
@@ -74,7 +78,9 @@ def linears(c: Config) -> dict:
 
 
 def named(targets) -> set:
-    """Names of the layers that LoRA lies on. targets: keys of TARGETS, names of a block's linear layers, lm_head; a list or with commas."""
+    """Names of the layers that LoRA lies on. targets: keys of TARGETS, names of a block's linear
+    layers, lm_head; a list or with commas.
+    """
     words = targets.split(",") if isinstance(targets, str) else targets
     names = {name for word in words for name in TARGETS.get(word, [word])}
     if unknown := names - {*TARGETS["all"], "lm_head"}:
@@ -90,7 +96,9 @@ def adapted(c: Config, targets) -> list:
 
 
 def tensors(c: Config) -> list:
-    """(what, size) of every parameter of a Transformer(c); what: linear, a block's weight matrix, score or other."""
+    """(what, size) of every parameter of a Transformer(c); what: linear, a block's weight matrix,
+    score or other.
+    """
     D, sizes = c.hidden_size, linears(c)
     block = [("linear", i * o) for i, o in sizes.values()] + [("other", D)] * 2
     biased = TARGETS["attention"] * c.attention_bias + TARGETS["mlp"] * c.mlp_bias
@@ -104,13 +112,15 @@ def parameters(c: Config) -> int:
 
 
 def predict(c: Config, rank=0, targets="all", dtype=torch.float32, quant=None) -> dict:
-    """What count() gives, from the shape alone. rank 0: every parameter is trained, in float32; otherwise LoRA on `targets` (see adapted),
-    and a scalar head, over a base frozen in `dtype`, with quant="nf4" its blocks' matrices in 4 bits."""
+    """What count() gives, from the shape alone. rank 0: every parameter is trained, in float32;
+    otherwise LoRA on `targets` (see adapted), and a scalar head, over a base frozen in `dtype`,
+    with quant="nf4" its blocks' matrices in 4 bits."""
     if not rank:
         rows = {"trained": 4 * parameters(c)}
         _train(rows, rows["trained"], len(tensors(c)))
         return rows
-    rows, fresh = {}, [4 * rank * n for size in adapted(c, targets) for n in size]  # an A (r,in) and a B (out,r) each
+    # an A (r,in) and a B (out,r) each
+    rows, fresh = {}, [4 * rank * n for size in adapted(c, targets) for n in size]
     for what, n in tensors(c):
         if what == "score":
             fresh.append(4 * n)
@@ -124,7 +134,9 @@ def predict(c: Config, rank=0, targets="all", dtype=torch.float32, quant=None) -
 
 
 def nf4_bytes(n: int) -> dict:
-    """A weight of n numbers, double-quantised: 4 bits each, 8 for the scale of 64 numbers, 32 for the scale of 256 scales."""
+    """A weight of n numbers, double-quantised: 4 bits each, 8 for the scale of 64 numbers, 32 for
+    the scale of 256 scales.
+    """
     blocks = -(-n // 64)
     return {torch.uint8: -(-n // 2) + blocks, torch.float32: 4 * -(-blocks // 256)}
 
@@ -132,18 +144,23 @@ def nf4_bytes(n: int) -> dict:
 # ---------------------------------------------------------------- estimated
 def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtype=torch.float32, quant=None, autocast=False,
                 checkpointing=False, gpu=False) -> int:  # fmt: skip
-    """Bytes kept from a forward pass over `tokens` tokens in rows of `length` for its backward pass; the first four options as in predict.
+    """Bytes kept from a forward pass over `tokens` tokens in rows of `length` for its backward
+    pass; the first four options as in predict.
 
-    Per token and block, x bytes for a number of the residual stream and e for one of a matrix product (2 under autocast):
+    Per token and block, x bytes for a number of the residual stream and e for one of a matrix
+    product (2 under autocast):
         norm         its input in float32 and one scale; what it normalised too, where its weight is trained
-        projections  the input of a trained weight or of an adapter, once where several read the same tensor; under autocast from a
-                     float32 stream each makes its own bf16 copy. A frozen weight keeps no input. LoRA's A x: r numbers an adapter
+        projections  the input of a trained weight or of an adapter, once where several read the
+        same tensor; under autocast from a
+                     float32 stream each makes its own bf16 copy. A frozen weight keeps no input.
+                     LoRA's A x: r numbers an adapter
         attention    q, k, v, output, one logsumexp a head, never the probabilities; packed rows: a row of the mask as numbers. A GPU's
                      kernels get k and v repeated for every head
         SwiGLU       gate x, silu(gate x), up x; their product is down's input
-    Beside these, autocast keeps bf16 copies of float32 matrices. With checkpointing every block's input stays; besides, at the end of the
-    forward pass the copies of trained matrices, or in the backward pass one block's contents and copies with two gradients as wide as
-    its feed-forward. (The first block over a frozen embedding keeps less than said: nothing before it learns.)
+    Beside these, autocast keeps bf16 copies of float32 matrices. With checkpointing every block's
+    input stays; besides, at the end of the forward pass the copies of trained matrices, or in the
+    backward pass one block's contents and copies with two gradients as wide as its feed-forward.
+    (The first block over a frozen embedding keeps less than said: nothing before it learns.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
     Q, KV = H * c.head_dim, (H if gpu else c.num_key_value_heads) * c.head_dim
@@ -158,7 +175,8 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
     norm = 4 * D + 4 + (0 if rank else x * D)
     kept = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV + D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
     block = 2 * norm + e * (kept + rank * len(learns) + length) + 4 * H
-    rest = norm + e * D + 2 * 4 * c.head_dim + 8  # the last norm, the head's input, cos and sin, ids
+    # the last norm, the head's input, cos and sin, ids
+    rest = norm + e * D + 2 * 4 * c.head_dim + 8
 
     def copied(names, size):  # bf16 copies of a block's matrices
         return 2 * autocast * sum(size(*io) for name, io in linears(c).items() if name in names)
@@ -172,21 +190,26 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
 
 
 def logits(c: Config, targets: int) -> int:
-    """Bytes of the head's output over `targets` tokens at their peak, which is in the backward pass: the log-softmax, its gradient and the
-    logits' gradient, in float32. A scalar head has none."""
+    """Bytes of the head's output over `targets` tokens at their peak, which is in the backward
+    pass: the log-softmax, its gradient and the logits' gradient, in float32. A scalar head has
+    none."""
     return 0 if c.num_labels else 3 * 4 * targets * c.vocab_size
 
 
 # ---------------------------------------------------------------- measured, and shown
 def measured(device) -> int:
-    """The most bytes this process has held so far: on a GPU by the tensors, elsewhere by the whole process, libraries included."""
+    """The most bytes this process has held so far: on a GPU by the tensors, elsewhere by the whole
+    process, libraries included.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def table(rows: dict, c: Config | None = None) -> str:
-    """{what: bytes} as an aligned table with its sum; with a config the trained parameters' share of the model's."""
+    """{what: bytes} as an aligned table with its sum; with a config the trained parameters' share
+    of the model's.
+    """
     rows = rows | {"sum": sum(rows.values())}
     unit, name = (UNIT, "GB") if rows["sum"] >= UNIT else (2**20, "MB")
     lines = [f"{what:<{max(map(len, rows))}} {size / unit:>9,.2f} {name}" for what, size in rows.items()]
@@ -207,8 +230,9 @@ METHODS = {
 
 
 def need(c: Config, tokens=512, paged=False, **how) -> dict:
-    """Bytes on a GPU of a run that trains on one row of `tokens`, all of them targets, checkpointed, under bf16 autocast: {what: bytes}
-    of a training step or of the run's end, whichever is more."""
+    """Bytes on a GPU of a run that trains on one row of `tokens`, all of them targets,
+    checkpointed, under bf16 autocast: {what: bytes} of a training step or of the run's end,
+    whichever is more."""
     step, end = step_rows(c, tokens, paged, **how), end_rows(c, paged, **how)
     return max(step, end, key=lambda rows: sum(rows.values()))
 
@@ -216,7 +240,9 @@ def need(c: Config, tokens=512, paged=False, **how) -> dict:
 def held(c: Config, paged=False, **how) -> dict:
     """What stays from step to step on the GPU: predict(), of a paged optimizer three pages."""
     rows = predict(c, **how)
-    if paged:  # on the GPU are the page in use and the two that are next; a page is twice its parameter, which is at most an embedding
+    # on the GPU are the page in use and the two that are next; a page is twice its parameter, which
+    # is at most an embedding
+    if paged:
         largest = max(4 * how["rank"] * n for size in adapted(c, "all") for n in size) if how else max(4 * n for _, n in tensors(c))
         rows["optimizer"] = min(rows["optimizer"], 3 * 2 * largest)
     return rows
@@ -247,7 +273,9 @@ def end_rows(c: Config, paged=False, page=256, **how) -> dict:
 
 
 def fits(cards=(8, 16, 24, 48)) -> str:
-    """Two Markdown tables: the GB that each size needs by each method, and the largest size that each card holds, 1 GB left free."""
+    """Two Markdown tables: the GB that each size needs by each method, and the largest size that
+    each card holds, 1 GB left free.
+    """
     gb = {size: {how: sum(need(c, **options).values()) / UNIT for how, options in METHODS.items()} for size, c in SIZES.items()}
     head = [f"| {{}} | {' | '.join(METHODS)} |", "| --- |" + " ---: |" * len(METHODS)]
     lines = [head[0].format("GB"), head[1]]

@@ -1,13 +1,14 @@
-"""The transformer that every stage trains: a Llama-style decoder, its KV cache, sampling, and the three readings of it.
+"""The transformer that every stage trains: a Llama-style decoder, its KV cache, sampling, and the
+three readings of it.
 
     x = x + Attention(RMSNorm(x))          causal, rotary positions, grouped key/value heads
     x = x + SwiGLU(RMSNorm(x))             down(silu(gate x) * up x)
     logits = lm_head(RMSNorm(x))           or, with num_labels = 1, one score a token: score(RMSNorm(x))
 
-Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU),
-Ainslie et al. 2023 (GQA).
-Modules carry the names of transformers' LlamaModel, so a checkpoint's tensors need no renaming.
-Tensors are batch first: B rows, T tokens, D hidden, V vocabulary. Masks are bool, True on what counts.
+Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm),
+Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA). Modules carry the names of transformers'
+LlamaModel, so a checkpoint's tensors need no renaming. Tensors are batch first: B rows, T tokens, D
+hidden, V vocabulary. Masks are bool, True on what counts.
 """
 
 import copy
@@ -40,12 +41,15 @@ class Config:
     eos_token_id: int | list | None = None  # a list where the hub's config names several
     pad_token_id: int | None = None
     num_labels: int = 0  # 0: a language model; 1: a reward model or critic, one score a token
-    reward_mean: float = 0.0  # of the scores of reference answers: PPO works with (score - mean) / std
+    # of the scores of reference answers: PPO works with (score - mean) / std
+    reward_mean: float = 0.0
     reward_std: float = 1.0
 
 
 def wide(x):
-    """x in float32 at least: what must not be rounded to bf16 (float64 stays, for finite differences)."""
+    """x in float32 at least: what must not be rounded to bf16 (float64 stays, for finite
+    differences).
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -76,7 +80,9 @@ class ScalarHead(nn.Linear):
 
 
 def rope_angles(positions, head_dim: int, theta: float):
-    """Angles of the rotary embedding: positions (B,T) → cos, sin (B,1,T,head_dim), each half the same head_dim/2 frequencies."""
+    """Angles of the rotary embedding: positions (B,T) → cos, sin (B,1,T,head_dim), each half the
+    same head_dim/2 frequencies.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = positions[:, None, :, None].float() * frequency
     angle = torch.cat((angle, angle), -1)
@@ -108,7 +114,8 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         if past is not None:  # virtual tokens, before every row's own
             k, v = (torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2) for old, new in zip(past[layer], (k, v), strict=True))
-        native = x.device.type == "cpu"  # a GPU's fast kernels with a mask want the key/value heads repeated
+        # a GPU's fast kernels with a mask want the key/value heads repeated
+        native = x.device.type == "cpu"
         if not native:  # query head h reads key/value head h // groups
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=native)
@@ -140,7 +147,9 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens read so far, (rows, kv_heads, room, head_dim) a layer, and which columns are real tokens."""
+    """Keys and values of the tokens read so far, (rows, kv_heads, room, head_dim) a layer, and
+    which columns are real tokens.
+    """
 
     def __init__(self, model, rows: int, room: int):
         c, like = model.config, model.embed_tokens.weight
@@ -150,8 +159,9 @@ class Cache:
         self.length, self.place, self.past = 0, None, None
 
     def append(self, layer: int, k, v):
-        """Stores a layer's new keys and values behind the old ones and returns both; of packed rows (place: from where, to where)
-        each where it belongs, and returns the new ones, which see only themselves."""
+        """Stores a layer's new keys and values behind the old ones and returns both; of packed rows
+        (place: from where, to where) each where it belongs, and returns the new ones, which see
+        only themselves."""
         if self.place:
             (packed, at), (row, column) = self.place
             for store, fresh in zip(self.kv[layer], (k, v), strict=True):
@@ -163,7 +173,8 @@ class Cache:
         return tuple(store[:, :, :end] for store in self.kv[layer])
 
     def keep(self, rows):
-        """Drops every row but these (bool or index): an answer that has ended costs nothing more."""
+        """Drops every row but these (bool or index): an answer that has ended costs nothing more.
+        """
         self.kv = [(k[rows], v[rows]) for k, v in self.kv]
         self.mask = self.mask[rows]
 
@@ -174,9 +185,14 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.virtual = None  # prompt or prefix tuning (adapters.py): a module that gives each layer `tokens` keys and values to begin with
-        self.spare = None  # ids without a token, of a vocabulary that was padded (hub.load): they are never sampled
-        self.checkpointing = False  # keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016)
+        # prompt or prefix tuning (adapters.py): a module that gives each layer `tokens` keys and
+        # values to begin with
+        self.virtual = None
+        # ids without a token, of a vocabulary that was padded (hub.load): they are never sampled
+        self.spare = None
+        # keep only each block's input for the backward pass and compute the rest again (Chen et al.
+        # 2016)
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -199,15 +215,17 @@ class Transformer(nn.Module):
     def hidden(self, tokens, mask=None, segments=None, cache=None, layout=None):
         """Hidden states after the last norm.
 
-        tokens (B,T); mask (B,T): real tokens, padding on either side or none; segments (B,T): which packed example a token
-        belongs to, -1 on padding: a token sees its own example only and positions count from its start; cache: the past;
-        layout: positions (B,T) and who sees whom (B,1,T,T) themselves. → (B,T,D)
+        tokens (B,T); mask (B,T): real tokens, padding on either side or none; segments (B,T): which
+        packed example a token belongs to, -1 on padding: a token sees its own example only and
+        positions count from its start; cache: the past; layout: positions (B,T) and who sees whom
+        (B,1,T,T) themselves. → (B,T,D)
         """
         if segments is not None:
             layout = _packed(segments)
         positions, allowed = layout or _padded(tokens, mask, cache)
         past = None
-        if self.virtual is not None:  # a past that all rows share: everyone sees it, positions go on from it
+        # a past that all rows share: everyone sees it, positions go on from it
+        if self.virtual is not None:
             past = cache.past if cache is not None and cache.past else self.virtual.past(self)
             if allowed is None:
                 allowed = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
@@ -218,7 +236,9 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def blocks(self, x, positions, allowed=None, cache=None, past=None):
-        """The layers alone, on embeddings x (B,T,D). past: a pair of keys and values (1,kv_heads,P,head_dim) a layer → (B,T,D)."""
+        """The layers alone, on embeddings x (B,T,D). past: a pair of keys and values
+        (1,kv_heads,P,head_dim) a layer → (B,T,D).
+        """
         cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, layer in enumerate(self.layers):
@@ -233,9 +253,12 @@ class Transformer(nn.Module):
 
 
 def _padded(tokens, mask, cache):
-    """Positions (B,T) and who sees whom (B,1,T,S; None: everyone before) for rows padded on the left or right."""
+    """Positions (B,T) and who sees whom (B,1,T,S; None: everyone before) for rows padded on the
+    left or right.
+    """
     B, T = tokens.shape
-    if cache is None and (mask is None or bool(mask[:, 0].all())):  # right padding: no real token sees it, causality is enough
+    # right padding: no real token sees it, causality is enough
+    if cache is None and (mask is None or bool(mask[:, 0].all())):
         return torch.arange(T, device=tokens.device).expand(B, T), None
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -249,11 +272,14 @@ def _padded(tokens, mask, cache):
         return positions, mask[:, None, None]
     here = torch.arange(mask.shape[1], device=tokens.device)
     before, itself = here <= here[start:, None], here == here[start:, None]
-    return positions, (before & mask[:, None, None] | itself)  # padding sees itself, or its softmax would be 0/0
+    # padding sees itself, or its softmax would be 0/0
+    return positions, (before & mask[:, None, None] | itself)
 
 
 def _packed(segments):
-    """The same for packed rows: block-diagonal and causal, positions counted from each example's first token."""
+    """The same for packed rows: block-diagonal and causal, positions counted from each example's
+    first token.
+    """
     here = torch.arange(segments.shape[1], device=segments.device)
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -262,7 +288,9 @@ def _packed(segments):
 
 
 def init_weights(model: Transformer, generator: torch.Generator):
-    """Normal 0.02 everywhere; the projections that write into the residual stream smaller by sqrt(2 L) (GPT-2)."""
+    """Normal 0.02 everywhere; the projections that write into the residual stream smaller by sqrt(2
+    L) (GPT-2).
+    """
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -270,14 +298,16 @@ def init_weights(model: Transformer, generator: torch.Generator):
 
 
 def share(model: Transformer) -> Transformer:
-    """A copy of the model whose frozen tensors (parameters without gradient, buffers) are the very same, only trained ones are copied."""
+    """A copy of the model whose frozen tensors (parameters without gradient, buffers) are the very
+    same, only trained ones are copied.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
     return copy.deepcopy(model, {id(t): t for t in frozen})
 
 
 def scalar_model(model: Transformer, generator: torch.Generator | None = None) -> Transformer:
-    """A share() of the model whose language-model head is replaced by a scalar one, trained, in float32, started from N(0, 1/(D+1))
-    (Stiennon et al. 2020)."""
+    """A share() of the model whose language-model head is replaced by a scalar one, trained, in
+    float32, started from N(0, 1/(D+1)) (Stiennon et al. 2020)."""
     new = share(model)
     del new.lm_head
     new.config.num_labels, new.config.tie_word_embeddings = 1, False
@@ -288,7 +318,9 @@ def scalar_model(model: Transformer, generator: torch.Generator | None = None) -
 
 
 def pad(rows, fill=0, left=False, device="cpu"):
-    """Ragged lists of ids → tokens (B,T) and mask (B,T), padded on one side with `fill` (its value never matters)."""
+    """Ragged lists of ids → tokens (B,T) and mask (B,T), padded on one side with `fill` (its value
+    never matters).
+    """
     width = max(map(len, rows))
     tokens = torch.full((len(rows), width), fill)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -299,14 +331,18 @@ def pad(rows, fill=0, left=False, device="cpu"):
 
 
 def join(prompts, answers, device="cpu"):
-    """Ids of prompts and of their answers → tokens (B,T), mask (B,T) on both, where (B,T) on the answers alone; padded on the right."""
+    """Ids of prompts and of their answers → tokens (B,T), mask (B,T) on both, where (B,T) on the
+    answers alone; padded on the right.
+    """
     tokens, mask = pad([[*p, *a] for p, a in zip(prompts, answers, strict=True)], device=device)
     start = torch.tensor([len(p) for p in prompts], device=device)
     return tokens, mask, mask & (torch.arange(tokens.shape[1], device=device) >= start[:, None])
 
 
 def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
-    """Where each example goes when packed into rows of `width`: (row, column of its first token); the longest are placed first."""
+    """Where each example goes when packed into rows of `width`: (row, column of its first token);
+    the longest are placed first.
+    """
     used, place = [], [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, u in enumerate(used) if u + lengths[i] <= width), len(used))
@@ -317,34 +353,43 @@ def first_fit(lengths: list[int], width: int) -> list[tuple[int, int]]:
     return place
 
 
-GROUP = 16  # answers to one prompt that are laid end to end: what they cost in attention grows with the square of their number
+# answers to one prompt that are laid end to end: what they cost in attention grows with the square
+# of their number
+GROUP = 16
 
 
 def dense_hidden(model, tokens, mask, where=None, cache=None):
-    """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, with nothing computed twice or for nothing (B,T,D).
+    """What model.hidden(tokens, mask) gives on the real tokens, and 0 on padding, with nothing
+    computed twice or for nothing (B,T,D).
 
-    The rows' real tokens are laid end to end in fewer, fuller rows. A row that begins like the one before it (all up to its first
-    token in `where`; without `where`, the whole row) reads that beginning there: K answers to a prompt cost one prompt. Each token
-    sees its own row's tokens alone. An empty cache is filled.
+    The rows' real tokens are laid end to end in fewer, fuller rows. A row that begins like the one
+    before it (all up to its first token in `where`; without `where`, the whole row) reads that
+    beginning there: K answers to a prompt cost one prompt. Each token sees its own row's tokens
+    alone. An empty cache is filled.
     """
     lead = mask if where is None else mask & (where.cumsum(1) == 0)
     alike = (lead[1:] == lead[:-1]).all(1) & ((tokens[1:] == tokens[:-1]) | ~lead[1:]).all(1)
-    new = F.pad(~alike, (1, 0), value=True)  # (B,) rows that begin a group, in which the others read their beginning
+    # (B,) rows that begin a group, in which the others read their beginning
+    new = F.pad(~alike, (1, 0), value=True)
     count = torch.arange(len(new), device=new.device)
     new |= (count - torch.where(new, count, 0).cummax(0).values) % GROUP == 0
     group, leader = new.long().cumsum(0) - 1, new.nonzero().squeeze(1)
     keep = mask & (~lead | new[:, None])
     lengths = torch.zeros_like(leader).index_add(0, group, keep.sum(1))
-    width = max(1, min(128, int(lengths.sum())), int(lengths.max()))  # short rows keep the attention matrix small
-    place = torch.tensor(first_fit(lengths.tolist(), width), device=tokens.device)[group]  # (B,2): row and column of its group
-    nth = keep.flatten().cumsum(0).view_as(keep) - 1 - (lengths.cumsum(0) - lengths)[group, None]  # a kept token's place in its group
+    # short rows keep the attention matrix small
+    width = max(1, min(128, int(lengths.sum())), int(lengths.max()))
+    # (B,2): row and column of its group
+    place = torch.tensor(first_fit(lengths.tolist(), width), device=tokens.device)[group]
+    # a kept token's place in its group
+    nth = keep.flatten().cumsum(0).view_as(keep) - 1 - (lengths.cumsum(0) - lengths)[group, None]
     column = place[:, 1:] + torch.where(lead, nth[leader[group]], nth)
     at = place[:, :1].expand_as(column)[mask], column[mask]
     packed = tokens.new_zeros(int(place[:, 0].max()) + 1, width)
     positions, own, begins = torch.zeros_like(packed), torch.full_like(packed, -1), torch.full_like(packed, -1)
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     packed[at], positions[at] = tokens[mask], (mask.long().cumsum(1) - 1)[mask]
-    own[at] = torch.where(lead, len(tokens) + group[:, None], rows)[mask]  # a name for each row's own tokens and each beginning
+    # a name for each row's own tokens and each beginning
+    own[at] = torch.where(lead, len(tokens) + group[:, None], rows)[mask]
     begins[at] = (len(tokens) + group[:, None]).expand_as(tokens)[mask]
     here = torch.arange(width, device=tokens.device)
     allowed = ((own[:, :, None] == own[:, None]) | (begins[:, :, None] == own[:, None])) & (here <= here[:, None])
@@ -353,13 +398,17 @@ def dense_hidden(model, tokens, mask, where=None, cache=None):
     h = model.hidden(packed, cache=cache, layout=(positions, allowed[:, None]))
     if cache is not None:
         cache.place, cache.length = None, tokens.shape[1]
-    found = F.embedding(at[0] * width + at[1], h.flatten(0, 1))  # h[at], whose gradient sums shared beginnings in a fixed order
+    # h[at], whose gradient sums shared beginnings in a fixed order
+    found = F.embedding(at[0] * width + at[1], h.flatten(0, 1))
     return h.new_zeros(*tokens.shape, h.shape[-1]).index_put(mask.nonzero(as_tuple=True), found)
 
 
 def logprobs(model, tokens, mask, where, temperature: float = 1.0):
-    """log p(token t | tokens before t) where `where`, exactly 0 elsewhere; all (B,T). The head runs on the wanted rows only."""
-    row, column = where[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
+    """log p(token t | tokens before t) where `where`, exactly 0 elsewhere; all (B,T). The head runs
+    on the wanted rows only.
+    """
+    # the token at column + 1 is predicted from column
+    row, column = where[:, 1:].nonzero(as_tuple=True)
     target = tokens[row, column + 1]
     logits = wide(model.lm_head(dense_hidden(model, tokens, mask, where)[row, column])) / temperature
     values = -F.cross_entropy(logits, target, reduction="none")
@@ -367,7 +416,9 @@ def logprobs(model, tokens, mask, where, temperature: float = 1.0):
 
 
 def scores(model, tokens, mask, where=None):
-    """A scalar model's score at every real token, 0 on padding (B,T). where: the answers, so that their prompts are read once."""
+    """A scalar model's score at every real token, 0 on padding (B,T). where: the answers, so that
+    their prompts are read once.
+    """
     return model.score(dense_hidden(model, tokens, mask, where)) * mask
 
 
@@ -378,8 +429,9 @@ def last_score(model, tokens, mask, where=None):
 
 
 def sample(logits, temperature: float, top_p: float, uniform):
-    """One token id a row. logits (B,V), uniform (B,) in [0,1): temperature 0 takes the likeliest; else the inverse of the
-    cumulative distribution at `uniform`, cut to the smallest set of tokens that holds top_p (Holtzman et al. 2020)."""
+    """One token id a row. logits (B,V), uniform (B,) in [0,1): temperature 0 takes the likeliest;
+    else the inverse of the cumulative distribution at `uniform`, cut to the smallest set of tokens
+    that holds top_p (Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax(logits.float() / temperature, -1)
@@ -400,7 +452,8 @@ def prompt_room(model, max_new_tokens: int) -> int:
 
 @torch.no_grad()
 def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0):
-    """Yields (rows, ids) a step: the next token of every answer that has not ended. Prompts are ragged lists of ids.
+    """Yields (rows, ids) a step: the next token of every answer that has not ended. Prompts are
+    ragged lists of ids.
 
     eos_id: the id that ends an answer, or several; None: none does. Each answer draws its own
     uniforms, fixed by seed, row and step: what one row says does not depend on when others end.
@@ -425,7 +478,8 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
             logits = logits.index_fill(1, model.spare, -torch.inf)
         ids = sample(logits, temperature, top_p, uniform[step, rows])
         going = (ids[:, None] != ends).all(1)
-        finite, all_going = torch.stack((finite, going.all())).tolist()  # together: on a GPU each question is a wait
+        # together: on a GPU each question is a wait
+        finite, all_going = torch.stack((finite, going.all())).tolist()
         if not finite:
             raise ValueError(
                 f"generate: the logits of an answer's token {step + 1} are NaN or infinite: the model's"
@@ -440,7 +494,9 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
 
 
 def generate(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0) -> list[list[int]]:
-    """The answers' ids, with the end token where it was reached. Arguments and errors as in `decode`."""
+    """The answers' ids, with the end token where it was reached. Arguments and errors as in
+    `decode`.
+    """
     out = torch.full((len(prompts), max_new_tokens), -1, device=model.device)
     for step, (rows, ids) in enumerate(decode(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed)):
         out[rows, step] = ids

@@ -1,9 +1,10 @@
-"""Stage 3: PPO with a KL penalty. The policy answers, the reward model scores, the policy moves (Ouyang et al. 2022, eq. 2).
+"""Stage 3: PPO with a KL penalty. The policy answers, the reward model scores, the policy moves
+(Ouyang et al. 2022, eq. 2).
 
     maximise  E[ r(x, y) - β KL(π(·|x) ‖ π_ref(·|x)) ]        π starts as the SFT model, π_ref stays it, r is frozen
 
-Four networks: policy, reference, reward model, and a critic V that starts from the reward model. An answer is an episode, a token
-an action. Each iteration:
+Four networks: policy, reference, reward model, and a critic V that starts from the reward model. An
+answer is an episode, a token an action. Each iteration:
 
     1. rollout   answers y ~ π(·|x), sampled at `temperature` without top-k or top-p: else they would not be π's
     2. reward    r_t = -β (log π(y_t) - log π_ref(y_t)),  and r(x, y) on the last token: the end token is an action as any other.
@@ -14,11 +15,13 @@ an action. Each iteration:
     4. update    L = E[max(-A ρ, -A clip(ρ, 1±ε))],  ρ = π/π_old             (Schulman et al. 2017, eq. 7), and the critic towards R_t
     5. β         adaptive with --target-kl: up when KL is above it, down when below (Ziegler et al. 2019, section 2.2)
 
-What the log should look like. Working: reward and gold rise together and flatten; kl rises quickly, then slowly, to a few nats an answer;
-entropy falls slowly; clip_fraction stays under 0.2, ratio_error (before the first update) at rounding; explained_variance climbs;
-length changes little, finished stays near 1. Hacked: reward climbs on while gold turns down, kl grows without end, answers become alike
-(entropy near 0) or long or of one phrase. Then raise --kl, lower --lr, or stop earlier: the reward model is right only near the
-answers that it was trained on. Broken: reward does not move, kl or ratio_error are not 0 at the start, explained_variance stays under 0.
+What the log should look like. Working: reward and gold rise together and flatten; kl rises quickly,
+then slowly, to a few nats an answer; entropy falls slowly; clip_fraction stays under 0.2,
+ratio_error (before the first update) at rounding; explained_variance climbs; length changes little,
+finished stays near 1. Hacked: reward climbs on while gold turns down, kl grows without end, answers
+become alike (entropy near 0) or long or of one phrase. Then raise --kl, lower --lr, or stop
+earlier: the reward model is right only near the answers that it was trained on. Broken: reward does
+not move, kl or ratio_error are not 0 at the start, explained_variance stays under 0.
 """
 
 import json
@@ -76,7 +79,9 @@ def masked_mean(x, mask):
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """Advantages and returns, exactly 0 off the mask. The mask is one run of tokens a row; V is 0 after its last."""
+    """Advantages and returns, exactly 0 off the mask. The mask is one run of tokens a row; V is 0
+    after its last.
+    """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages, after, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
@@ -87,7 +92,9 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the mask, var biased; shift_mean=False keeps the mean. 0 off the mask."""
+    """(x - mean) / sqrt(var + 1e-8) over the mask, var biased; shift_mean=False keeps the mean. 0
+    off the mask.
+    """
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0.0)
@@ -101,15 +108,18 @@ def policy_loss(logp, old_logp, advantages, mask, clip: float):
 
 
 def value_loss(values, old_values, returns, mask, clip: float):
-    """½ the worse of the squared errors of V and of V held within ±clip of its old self, a mean over the mask."""
+    """½ the worse of the squared errors of V and of V held within ±clip of its old self, a mean
+    over the mask.
+    """
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
 
 def kl_estimates(old, ref, mask):
-    """Two unbiased estimates of KL(π‖π_ref) from π's own samples, summed over an answer, mean over answers (Schulman 2020):
-    k1 = d, which can be negative, and k3 = e^-d - 1 + d, which cannot; d = log π - log π_ref."""
+    """Two unbiased estimates of KL(π‖π_ref) from π's own samples, summed over an answer, mean over
+    answers (Schulman 2020): k1 = d, which can be negative, and k3 = e^-d - 1 + d, which cannot; d =
+    log π - log π_ref."""
     d = torch.where(mask, old - ref, 0.0)
     return d.sum(1).mean(), (torch.expm1(-d) + d).sum(1).mean()
 
@@ -151,9 +161,9 @@ def explained_variance(values, returns, mask):
 
 # ---------------------------------------------------------------- what the loop needs
 def load_reward(o, reference, tok, device):
-    """--reward, a folder or FILE.py:function → (a function that scores answers, the model or None), the folder's scores in its own
-    standard deviations from its reference answers. It is called with tokens, mask, prompts, answers
-    and records; a folder reads the first two."""
+    """--reward, a folder or FILE.py:function → (a function that scores answers, the model or None),
+    the folder's scores in its own standard deviations from its reference answers. It is called with
+    tokens, mask, prompts, answers and records; a folder reads the first two."""
     spec = o.reward
     if is_function(spec):
         judge = load_function(spec)
@@ -180,7 +190,9 @@ def vocabulary(tok) -> dict:
 
 
 def values_of(critic, tokens, real):
-    """V before each token (B,T): read from the hidden state at the token before it, in the reward's own standard deviations."""
+    """V before each token (B,T): read from the hidden state at the token before it, in the reward's
+    own standard deviations.
+    """
     read = (scores(critic, tokens, real) - critic.config.reward_mean) / critic.config.reward_std
     return F.pad(read[:, :-1], (1, 0))
 
@@ -206,7 +218,8 @@ def ppo(o: Options):
     device = pick_device(o.device)
     run = Run(o, __file__, [*tuning.inputs(o), o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward, o.data])
     policy, tok = tuning.start(o, device)
-    reference = share(policy).requires_grad_(False)  # a copy of what is trained; what is frozen is in memory once
+    # a copy of what is trained; what is frozen is in memory once
+    reference = share(policy).requires_grad_(False)
     judge, reward_model = load_reward(o, reference, tok, device)
     critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ

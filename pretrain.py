@@ -1,10 +1,12 @@
-"""Stage 0: the base model. Next-token prediction on the embedded corpus, from nothing (Radford et al. 2019).
+"""Stage 0: the base model. Next-token prediction on the embedded corpus, from nothing (Radford et
+al. 2019).
 
     loss = -mean log p(token t | tokens before t)
 
-The repository ships what this script made (data/base); `make base` makes it again. Matrices are trained by Muon (Jordan et al. 2024),
-which steps along the orthogonalised momentum; embeddings and norms by AdamW. The learning rate stands still, then falls on a long
-line, and in that fall the corpus leans to copying and arithmetic, which a small model learns last.
+The repository ships what this script made (data/base); `make base` makes it again. Matrices are
+trained by Muon (Jordan et al. 2024), which steps along the orthogonalised momentum; embeddings and
+norms by AdamW. The learning rate stands still, then falls on a long line, and in that fall the
+corpus leans to copying and arithmetic, which a small model learns last.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ from model import Config, Transformer, init_weights
 from train import Run, autocast, main, opt, pick_device, set_lr
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CORPUS, CHARACTERS = "the corpus's first 3,000,000 characters", 3_000_000  # the tokenizer learns from them
+# the tokenizer learns from them
+CORPUS, CHARACTERS = "the corpus's first 3,000,000 characters", 3_000_000
 
 
 @dataclass
@@ -39,7 +42,9 @@ class Options:
 
 
 def documents(seed: int, steps: int, decay: float, tokens_a_step: int):
-    """The corpus for the whole run: (text) without end, its mix leaning to the decay's after the first steps."""
+    """The corpus for the whole run: (text) without end, its mix leaning to the decay's after the
+    first steps.
+    """
     part = 0
     while True:
         phase = "main" if part * 100 < steps * (1 - decay) else "decay"
@@ -53,7 +58,9 @@ def corpus_hash(texts) -> str:
 
 
 def rows(texts, tok, context: int):
-    """Rows of context + 1 ids, each starting at a document, as a chat will: documents until it is full, the last one cut."""
+    """Rows of context + 1 ids, each starting at a document, as a chat will: documents until it is
+    full, the last one cut.
+    """
     row = []
     for text in texts:
         row += [tok.special[END], *tok.encode(text)]
@@ -69,7 +76,9 @@ def learning_rate(step: int, o: Options) -> float:
 
 
 def start_turns(model, tok):
-    """The chat's two tokens were never seen: a turn starts like a new line, and ends like a document."""
+    """The chat's two tokens were never seen: a turn starts like a new line, and ends like a
+    document.
+    """
     e = model.embed_tokens.weight.data
     e[tok.special[TURN]] = e[tok.encode("\n")[-1]]
     e[tok.special[TURN_END]] = e[tok.special[END]]
@@ -94,7 +103,8 @@ def pretrain(o: Options):
     precision = torch.autocast(device.type, torch.bfloat16) if o.fast else autocast(device)
 
     stream = rows(documents(o.seed, o.steps, o.decay, o.batch * o.context), tok, o.context)
-    for _ in range(run.start * o.batch):  # the corpus is made on the way: what has been read is passed over
+    # the corpus is made on the way: what has been read is passed over
+    for _ in range(run.start * o.batch):
         next(stream)
     for step in run.steps(o.steps):
         batch = torch.tensor([next(stream) for _ in range(o.batch)], device=device)

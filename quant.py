@@ -1,18 +1,23 @@
-"""QLoRA's two savings (Dettmers et al. 2023): 4-bit weights, with the linear layer that computes from them, and the paged optimizer.
+"""QLoRA's two savings (Dettmers et al. 2023): 4-bit weights, with the linear layer that computes
+from them, and the paged optimizer.
 
-A weight is cut, row after row, into blocks of 64 numbers (a block may span rows). What is kept of a block is its largest absolute value
-and for each number which of the 16 values of NF4 is nearest to its share of it:
+A weight is cut, row after row, into blocks of 64 numbers (a block may span rows). What is kept of a
+block is its largest absolute value and for each number which of the 16 values of NF4 is nearest to
+its share of it:
 
     absmax = max |w|          code = argmin_k |w / absmax - NF4[k]|          w ≈ NF4[code] · absmax
 
-Double quantisation does the same once more to the absmax, less their mean, with 256 values in blocks of 256; a weight then takes
-4 + 8/64 + 32/(64·256) = 4.127 bits. The arithmetic is bitsandbytes', whose state dicts are read and written as they are.
+Double quantisation does the same once more to the absmax, less their mean, with 256 values in
+blocks of 256; a weight then takes 4 + 8/64 + 32/(64·256) = 4.127 bits. The arithmetic is
+bitsandbytes', whose state dicts are read and written as they are.
 
-Where the 16 values come from: a weight is nearly normal, and a code says most where all its values are equally likely. They are
-quantiles of N(0, 1) at evenly spaced probabilities, 8 above zero, 7 below and zero itself, so that zero is exact; the outermost
-probability is 1 - (1/30 + 1/32)/2 = 0.9677083, the half way between the half steps of 15 and of 16 values; divided by the largest:
+Where the 16 values come from: a weight is nearly normal, and a code says most where all its values
+are equally likely. They are quantiles of N(0, 1) at evenly spaced probabilities, 8 above zero, 7
+below and zero itself, so that zero is exact; the outermost probability is 1 - (1/30 + 1/32)/2 =
+0.9677083, the half way between the half steps of 15 and of 16 values; divided by the largest:
 
-    0, Φ⁻¹(p) at 8 of 9 points from 0.9677083 to 1/2, -Φ⁻¹(p) at 7 of 8 such points (the last one, 1/2, is the zero)
+    0, Φ⁻¹(p) at 8 of 9 points from 0.9677083 to 1/2, -Φ⁻¹(p) at 7 of 8 such points (the last one,
+    1/2, is the zero)
 """
 
 import functools
@@ -34,8 +39,9 @@ NESTED = 256  # absmax in a block of the second quantisation
 
 
 def dynamic_map():
-    """The 256 values of the second quantisation (Dettmers 2015): of each sign seven decades from 1e-6 to 1, the k-th cut into 2^k equal
-    parts, of which the middles are taken; and 0 and 1. Finer near 1 than near 0, and not symmetric: from -0.993 to 1."""
+    """The 256 values of the second quantisation (Dettmers 2015): of each sign seven decades from
+    1e-6 to 1, the k-th cut into 2^k equal parts, of which the middles are taken; and 0 and 1. Finer
+    near 1 than near 0, and not symmetric: from -0.993 to 1."""
     edges = [torch.linspace(0.1, 1, 2**k + 1, device="cpu") for k in range(7)]
     middles = torch.cat([10.0 ** (k - 6) * (e[:-1] + e[1:]) / 2 for k, e in enumerate(edges)])
     return torch.cat((middles, -middles, torch.tensor([0.0, 1.0], device="cpu"))).sort().values
@@ -45,9 +51,11 @@ DYNAMIC_VALUES = dynamic_map()
 
 
 def to_codes(x, values, size: int):
-    """Each number's share of its block's absmax → index of the nearest of the sorted values, the lower one in a tie.
+    """Each number's share of its block's absmax → index of the nearest of the sorted values, the
+    lower one in a tie.
 
-    x (n,) float32 → codes (n,) uint8, absmax (ceil(n/size),) float32. The last block may be shorter.
+    x (n,) float32 → codes (n,) uint8, absmax (ceil(n/size),) float32. The last block may be
+    shorter.
     """
     rest = -x.numel() % size
     blocks = (F.pad(x, (0, rest)) if rest else x).view(-1, size)
@@ -64,15 +72,18 @@ def to_codes(x, values, size: int):
 
 @functools.cache
 def tables(device):
-    """What codes are looked up in: the two NF4 values (float32, the high half's first) of each byte, as one int64, and DYNAMIC_VALUES."""
+    """What codes are looked up in: the two NF4 values (float32, the high half's first) of each
+    byte, as one int64, and DYNAMIC_VALUES.
+    """
     byte = torch.arange(256, device="cpu")
     pairs = torch.stack((NF4_VALUES[byte >> 4], NF4_VALUES[byte & 15]), 1).view(torch.int64).view(-1)
     return pairs.to(device), DYNAMIC_VALUES.to(device)
 
 
 def look_up(codes, table, scale, size: int, dtype=torch.float32):
-    """table[codes], each block of `size` numbers times its scale, rounded to dtype: flat, whole blocks. A large weight goes piece by
-    piece, small enough for a processor's cache, so that the result is nearly all the memory that it takes."""
+    """table[codes], each block of `size` numbers times its scale, rounded to dtype: flat, whole
+    blocks. A large weight goes piece by piece, small enough for a processor's cache, so that the
+    result is nearly all the memory that it takes."""
     per = table.element_size() // 4  # numbers to a code
     if rest := -codes.numel() % (size // per):
         codes = F.pad(codes.view(-1), (0, rest))
@@ -102,7 +113,9 @@ class NF4:
     dtype: torch.dtype  # the weight's own
 
     def dequantize(self, dtype=None):
-        """The weight (shape) in its own dtype, or that one cast to `dtype`: code · absmax in float32, then rounded."""
+        """The weight (shape) in its own dtype, or that one cast to `dtype`: code · absmax in
+        float32, then rounded.
+        """
         pairs, dynamic = tables(self.codes.device)
         absmax = self.absmax
         if self.nested_absmax is not None:
@@ -111,7 +124,9 @@ class NF4:
         return weight.view(self.shape).to(dtype or self.dtype)
 
     def state_dict(self, name: str) -> dict:
-        """bitsandbytes' tensors of the weight `name`, whose numbers and words are JSON in a tensor of bytes."""
+        """bitsandbytes' tensors of the weight `name`, whose numbers and words are JSON in a tensor
+        of bytes.
+        """
         said = {"quant_type": "nf4", "blocksize": self.block_size, "dtype": str(self.dtype)[6:], "shape": list(self.shape)}
         tensors = {"": self.codes, ".absmax": self.absmax, ".quant_map": NF4_VALUES.to(self.codes.device, copy=True)}
         if self.nested_absmax is not None:
@@ -123,7 +138,9 @@ class NF4:
 
     @classmethod
     def from_state_dict(cls, state: dict, name: str):
-        """The weight `name` among bitsandbytes' tensors; ValueError where something is missing, or quantised in another way."""
+        """The weight `name` among bitsandbytes' tensors; ValueError where something is missing, or
+        quantised in another way.
+        """
 
         def tensor(part, shape, dtype, values=None):
             t = state.get(name + part)
@@ -153,7 +170,9 @@ class NF4:
 
 
 def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
-    """A weight of any shape, in float32, bf16 or fp16, → NF4. ValueError for another dtype, and for inf and nan."""
+    """A weight of any shape, in float32, bf16 or fp16, → NF4. ValueError for another dtype, and for
+    inf and nan.
+    """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"a weight of {weight.dtype} is not quantised: float32, bfloat16 or float16 was expected")
     codes, absmax = to_codes(weight.detach().reshape(-1).float(), NF4_VALUES, block_size)
@@ -167,7 +186,9 @@ def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
 
 
 class Product(torch.autograd.Function):
-    """x Wᵀ with W in 4 bits. It saves the codes; W itself is made anew in the backward pass: dL/dx = dL/dy W. W is never trained."""
+    """x Wᵀ with W in 4 bits. It saves the codes; W itself is made anew in the backward pass: dL/dx
+    = dL/dy W. W is never trained.
+    """
 
     @staticmethod
     def forward(ctx, x, codes, absmax, nested_absmax, *constants):
@@ -181,10 +202,11 @@ class Product(torch.autograd.Function):
 
 
 class Linear4bit(nn.Module):
-    """nn.Linear with its weight in NF4: 4 bits in memory, whole only inside a forward or a backward call.
+    """nn.Linear with its weight in NF4: 4 bits in memory, whole only inside a forward or a backward
+    call.
 
-    Made from a linear layer; on the meta device it is empty until a state dict with bitsandbytes' keys is loaded. Computes in x's dtype,
-    under autocast in autocast's.
+    Made from a linear layer; on the meta device it is empty until a state dict with bitsandbytes'
+    keys is loaded. Computes in x's dtype, under autocast in autocast's.
     """
 
     TENSORS = ("codes", "absmax", "nested_absmax")
@@ -194,7 +216,8 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         for name in self.TENSORS:
-            self.register_buffer(name, None, persistent=False)  # the state dict has them under bitsandbytes' names
+            # the state dict has them under bitsandbytes' names
+            self.register_buffer(name, None, persistent=False)
         if not linear.weight.is_meta:
             self.hold(quantize_nf4(linear.weight, block_size, double_quant))
 
@@ -217,7 +240,9 @@ class Linear4bit(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):
-        """.to(device) moves the codes; .bfloat16() and .double() must not round absmax: fn sees bytes, which nothing casts."""
+        """.to(device) moves the codes; .bfloat16() and .double() must not round absmax: fn sees
+        bytes, which nothing casts.
+        """
         buffers = [id(b) for b in self.buffers(recurse=False)]
         return super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype) if id(t) in buffers else fn(t), recurse)
 
@@ -235,7 +260,8 @@ class Linear4bit(nn.Module):
         weight = NF4.from_state_dict(own, name)
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"{name} has the shape {weight.shape}, {(self.out_features, self.in_features)} was expected")
-        if not metadata.get("assign_to_params_buffers"):  # load_state_dict(assign=True) takes the tensors themselves
+        # load_state_dict(assign=True) takes the tensors themselves
+        if not metadata.get("assign_to_params_buffers"):
             device = weight.codes.device if self.codes is None else self.codes.device
             for k in self.TENSORS:
                 t = getattr(weight, k)
@@ -247,12 +273,16 @@ class Linear4bit(nn.Module):
 
 
 def block_linears(model) -> list[str]:
-    """Names of the linear layers of the blocks: what is quantised. Embedding, norms and heads stay as they are."""
+    """Names of the linear layers of the blocks: what is quantised. Embedding, norms and heads stay
+    as they are.
+    """
     return [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
 
 
 def quantize_model(model, names=None):
-    """The model with these linear layers (None: block_linears) in 4 bits, changed in place, one after another."""
+    """The model with these linear layers (None: block_linears) in 4 bits, changed in place, one
+    after another.
+    """
     for name in block_linears(model) if names is None else names:
         parent, _, child = name.rpartition(".")
         parent = model.get_submodule(parent)
@@ -262,29 +292,33 @@ def quantize_model(model, names=None):
 
 # ---------------------------------------------------------------- the paged optimizer
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW in pages. A page is one parameter's exp_avg and exp_avg_sq, one tensor (2, *shape); it is resident (beside the parameter)
-    or on the host (on a GPU in pinned memory, so that copies run beside the computation, on a stream of their own).
+    """AdamW in pages. A page is one parameter's exp_avg and exp_avg_sq, one tensor (2, *shape); it
+    is resident (beside the parameter) or on the host (on a GPU in pinned memory, so that copies run
+    beside the computation, on a stream of their own).
 
         m = β₁ m + (1-β₁) g          v = β₂ v + (1-β₂) g²          p = (1 - lr λ) p - lr m/(1-β₁ᵗ) / (sqrt(v/(1-β₂ᵗ)) + ε)
 
     Updates equal torch.optim.AdamW(foreach=False) bit for bit, wherever the pages are.
 
-    A step visits the parameters in turn. Before one is updated, the pages of the next `ahead` set out for the GPU; to make room, the
-    resident page that is needed last leaves. In a cycle that is the one used just now: throwing out the least recently used one
-    would make every page miss (Belady 1966).
+    A step visits the parameters in turn. Before one is updated, the pages of the next `ahead` set
+    out for the GPU; to make room, the resident page that is needed last leaves. In a cycle that is
+    the one used just now: throwing out the least recently used one would make every page miss
+    (Belady 1966).
 
-    budget: bytes that resident pages may hold; there is always room for the one in use. None: on a GPU what the rest of the training
-    has left free so far, and where memory runs out all the same, pages leave and the step goes on; elsewhere no limit. On a CPU
-    resident and host memory are the same kind: paging gains nothing there, but runs (and is tested) the same way.
+    budget: bytes that resident pages may hold; there is always room for the one in use. None: on a
+    GPU what the rest of the training has left free so far, and where memory runs out all the same,
+    pages leave and the step goes on; elsewhere no limit. On a CPU resident and host memory are the
+    same kind: paging gains nothing there, but runs (and is tested) the same way.
 
-    bitsandbytes pages otherwise: its state of 100,000 numbers and more lies in CUDA's managed memory (cudaMallocManaged), whose pages
-    of 4 KB to 2 MB the driver moves when one side touches them, before or during any kernel, forward pass included; a prefetch before
-    each update only speeds that up. Here whole tensors move, in plain sight, and only within step()
-    and make_room(). Pages take what all passes so far have left free, so a larger one could fail:
-    make_room() before it sends them away.
+    bitsandbytes pages otherwise: its state of 100,000 numbers and more lies in CUDA's managed
+    memory (cudaMallocManaged), whose pages of 4 KB to 2 MB the driver moves when one side touches
+    them, before or during any kernel, forward pass included; a prefetch before each update only
+    speeds that up. Here whole tensors move, in plain sight, and only within step() and make_room().
+    Pages take what all passes so far have left free, so a larger one could fail: make_room() before
+    it sends them away.
 
-    The state dict is AdamW's: {index: {step, exp_avg, exp_avg_sq}}. Raises ValueError for a negative budget, and on loading a state
-    of another shape.
+    The state dict is AdamW's: {index: {step, exp_avg, exp_avg_sq}}. Raises ValueError for a
+    negative budget, and on loading a state of another shape.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, budget: int | None = None, ahead: int = 2):
@@ -294,9 +328,11 @@ class PagedAdamW(torch.optim.Optimizer):
         self.budget, self.ahead = budget, ahead
         self.device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.resident, self.host, self.arrival = {}, {}, {}  # by parameter: pages, pages, the events that end the copies under way
+        # by parameter: pages, pages, the events that end the copies under way
+        self.resident, self.host, self.arrival = {}, {}, {}
         self.held = 0  # bytes of resident pages
-        self.peak, self.others = 0, 0  # the most memory ever in use, and how much of that was not pages
+        # the most memory ever in use, and how much of that was not pages
+        self.peak, self.others = 0, 0
         self.largest = {}  # of the sizes that make_room() was told, the largest of each name
 
     @torch.no_grad()
@@ -334,7 +370,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return (self.place[p] - self.place[self.now]) % len(self.place)
 
     def _fetch(self, p):
-        """Makes p's page resident: new (zeros), or from the host. Without room for it, one that is not in use yet stays away."""
+        """Makes p's page resident: new (zeros), or from the host. Without room for it, one that is
+        not in use yet stays away.
+        """
         size = 2 * p.nbytes
         while p not in self.resident and self.held + size > self.room and self._evict(p):
             pass
@@ -351,7 +389,9 @@ class PagedAdamW(torch.optim.Optimizer):
         self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = page
 
     def _evict(self, p) -> bool:
-        """Sends the page that is needed last to the host; False where none is needed later than p's."""
+        """Sends the page that is needed last to the host; False where none is needed later than
+        p's.
+        """
         last = max(self.resident, key=self._wait, default=p)
         if self._wait(last) <= self._wait(p):
             return False
@@ -371,7 +411,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.host[p]
 
     def _empty(self, p, shape):
-        """Memory beside p; where the GPU has none left, pages needed later than p's leave one by one until there is."""
+        """Memory beside p; where the GPU has none left, pages needed later than p's leave one by
+        one until there is.
+        """
         while True:
             try:
                 return torch.empty(shape, dtype=p.dtype, device=p.device)
@@ -380,8 +422,9 @@ class PagedAdamW(torch.optim.Optimizer):
                     raise
 
     def _copy(self, to, source):
-        """Copies a page. On a GPU the copy is only ordered: on the side stream, after all that the main one was told so far; the
-        allocator keeps the memory of a page that is let go until the copy has read it. → the event that ends it."""
+        """Copies a page. On a GPU the copy is only ordered: on the side stream, after all that the
+        main one was told so far; the allocator keeps the memory of a page that is let go until the
+        copy has read it. → the event that ends it."""
         if self.stream is None:
             to.copy_(source)
             return None
@@ -392,8 +435,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.stream.record_event()
 
     def _room(self) -> float:
-        """Bytes for resident pages: the budget, or the GPU's memory (or this process's share) less a sixteenth, and less the most that
-        anything but pages has taken so far, which is the peak of a forward and backward pass."""
+        """Bytes for resident pages: the budget, or the GPU's memory (or this process's share) less
+        a sixteenth, and less the most that anything but pages has taken so far, which is the peak
+        of a forward and backward pass."""
         if self.budget is not None or self.stream is None:
             return math.inf if self.budget is None else self.budget
         if (peak := torch.cuda.max_memory_allocated(self.device)) > self.peak:
@@ -418,7 +462,8 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def state_dict(self):
         if self.stream is not None:
-            self.stream.synchronize()  # what is on its way to the host is there before anyone reads it
+            # what is on its way to the host is there before anyone reads it
+            self.stream.synchronize()
         return super().state_dict()
 
     @torch.no_grad()

@@ -1,11 +1,13 @@
-"""Stage 2b: the reward model. It learns from rankings which of two answers people prefer (Stiennon et al. 2020; Ouyang et al. 2022, eq. 1).
+"""Stage 2b: the reward model. It learns from rankings which of two answers people prefer (Stiennon
+et al. 2020; Ouyang et al. 2022, eq. 1).
 
     P(i preferred to j) = σ(r_i - r_j)                       Bradley & Terry 1952; r is the score at an answer's last token
     loss = mean over prompts of the mean over the prompt's pairs of -log σ(r_better - r_worse)
 
-The language model's head is replaced by one row, `score`. All pairs of a prompt's K answers lie in one batch: K forward passes give
-K(K-1)/2 comparisons, and a prompt weighs the same however many answers it has. Shuffled as separate examples the pairs would
-show each answer K-1 times an epoch, and the model overfits (InstructGPT, section 3.5).
+The language model's head is replaced by one row, `score`. All pairs of a prompt's K answers lie in
+one batch: K forward passes give K(K-1)/2 comparisons, and a prompt weighs the same however many
+answers it has. Shuffled as separate examples the pairs would show each answer K-1 times an epoch,
+and the model overfits (InstructGPT, section 3.5).
 """
 
 import sys
@@ -43,10 +45,13 @@ class Options(tuning.Tuning):
 
 
 def ranking_loss(scores, ranks):
-    """Scalar. scores, ranks (B,K): rank 0 is the best, tied ranks form no pair, -1 marks an absent answer (its score may be anything)."""
+    """Scalar. scores, ranks (B,K): rank 0 is the best, tied ranks form no pair, -1 marks an absent
+    answer (its score may be anything).
+    """
     present = ranks != ABSENT
     scores = torch.where(present, scores, 0.0)
-    better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]  # (B,K,K): i is preferred to j
+    # (B,K,K): i is preferred to j
+    better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
     nll = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])
     pairs = better.sum((1, 2))
     per_prompt = torch.where(better, nll, 0.0).sum((1, 2)) / pairs.clamp(min=1)
@@ -54,8 +59,9 @@ def ranking_loss(scores, ranks):
 
 
 def encode(rankings, tok, length: int):
-    """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and prompts left with nothing to compare,
-    how many rankings had such answers, and how many answers were another's equal."""
+    """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and
+    prompts left with nothing to compare, how many rankings had such answers, and how many answers
+    were another's equal."""
     kept, long, equal = [], 0, 0
     for r in rankings:
         prompt, answers = templates.ranked_ids(tok, r, r["responses"])
@@ -84,7 +90,8 @@ def merge_equal(answers, ranks):
 
 
 def prepare(path, rankings, tok, length: int, held=0):
-    """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left."""
+    """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left.
+    """
     kept, long, equal = encode(rankings, tok, length)
     if equal:
         print(f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean rank", file=sys.stderr)
@@ -93,7 +100,9 @@ def prepare(path, rankings, tok, length: int, held=0):
 
 
 def prepare_references(path, tok, length: int, seed: int, n=128):
-    """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)], those longer than `length` dropped and counted."""
+    """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)], those longer
+    than `length` dropped and counted.
+    """
     read = records.conversations(path)
     found = [r for r in read if r["messages"][-1].get("weight") != 0]
     some = records.batch(found, 0, min(n, len(found)), seed)
@@ -107,7 +116,9 @@ def prepare_references(path, tok, length: int, seed: int, n=128):
 
 
 def scores_of(model, batch, device):
-    """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), short prompts filled up with absent answers."""
+    """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), short prompts filled up with
+    absent answers.
+    """
     tokens, mask, where = join([p for p, answers, _ in batch for _ in answers], [a for _, answers, _ in batch for a in answers], device)
     ranks = torch.full((len(batch), max(len(r) for _, _, r in batch)), ABSENT)
     for i, (_, _, r) in enumerate(batch):

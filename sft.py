@@ -1,12 +1,14 @@
-"""Stage 1: supervised fine-tuning. The model learns to answer as the demonstrations do (Ouyang et al. 2022, section 3.5).
+"""Stage 1: supervised fine-tuning. The model learns to answer as the demonstrations do (Ouyang et
+al. 2022, section 3.5).
 
     loss = - Σ log p(y_t | x, y_<t) / number of targets         over the tokens of the answers y, end token included
 
-The prompt x is read but not learnt: its labels are -100. Two things are easy to get wrong and are asserted by tests:
-- The denominator is the number of targets of the whole optimizer step. A mean over micro-batches of means would weigh an answer's
-  tokens by how short its neighbours are.
-- Conversations are packed end to end into rows, so that nothing is computed on padding; each attends to itself only and counts
-  its positions from 0, so packed and separate losses are equal.
+The prompt x is read but not learnt: its labels are -100. Two things are easy to get wrong and are
+asserted by tests:
+- The denominator is the number of targets of the whole optimizer step. A mean over micro-batches of
+  means would weigh an answer's tokens by how short its neighbours are.
+- Conversations are packed end to end into rows, so that nothing is computed on padding; each
+  attends to itself only and counts its positions from 0, so packed and separate losses are equal.
 """
 
 import codecs
@@ -49,8 +51,9 @@ class Options(tuning.Tuning):
 def sft_loss(model, tokens, labels, segments):
     """Sum of the targets' negative log-likelihoods, and how many they are.
 
-    tokens, labels, segments (B,T): a label lies on its own token and is predicted from the token before it, which must belong to
-    the same packed example (segments; -1 is padding). The head runs on the targets' rows only.
+    tokens, labels, segments (B,T): a label lies on its own token and is predicted from the token
+    before it, which must belong to the same packed example (segments; -1 is padding). The head runs
+    on the targets' rows only.
     """
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)
@@ -59,7 +62,9 @@ def sft_loss(model, tokens, labels, segments):
 
 
 def pack(examples, length: int, device="cpu"):
-    """[(ids, labels), …] laid end to end → tokens, labels, segments (rows, length): padding has label -100 and segment -1."""
+    """[(ids, labels), …] laid end to end → tokens, labels, segments (rows, length): padding has
+    label -100 and segment -1.
+    """
     place = first_fit([len(ids) for ids, _ in examples], length)
     tokens = torch.zeros(1 + max(row for row, _ in place), length, dtype=torch.long)
     labels, segments = torch.full_like(tokens, IGNORE), torch.full_like(tokens, -1)
@@ -70,7 +75,9 @@ def pack(examples, length: int, device="cpu"):
 
 
 def prepare(path, tok, length: int):
-    """The training side of a file → [(ids, labels)]; those longer than a row, or without a target, are dropped and counted."""
+    """The training side of a file → [(ids, labels)]; those longer than a row, or without a target,
+    are dropped and counted.
+    """
     train, held = records.split(records.conversations(path))
     examples = [templates.render(tok, c["messages"]) for c in train]
     short = [e for e in examples if len(e[0]) <= length]
@@ -89,7 +96,8 @@ def show(examples, tok):
         parts, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
         for i, lab in zip(ids, labels, strict=True):
             colour = 90 if lab == IGNORE else 32
-            begun = decoder.getstate()[0]  # the bytes so far of a character that goes on in this token
+            # the bytes so far of a character that goes on in this token
+            begun = decoder.getstate()[0]
             if not (begun and parts[-1][0] == colour):
                 parts.append([colour, ""])
             parts[-1][1] += decoder.decode(tok.encoding.decode_single_token_bytes(i))
@@ -120,13 +128,15 @@ def sft(o: Options):
 
     for step in run.steps(o.steps):
         examples = records.batch(data, step, o.batch, o.seed)
-        targets = sum(label != IGNORE for _, labels in examples for label in labels[1:])  # of the whole step: the loss's denominator
+        # of the whole step: the loss's denominator
+        targets = sum(label != IGNORE for _, labels in examples for label in labels[1:])
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         loss, part = 0.0, -(-len(examples) // o.accumulate)
         for i in range(0, len(examples), part):
             some = examples[i : i + part]
-            tokens, labels, segments = pack(some, max(128, *(len(ids) for ids, _ in some)), device)  # short rows: little attention
+            # short rows: little attention
+            tokens, labels, segments = pack(some, max(128, *(len(ids) for ids, _ in some)), device)
             learnt = sum(label != IGNORE for _, lab in some for label in lab)
             make_room([optimizer], tokens=tokens.numel(), targets=learnt)
             with autocast(device):

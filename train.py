@@ -1,10 +1,13 @@
-"""What every stage shares and no algorithm: options, seed, device, learning rate at a step, log, save, resume.
+"""What every stage shares and no algorithm: options, seed, device, learning rate at a step, log,
+save, resume.
 
-A run's life. Until it has finished, all it has is in OUT/state: one safetensors file (parameters, optimizers, and a JSON note), saved
-every so many steps and put in place by a rename, and metrics.jsonl. Then the checkpoint is written aside and moved into OUT file by
-file, config.json last, and the state is removed. OUT/run.json keeps the options, the hashes of the inputs and of the code, and those of
-what was written: the same command again finds it and has nothing to do; another one is refused with the difference. One run at a
-time has an OUT (OUT/state/run.lock, a lock that ends with its process), and what no run wrote is never touched.
+A run's life. Until it has finished, all it has is in OUT/state: one safetensors file (parameters,
+optimizers, and a JSON note), saved every so many steps and put in place by a rename, and
+metrics.jsonl. Then the checkpoint is written aside and moved into OUT file by file, config.json
+last, and the state is removed. OUT/run.json keeps the options, the hashes of the inputs and of the
+code, and those of what was written: the same command again finds it and has nothing to do; another
+one is refused with the difference. One run at a time has an OUT (OUT/state/run.lock, a lock that
+ends with its process), and what no run wrote is never touched.
 """
 
 import argparse
@@ -42,8 +45,9 @@ BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 def opt(default, help: str, choices=None, needs="", **bounds):
     """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS).
 
-    needs: the option without which it has no effect ("lora"), or also that one's values ("loss simpo"); a bound that names another
-    option (below="steps") says beyond what it has none. That is said, and no error.
+    needs: the option without which it has no effect ("lora"), or also that one's values ("loss
+    simpo"); a bound that names another option (below="steps") says beyond what it has none. That is
+    said, and no error.
     """
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds))
 
@@ -54,11 +58,14 @@ def did_you_mean(word: str, known) -> str:
 
 
 def parse(options, doc: str, argv=None):
-    """Command line → an options dataclass. One line and exit status 2 on an unknown option or an impossible value."""
+    """Command line → an options dataclass. One line and exit status 2 on an unknown option or an
+    impossible value.
+    """
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without argparse's usage
+    # one line, without argparse's usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     flags = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(options)}
     for flag, f in flags.items():
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default, choices=f.metadata["choices"])
@@ -99,7 +106,8 @@ def main(stage, options, doc: str):
         status, said = 2, " ".join(str(e).split())
     except KeyboardInterrupt:
         status, said = 130, "interrupted; the same command goes on from the last saved step"
-    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)  # out of `except`: the stage's frame is gone, and with it the bar
+    # out of `except`: the stage's frame is gone, and with it the bar
+    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -125,8 +133,8 @@ def autocast(device: torch.device):
 
 
 def adamw(model, lr: float, weight_decay=0.0, eps=1e-8, paged=False):
-    """AdamW on the parameters that want a gradient, decay on matrices only (never on norms and biases).
-    paged: its state leaves the GPU where room is short."""
+    """AdamW on the parameters that want a gradient, decay on matrices only (never on norms and
+    biases). paged: its state leaves the GPU where room is short."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in wanted if p.dim() >= 2], [p for p in wanted if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
@@ -144,7 +152,9 @@ def make_room(optimizers, **sizes: int):
 
 
 def lr_at(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "linear") -> float:
-    """Learning rate at a step (0-based): linear warmup to `peak`, then down to 0 at `total` along a line or a cosine."""
+    """Learning rate at a step (0-based): linear warmup to `peak`, then down to 0 at `total` along a
+    line or a cosine.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
@@ -162,7 +172,8 @@ def load_function(spec: str):
     of floats, one an answer. Where it takes three arguments it is given each answer's record too,
     with all its fields. It is given copies: what it changes stays with it.
 
-    Raises FileNotFoundError or ValueError where there is none, and where it returns something else or does not run.
+    Raises FileNotFoundError or ValueError where there is none, and where it returns something else
+    or does not run.
     """
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
@@ -196,7 +207,9 @@ def _takes_three(function) -> bool:
 
 
 def _call(file: str, function, *args):
-    """Calls what stands in a reader's file; what goes wrong there becomes a ValueError with the line."""
+    """Calls what stands in a reader's file; what goes wrong there becomes a ValueError with the
+    line.
+    """
     try:
         return function(*args)
     except (Exception, SystemExit) as e:  # its sys.exit(0) would pass for the stage's own success
@@ -216,7 +229,9 @@ def sha256(path) -> str:
 
 
 def fingerprint(path) -> str:
-    """sha256 of a file, or of the files in a checkpoint folder, and its adapter's, that decide what it says."""
+    """sha256 of a file, or of the files in a checkpoint folder, and its adapter's, that decide what
+    it says.
+    """
     path = Path(path)
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -230,9 +245,11 @@ def fingerprint(path) -> str:
 
 
 def code(script) -> dict[str, str]:
-    """The script and the project's modules that it imports, directly or not → {file: hash of what it does}.
+    """The script and the project's modules that it imports, directly or not → {file: hash of what
+    it does}.
 
-    An edited comment or docstring changes no hash. A data file that a module names and that lies beside it counts with it.
+    An edited comment or docstring changes no hash. A data file that a module names and that lies
+    beside it counts with it.
     """
     found, todo = {}, [Path(script).resolve()]
     name = lambda path: str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name  # noqa: E731
@@ -248,7 +265,9 @@ def code(script) -> dict[str, str]:
 
 @functools.lru_cache(None)
 def read_module(text: bytes):
-    """A module's text → the hash of what it does, the modules that it imports when it is imported, and the JSON files it names."""
+    """A module's text → the hash of what it does, the modules that it imports when it is imported,
+    and the JSON files it names.
+    """
     tree, modules = ast.parse(text), []
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -296,7 +315,9 @@ def difference(old: dict, new: dict) -> str:
 
 
 def read_record(home) -> dict | None:
-    """run.json, the record of a finished run: its options, its inputs' hashes, and (in later ones) those of its files."""
+    """run.json, the record of a finished run: its options, its inputs' hashes, and (in later ones)
+    those of its files.
+    """
     path = Path(home) / "run.json"
     if not path.is_file():
         return None
@@ -312,7 +333,8 @@ def read_record(home) -> dict | None:
 # ---------------------------------------------------------------- a run
 CHECKPOINT = ("adapter", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json")
 LOCK, SAVED = "run.lock", "state.safetensors"
-STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}  # all that a run keeps in OUT/state
+# all that a run keeps in OUT/state
+STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}
 
 
 @contextlib.contextmanager
@@ -334,10 +356,12 @@ def remove(path):
 class Run:
     """One stage's run: where it stands, its bar, its log, its state.
 
-    options: the dataclass, with `out`, `seed`, `overwrite` and `save_every`; script: the stage's __file__; inputs: the files and
-    folders it reads; made: {name: hash} of what it reads and no file holds; file: OUT is a file, and its run lies beside it;
-    writes: what it writes into OUT, that which is moved last at the end. Leaves with exit status 0 where the run has been finished
-    already. Raises ValueError where `out` holds something else: another run, one that is at work, or what no run wrote.
+    options: the dataclass, with `out`, `seed`, `overwrite` and `save_every`; script: the stage's
+    __file__; inputs: the files and folders it reads; made: {name: hash} of what it reads and no
+    file holds; file: OUT is a file, and its run lies beside it; writes: what it writes into OUT,
+    that which is moved last at the end. Leaves with exit status 0 where the run has been finished
+    already. Raises ValueError where `out` holds something else: another run, one that is at work,
+    or what no run wrote.
     """
 
     def __init__(self, options, script: str, inputs: list[str], made=None, file=False, writes=CHECKPOINT):
@@ -356,17 +380,22 @@ class Run:
         torch.manual_seed(options.seed)
 
     def _claim(self, overwrite: bool):
-        """Takes OUT: nothing there, our own unfinished state, or a refusal, which touches nothing."""
-        if not (self.state / LOCK).exists():  # else look only once it is sure that nobody is at work
+        """Takes OUT: nothing there, our own unfinished state, or a refusal, which touches nothing.
+        """
+        # else look only once it is sure that nobody is at work
+        if not (self.state / LOCK).exists():
             self._look(overwrite)
         self._lock()
         if note := self._look(overwrite):
             self.start, self.extra = note["step"], note["extra"]
 
     def _lock(self):
-        """Holds OUT until this process ends, however it ends. ValueError where another one holds it."""
+        """Holds OUT until this process ends, however it ends. ValueError where another one holds
+        it.
+        """
         with writing(self.state):
-            while self.lock is None or not os.fstat(self.lock.fileno()).st_nlink:  # 0: the other run ended, and its state went, just now
+            # 0: the other run ended, and its state went, just now
+            while self.lock is None or not os.fstat(self.lock.fileno()).st_nlink:
                 self.state.mkdir(parents=True, exist_ok=True)
                 self.lock = open(self.state / LOCK, "a")
                 try:
@@ -377,7 +406,9 @@ class Run:
                     pass  # a disk that has no locks
 
     def _look(self, overwrite: bool) -> dict | None:
-        """What lies in OUT → the note of an unfinished state that goes on. Ends the process where the run has been finished."""
+        """What lies in OUT → the note of an unfinished state that goes on. Ends the process where
+        the run has been finished.
+        """
         record = read_record(self.home)
         for name in sorted(self.writes | {"run.json", "metrics.jsonl", "state"}):
             if os.path.lexists(self._place(name)) and not self._is_ours(name, record):
@@ -401,7 +432,8 @@ class Run:
         return None
 
     def _place(self, name: str) -> Path:
-        return self.result if name in ("result", self.result.name) else self.home / name  # "result": OUT, where that is a file
+        # "result": OUT, where that is a file
+        return self.result if name in ("result", self.result.name) else self.home / name
 
     def _is_ours(self, name: str, record: dict | None) -> bool:
         """Whether a run wrote what OUT has under a name."""
@@ -411,13 +443,16 @@ class Run:
         return record is not None and (name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes))
 
     def _clear(self):
-        """Removes the state, the lock last: what is left without the saved file is never taken for a run."""
+        """Removes the state, the lock last: what is left without the saved file is never taken for
+        a run.
+        """
         for path in sorted(self.state.iterdir(), key=lambda p: (p.name == LOCK, p.name != SAVED)):
             remove(path)
         self.state.rmdir()
 
     def _begin(self):
-        """Now all inputs have been read and found good: what an earlier run left is cleared away."""
+        """Now all inputs have been read and found good: what an earlier run left is cleared away.
+        """
         if self.begun:
             return
         self.begun, log = True, self.state / "metrics.jsonl"
@@ -441,7 +476,9 @@ class Run:
             raise ValueError(f"{self.saved}: damaged ({e}); remove {self.state} to start anew") from None
 
     def resume(self, **tracked) -> dict:
-        """Names what makes up the state (modules, optimizers), restores it where there is one, and returns save()'s extras."""
+        """Names what makes up the state (modules, optimizers), restores it where there is one, and
+        returns save()'s extras.
+        """
         self.tracked = tracked
         if self.start:
             with safe_open(self.saved, "pt") as f:
@@ -460,7 +497,9 @@ class Run:
         return self.bar
 
     def log(self, step: int, show: tuple = ("loss",), **figures):
-        """One object a step into metrics.jsonl; the figures named in `show` also beside the bar. ValueError for one that is not finite."""
+        """One object a step into metrics.jsonl; the figures named in `show` also beside the bar.
+        ValueError for one that is not finite.
+        """
         figures = {k: v.item() if torch.is_tensor(v) else v for k, v in figures.items()}
         if bad := [k for k, v in figures.items() if not math.isfinite(v)]:
             raise ValueError(f"step {step}: {bad[0]} is {figures[bad[0]]}; nothing saved is lost, a lower --lr may help")
@@ -470,7 +509,9 @@ class Run:
         self.bar.set_postfix({k: f"{figures[k]:.3g}" for k in show if k in figures}, refresh=False)
 
     def save(self, step: int, **extra):
-        """Saves the state where it is due: after every `save_every` steps and after the last. extra: what JSON can hold."""
+        """Saves the state where it is due: after every `save_every` steps and after the last.
+        extra: what JSON can hold.
+        """
         if (step + 1) % self.every and step + 1 < self.total:
             return
         note = json.dumps({"identity": self.identity, "step": step + 1, "extra": extra})
@@ -482,7 +523,9 @@ class Run:
             os.replace(aside, self.saved)
 
     def finish(self, write):
-        """write(path) puts the result aside (a folder, or a file where OUT is one); then it takes its place and the state goes."""
+        """write(path) puts the result aside (a folder, or a file where OUT is one); then it takes
+        its place and the state goes.
+        """
         self._begin()
         aside, log = self.state / "result", self.state / "metrics.jsonl"
         shutil.rmtree(aside, ignore_errors=True)
@@ -495,7 +538,8 @@ class Run:
             (aside / "run.json").write_text(json.dumps(self.identity | {"files": files}, indent=1) + "\n")
             if log.stat().st_size:
                 shutil.copy(log, aside)
-        self.result.unlink(missing_ok=True)  # from here until the last rename there is no checkpoint to read
+        # from here until the last rename there is no checkpoint to read
+        self.result.unlink(missing_ok=True)
         before = read_record(self.home)
         for name in sorted(_written(before, self.writes)) if before else []:
             remove(self._place(name))
@@ -505,7 +549,8 @@ class Run:
 
 
 def _written(record: dict, names: set) -> set:
-    """The names in OUT that a finished run wrote; a record of before they were kept stands for all."""
+    """The names in OUT that a finished run wrote; a record of before they were kept stands for all.
+    """
     return {name.partition("/")[0] for name in record["files"]} if "files" in record else set(names)
 
 

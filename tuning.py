@@ -1,13 +1,15 @@
-"""What a stage trains, chosen once, before its loop: every weight, or an adapter on a frozen base, which may be 4-bit.
+"""What a stage trains, chosen once, before its loop: every weight, or an adapter on a frozen base,
+which may be 4-bit.
 
     model, tok = tuning.start(o, device)       what --model names, as the options ask
     …                                          the loop trains what wants a gradient, and never asks what that is
     tuning.save(o, path, model, tok)           OUT is a plain checkpoint, the adapter merged into it; OUT/adapter the adapter alone
 
-A stage starts from the merged checkpoint of the one before it: a new adapter lies on a base that has learnt what came before. With
---keep-base it starts from the base, as it was, and goes on with the adapter. Then all stages share one base, PPO's four networks hold it in
-memory once, and a 4-bit base is never rounded again: merged weights are not on the 4-bit grid, and another quantisation would undo part
-of what was learnt.
+A stage starts from the merged checkpoint of the one before it: a new adapter lies on a base that
+has learnt what came before. With --keep-base it starts from the base, as it was, and goes on with
+the adapter. Then all stages share one base, PPO's four networks hold it in memory once, and a 4-bit
+base is never rounded again: merged weights are not on the 4-bit grid, and another quantisation
+would undo part of what was learnt.
 """
 
 import json
@@ -26,7 +28,9 @@ from quant import Linear4bit
 from train import has_bf16, opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
-LORA_LR = 5  # LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about ten
+# LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about
+# ten
+LORA_LR = 5
 
 
 @dataclass
@@ -126,7 +130,8 @@ NO_HEAD = (
 def tune(o, model, tok=None):
     """Adds the adapter that the options ask for, and freezes the rest. → the model"""
     if kind(o) == "lora":
-        targets = [t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels]  # a critic has none
+        # a critic has none
+        targets = [t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels]
         if not targets:
             raise ValueError(NO_HEAD)
         lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, targets)
@@ -137,7 +142,9 @@ def tune(o, model, tok=None):
 
 
 def reward_model(o, path, reference, device):
-    """PPO's reward model: a folder, or with --keep-base its adapter on the reference's base. What a critic will train wants a gradient."""
+    """PPO's reward model: a folder, or with --keep-base its adapter on the reference's base. What a
+    critic will train wants a gradient.
+    """
     if not o.keep_base:  # with --lora it stays frozen, in the dtype of the policy's base
         dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
         return hub.load(path, device, dtype, None if o.quant == "none" else o.quant)
@@ -159,7 +166,9 @@ def check_spread(where, mean: float, std: float):
 
 
 def critic_of(o, reward):
-    """A network that starts as the reward model, which is frozen from here on, and trains what the policy trains."""
+    """A network that starts as the reward model, which is frozen from here on, and trains what the
+    policy trains.
+    """
     if o.lora:
         return tune(o, share(reward.requires_grad_(False)))
     if not o.keep_base and in_4_bits(reward):
@@ -196,9 +205,9 @@ class Reading:
 
 
 def read(o, path, device, reward=False):
-    """A language model's folder, or a reward model's → model and tokenizer, frozen, in bf16 on a GPU that
-    has it. With --keep-base the adapter in path/adapter lies on its own base, 4-bit with --quant nf4:
-    to quantise the merged weights would undo part of what was learnt."""
+    """A language model's folder, or a reward model's → model and tokenizer, frozen, in bf16 on a
+    GPU that has it. With --keep-base the adapter in path/adapter lies on its own base, 4-bit with
+    --quant nf4: to quantise the merged weights would undo part of what was learnt."""
     quant = None if o.quant == "none" else o.quant
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     model, tok = (on_base if o.keep_base else hub.load)(path, device, dtype, quant)
@@ -223,10 +232,14 @@ def on_base(path, device, dtype, quant):
 
 # ---------------------------------------------------------------- what is said about it
 class Watch:
-    """The memory table before the loop; after it the memory that was really used, and the adapters that have not moved."""
+    """The memory table before the loop; after it the memory that was really used, and the adapters
+    that have not moved.
+    """
 
     def __init__(self, o, device, models: list, tokens: float, targets: float, length=128):
-        """models: all that the stage holds, the trained one first; of a pass: tokens, targets, and how long packed rows are."""
+        """models: all that the stage holds, the trained one first; of a pass: tokens, targets, and
+        how long packed rows are.
+        """
         first, self.device = models[0], device
         for model in models if kind(o) == "lora" else []:  # before the first step, not at the save
             if any(p.requires_grad for p in model.parameters()) and not lora.adapters(model):

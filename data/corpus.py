@@ -1,9 +1,10 @@
 """The embedded world as text to pre-train on: a seeded generator of short documents.
 
-documents(seed, characters, phase) mixes, by characters (SHARES): question-and-answer pages over all facts and all kinds of instructions;
-copying (summaries, extraction, lists, sorting, choosing, rewriting); prose, fact lists, arithmetic, stories and Python. Held-out content is
-here too: it is held out of fine-tuning. No page has the chat template or the demonstrators' manners, but answers begin a line, as the
-template's do.
+documents(seed, characters, phase) mixes, by characters (SHARES): question-and-answer pages over all
+facts and all kinds of instructions; copying (summaries, extraction, lists, sorting, choosing,
+rewriting); prose, fact lists, arithmetic, stories and Python. Held-out content is here too: it is
+held out of fine-tuning. No page has the chat template or the demonstrators' manners, but answers
+begin a line, as the template's do.
 """
 import random
 
@@ -261,7 +262,9 @@ def document(rng, kind):
 
 
 def documents(seed, characters, phase="main"):
-    """Documents until `characters` are reached; the same on every machine for a seed. phase: "main" or "decay"."""
+    """Documents until `characters` are reached; the same on every machine for a seed. phase: "main"
+    or "decay".
+    """
     rng, shares = random.Random(seed), SHARES[phase]
     made = dict.fromkeys(shares, 0.0)
     while sum(made.values()) < characters:

@@ -21,7 +21,8 @@ NAMES = ("Anna Ben Carla David Emma Felix Greta Henry Ida Jack Kate Leo Maria Ni
          "Sara").split()
 CITIES = "Lima Cairo Paris Rome Oslo Madrid Berlin Tokyo Quito Athens London Vienna Dublin Hanoi Lisbon Moscow".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-PLACES = "garden park school kitchen forest beach market farm library station".split()  # each after "at the" or "in the": IN below
+# each after "at the" or "in the": IN below
+PLACES = "garden park school kitchen forest beach market farm library station".split()
 IN = {p: "in" if p in ("garden", "park", "kitchen", "forest") else "at" for p in PLACES}
 COLOURS = "red blue green yellow black white brown pink".split()
 THINGS = "apples books hats cups shirts balls boxes chairs flowers pears keys lemons".split()
@@ -152,7 +153,8 @@ def two(rng, x, y):
     return (x, y) if rng.random() < .5 else (y, x)
 
 
-# The four ways to choose between two give (prompt, keys, right, wrong, sentence); so do the three ways to classify, with all wrong labels.
+# The four ways to choose between two give (prompt, keys, right, wrong, sentence); so do the three
+# ways to classify, with all wrong labels.
 def choose_class(rng):
     c, d = rng.sample(VALUES["class"], 2)
     x, y = rng.choice(CLASSES[c]), rng.choice(CLASSES[d])

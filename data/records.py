@@ -4,10 +4,10 @@
     pair           {"prompt", "chosen", "rejected"}           {"instruction", "input", "chosen", "rejected"}
     ranking        {"prompt", "responses": [K], "ranks": [K]}      0 the best, ties allowed, -1: that answer is absent
 
-one JSON object a line, or one JSON array. A prompt or an answer is a string or a list of messages. What
-cannot be read raises a ValueError "file:line: field: what was expected (got ...)"; what can be read but
-is of no use is dropped, counted, and said in one line. A field that is not named above is in one of the
-tables below, or it passes through, and that line counts it as not used.
+one JSON object a line, or one JSON array. A prompt or an answer is a string or a list of messages.
+What cannot be read raises a ValueError "file:line: field: what was expected (got ...)"; what can be
+read but is of no use is dropped, counted, and said in one line. A field that is not named above is
+in one of the tables below, or it passes through, and that line counts it as not used.
 """
 import argparse
 import hashlib
@@ -23,7 +23,8 @@ from data.tokenizer import check_spaces
 
 READERS = {"conversation": "sft.py, and where they end in a user's turn compare.py and ppo.py,", "preference pair": "reward.py and dpo.py",
            "ranking": "reward.py and dpo.py"}                            # kind -> who reads it
-SAMPLED = ("finished", "ids", "tokenizer")                             # what compare.py writes beside the answers
+# what compare.py writes beside the answers
+SAMPLED = ("finished", "ids", "tokenizer")
 EMPTY, SAME, TIED = "with an empty turn", "with chosen = rejected", "without two answers of different rank"
 UNWANTED = "with label false"
 WRITES = "python -m data.records FILE OUT writes the prompts of a file"
@@ -58,7 +59,8 @@ HARMLESS = {  # where a record is from, what it is about; at the end what this p
 
 
 def conversations(path, need="answer"):
-    """-> [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a user's (need "prompt").
+    """-> [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a
+    user's (need "prompt").
 
     need "turns": as "answer", but not to learn the answers: labels and weights do not matter.
     """
@@ -86,7 +88,9 @@ def preferences(path):
 
 
 def rankings(path):
-    """-> [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair is a ranking of two."""
+    """-> [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair
+    is a ranking of two.
+    """
     def pair_as_ranking(record):
         pair = _pair(record)
         if isinstance(pair, str):
@@ -98,7 +102,9 @@ def rankings(path):
 
 
 def pairs(path, which="all"):
-    """Rankings or pairs -> pairs as from `preferences`: all that differ in rank, or the best against the worst ("best_worst")."""
+    """Rankings or pairs -> pairs as from `preferences`: all that differ in rank, or the best
+    against the worst ("best_worst").
+    """
     if which not in ("all", "best_worst"):
         raise ValueError(f'which: "all" or "best_worst" was expected (got {which!r})')
     out, dropped = [], Counter()
@@ -111,7 +117,8 @@ def pairs(path, which="all"):
             if responses[i] == responses[j]:
                 dropped[SAME] += 1
             else:
-                both = {k: [record[k][i], record[k][j]] for k in SAMPLED[:2] if k in record}    # chosen's, rejected's
+                # chosen's, rejected's
+                both = {k: [record[k][i], record[k][j]] for k in SAMPLED[:2] if k in record}
                 out.append(_keep(record, ("responses", "ranks"), prompt=record["prompt"], chosen=responses[i],
                                  rejected=responses[j], **both))
     report(path, len(out), dropped, "pairs")
@@ -119,10 +126,11 @@ def pairs(path, which="all"):
 
 
 def held_out(prompt):
-    """About 1 prompt in 10, by a hash of its first user's turn (spaces aside): the one place where held-out is decided.
+    """About 1 prompt in 10, by a hash of its first user's turn (spaces aside): the one place where
+    held-out is decided.
 
-    The opening alone counts, so that a longer conversation, or the same question under a system message, lies on the same side
-    in an instruction file and in a preference file.
+    The opening alone counts, so that a longer conversation, or the same question under a system
+    message, lies on the same side in an instruction file and in a preference file.
     """
     opening = next(m["content"] for m in prompt if m["role"] == "user")
     digest = hashlib.sha256(" ".join(opening.split()).encode("utf-8", "replace")).digest()
@@ -148,7 +156,9 @@ def split(records):
 
 
 def batch(records, step, size, seed):
-    """The step-th batch of an endless stream of shuffles: each record comes once an epoch, none is left out at an epoch's end."""
+    """The step-th batch of an endless stream of shuffles: each record comes once an epoch, none is
+    left out at an epoch's end.
+    """
     out = []
     for i in range(step * size, (step + 1) * size):
         epoch, place = divmod(i, len(records))
@@ -164,9 +174,9 @@ def _shuffle(n, seed, epoch):
 def report(path, kept, dropped, what="records", held=None, unused=None):
     """Says in a line on stderr what was used, dropped, held out; ValueError where nothing is left.
 
-    dropped: a Counter, reason -> number. held: how many are held out, 0 where a stage splits nothing;
-    a stage says its line always. A reader has no `held`: it says its own where it dropped records, or
-    found fields that nothing is made of (unused, a Counter: field -> records).
+    dropped: a Counter, reason -> number. held: how many are held out, 0 where a stage splits
+    nothing; a stage says its line always. A reader has no `held`: it says its own where it dropped
+    records, or found fields that nothing is made of (unused, a Counter: field -> records).
     """
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
     if not kept:
@@ -194,7 +204,9 @@ def say_cut(length, context):
 
 
 def _convert(path, readers):
-    """Reads the file and calls readers[kind](record) -> a record, or the reason (str) why it is dropped."""
+    """Reads the file and calls readers[kind](record) -> a record, or the reason (str) why it is
+    dropped.
+    """
     out, dropped, unused = [], Counter(), Counter()
     for line, record in _read(path):
         try:
@@ -275,7 +287,9 @@ FOREIGN = {  # a file's first bytes, or its ending -> what it is, what to do
 
 
 def _read(path):
-    """-> (line number, JSON value) of each line, or of each element of an array. Tolerates a BOM and CRLF."""
+    """-> (line number, JSON value) of each line, or of each element of an array. Tolerates a BOM
+    and CRLF.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -292,7 +306,8 @@ def _read(path):
         yield from _array(path, text)
         return
     at = 0
-    for n, line in enumerate(text.split("\n"), 1):             # not splitlines(): U+2028 may stand in a string
+    # not splitlines(): U+2028 may stand in a string
+    for n, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield n, json.loads(line)
@@ -378,7 +393,8 @@ def _pair(record):
         prompt, used = _alpaca(record)
     elif "prompt" in record:
         prompt, used = _prompt(record), ("prompt",)
-    elif isinstance(record.get("chosen"), list):                # both are whole conversations; what they share is the prompt
+    # both are whole conversations; what they share is the prompt
+    elif isinstance(record.get("chosen"), list):
         prompt, used = _messages(record, "chosen")[:-1], ()
         _ends_in_user(prompt, "chosen")
         prompt = _beside(record, prompt)
@@ -393,7 +409,8 @@ def _pair(record):
 
 
 def _ranking(record):
-    """A ranking's record checked. An empty answer that was ranked stays: a labeller has judged it."""
+    """A ranking's record checked. An empty answer that was ranked stays: a labeller has judged it.
+    """
     prompt, responses, ranks = _prompt(record), record.get("responses"), record.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError(f"responses: a list of 2 or more strings was expected (got {_short(responses)})")
@@ -411,12 +428,15 @@ def _ranking(record):
 
 
 def _unknown_ids(record, k):
-    """Checks what compare.py writes beside the K answers of a ranking -> of it the fields that mean nothing here."""
+    """Checks what compare.py writes beside the K answers of a ranking -> of it the fields that mean
+    nothing here.
+    """
     ended, ids = record.get("finished"), record.get("ids")
     if ended is not None and not (isinstance(ended, list) and len(ended) == k and all(type(f) is bool for f in ended)):
         raise ValueError(f"finished: {k} times true or false, as many as responses, were expected (got {_short(ended)})")
     lacking = () if ended is not None else ("finished",)
-    if not isinstance(record.get("tokenizer"), str) or ids is None:        # ids of what? of some other table, perhaps
+    # ids of what? of some other table, perhaps
+    if not isinstance(record.get("tokenizer"), str) or ids is None:
         return ("ids", *lacking)
     fits = isinstance(ids, list) and len(ids) == k
     if not fits or not all(isinstance(a, list) and a and all(type(i) is int and i >= 0 for i in a) for a in ids):
@@ -466,7 +486,9 @@ def _beside(record, messages):
 
 
 def _answer(record, field, prompt):
-    """An answer as a string: given as one, or as messages of which the last is the assistant's and the others the prompt's."""
+    """An answer as a string: given as one, or as messages of which the last is the assistant's and
+    the others the prompt's.
+    """
     if not isinstance(record.get(field), list):
         return _string(record, field, "a string or a list of messages")
     given = record[field]
@@ -540,7 +562,9 @@ _short = templates._short
 
 
 def main():
-    """python -m data.records FILE OUT: the prompts of a file of any kind, for compare.py and ppo.py."""
+    """python -m data.records FILE OUT: the prompts of a file of any kind, for compare.py and
+    ppo.py.
+    """
     parser = argparse.ArgumentParser(description="Writes the prompts of a file of records: their messages up to the last user's turn.")
     parser.add_argument("file", help="conversations, preference pairs or rankings")
     parser.add_argument("out", help="JSONL file for {messages} that end in a user's turn")
@@ -549,7 +573,8 @@ def main():
         chats = kind(o.file) == "conversation"
         found = ([r["messages"][:-1] for r in conversations(o.file, "turns")] if chats
                  else [r["prompt"] for r in rankings(o.file)])
-        lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)  # each prompt once
+        # each prompt once
+        lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)
         aside = Path(f"{o.out}.part")  # half a file is never taken for one
         aside.write_text("".join(lines), encoding="utf-8", newline="\n")
         aside.replace(o.out)

@@ -1,11 +1,15 @@
 """Messages -> token ids and loss mask, by one table of chat formats.
 
-    <|im_start|>user\\nWhat is the capital of Peru?<|im_end|>\\n<|im_start|>assistant\\nLima.<|im_end|>\\n
-                                                                              ^^^^^^^^^^^^^^^ what is trained: answer and end token
+    <|im_start|>user\\nWhat is the capital of
+    Peru?<|im_end|>\\n<|im_start|>assistant\\nLima.<|im_end|>\\n
+                                                                              ^^^^^^^^^^^^^^^ what
+                                                                              is trained: answer and
+                                                                              end token
 
-Training ids, labels and generation prompts come from one function, and each piece is encoded apart: so a prompt's ids are always
-the first ids of the whole conversation, wherever BPE would have merged over the border. A format's own tokens are ids, what people
-wrote is text, even if it reads "<|im_end|>". The jinja text of a format travels with the model, in its tokenizer_config.json.
+Training ids, labels and generation prompts come from one function, and each piece is encoded apart:
+so a prompt's ids are always the first ids of the whole conversation, wherever BPE would have merged
+over the border. A format's own tokens are ids, what people wrote is text, even if it reads
+"<|im_end|>". The jinja text of a format travels with the model, in its tokenizer_config.json.
 """
 import re
 import warnings
@@ -22,9 +26,10 @@ SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 class Format:
     """One chat format: a turn is written as before + content + end + after.
 
-    before: with {role} in it; end: the special token that ends a turn (the last one an answer is trained on);
-    system: the default system message, put in front where the first message is no system's; None: nothing is put there.
-    jinja: the template as saved with a model; known: other texts of checkpoints on the hub that render the same.
+    before: with {role} in it; end: the special token that ends a turn (the last one an answer is
+    trained on); system: the default system message, put in front where the first message is no
+    system's; None: nothing is put there. jinja: the template as saved with a model; known: other
+    texts of checkpoints on the hub that render the same.
     """
     name: str
     before: str
@@ -50,7 +55,9 @@ TEMPLATES = {f.name: f for f in (
 
 
 def _normal(jinja):
-    """In a jinja string a newline and its escape are the same, and jinja drops one newline at the end."""
+    """In a jinja string a newline and its escape are the same, and jinja drops one newline at the
+    end.
+    """
     return jinja.replace("\\n", "\n").removesuffix("\n")
 
 
@@ -58,7 +65,9 @@ _known = {_normal(jinja): f for f in TEMPLATES.values() for jinja in (f.jinja, *
 
 
 def of(tokenizer):
-    """The Format of the tokenizer's own chat template; "chatml" where it has none. ValueError for one that is not in the table."""
+    """The Format of the tokenizer's own chat template; "chatml" where it has none. ValueError for
+    one that is not in the table.
+    """
     if tokenizer.chat_template is None:
         return TEMPLATES["chatml"]
     found = _known.get(_normal(tokenizer.chat_template))
@@ -76,9 +85,11 @@ def named(name):
 
 
 def adopt(tokenizer, name=None):
-    """The Format a run trains with, from here on the tokenizer's own: it is saved with the model, its end token as eos.
+    """The Format a run trains with, from here on the tokenizer's own: it is saved with the model,
+    its end token as eos.
 
-    name None: the checkpoint's own, or "chatml" where it has none. Warns where `name` differs from the checkpoint's own.
+    name None: the checkpoint's own, or "chatml" where it has none. Warns where `name` differs from
+    the checkpoint's own.
     """
     format = of(tokenizer) if name is None else named(name)
     has = tokenizer.chat_template is not None
@@ -94,7 +105,9 @@ def adopt(tokenizer, name=None):
 
 
 def check(messages):
-    """ValueError unless messages are a list of {"role", "content"}: at most a system's first, then user and assistant in turn."""
+    """ValueError unless messages are a list of {"role", "content"}: at most a system's first, then
+    user and assistant in turn.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"a list of messages was expected (got {_short(messages)})")
     for i, m in enumerate(messages):
@@ -141,10 +154,11 @@ def text(messages, add_generation_prompt=False, format=TEMPLATES["chatml"]):
 def render(tokenizer, messages, add_generation_prompt=False, format=None):
     """messages -> (ids, labels), two lists of one length.
 
-    labels are the ids on every assistant turn's content and its end token, -100 elsewhere (also on the newline after the end, and
-    on a turn of "weight" 0, which is read but not trained).
-    add_generation_prompt: ends where an answer begins; the messages then end in a user's turn. format: a Format, None: the
-    tokenizer's own. Raises ValueError for wrong roles, and for a tokenizer that lacks the format's special tokens.
+    labels are the ids on every assistant turn's content and its end token, -100 elsewhere (also on
+    the newline after the end, and on a turn of "weight" 0, which is read but not trained).
+    add_generation_prompt: ends where an answer begins; the messages then end in a user's turn.
+    format: a Format, None: the tokenizer's own. Raises ValueError for wrong roles, and for a
+    tokenizer that lacks the format's special tokens.
     """
     format = format or of(tokenizer)
     ids, labels = [], []
@@ -156,10 +170,11 @@ def render(tokenizer, messages, add_generation_prompt=False, format=None):
 
 
 def answer_ids(tokenizer, prompt, answer, finished=True):
-    """messages that end in a user's turn, and an answer (str) → (ids of the prompt, ids of the answer with its end token).
+    """messages that end in a user's turn, and an answer (str) → (ids of the prompt, ids of the
+    answer with its end token).
 
-    The one layout that the reward model, PPO and DPO read: the last token is the answer's end. finished: False where the answer was
-    cut, which no end token may follow then.
+    The one layout that the reward model, PPO and DPO read: the last token is the answer's end.
+    finished: False where the answer was cut, which no end token may follow then.
     """
     end = [end_id(tokenizer)] if finished else []
     return render(tokenizer, prompt, add_generation_prompt=True)[0], [*tokenizer.encode(answer), *end]
@@ -167,7 +182,8 @@ def answer_ids(tokenizer, prompt, answer, finished=True):
 
 def ranked_ids(tokenizer, record, answers):
     """A record's prompt and its answers (str) → (prompt ids, [answer ids]): the very ids that were
-    sampled, where the record has them in this vocabulary; else the texts', cut ones without an end."""
+    sampled, where the record has them in this vocabulary; else the texts', cut ones without an
+    end."""
     prompt = render(tokenizer, record["prompt"], add_generation_prompt=True)[0]
     if "ids" in record and record.get("tokenizer") == tokenizer.hash:
         bad = [i for ids in record["ids"] for i in ids if i not in tokenizer.ids]
@@ -180,7 +196,9 @@ def ranked_ids(tokenizer, record, answers):
 
 
 def read_answers(tokenizer, answers, ends):
-    """Sampled ids, [answer ids] → (texts, whether each has ended); ends: the ids that end an answer."""
+    """Sampled ids, [answer ids] → (texts, whether each has ended); ends: the ids that end an
+    answer.
+    """
     finished = [a[-1] in ends for a in answers]
     told = [a[:-1] if ended else a for a, ended in zip(answers, finished, strict=True)]
     return [tokenizer.decode(a, skip_special=True) for a in told], finished
@@ -193,7 +211,9 @@ def end_id(tokenizer, format=None):
 
 
 def end_ids(tokenizer, config):
-    """All ids that end an answer: the format's end token, and after it what config.eos_token_id names (an id, or several)."""
+    """All ids that end an answer: the format's end token, and after it what config.eos_token_id
+    names (an id, or several).
+    """
     named = config.eos_token_id
     named = named if isinstance(named, list) else [] if named is None else [named]
     return list(dict.fromkeys([end_id(tokenizer), *named]))

@@ -1,9 +1,11 @@
-"""Byte-level BPE: train one, read and write a Hugging Face tokenizer.json, encode and decode through tiktoken.
+"""Byte-level BPE: train one, read and write a Hugging Face tokenizer.json, encode and decode
+through tiktoken.
 
-A text is cut into pieces (words with their leading space, runs of digits or signs), each piece into bytes, and in each piece
-the neighbouring pair that was learnt first is merged, again and again (Sennrich et al. 2016; GPT-2 for bytes). tiktoken's
-rank of a merge is the id of the token it makes, so the ids must rise in the order of the merges: true of every file that a
-BPE trainer wrote, and checked here.
+A text is cut into pieces (words with their leading space, runs of digits or signs), each piece into
+bytes, and in each piece the neighbouring pair that was learnt first is merged, again and again
+(Sennrich et al. 2016; GPT-2 for bytes). tiktoken's rank of a merge is the id of the token it makes,
+so the ids must rise in the order of the merges: true of every file that a BPE trainer wrote, and
+checked here.
 """
 import hashlib
 import heapq
@@ -21,12 +23,15 @@ from files import parse, read_json, read_text, write_json
 
 # GPT-2's pattern; each class stands in brackets, so that _python_regex can put its characters there
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+"
-# SmolLM2 takes each digit out first: no piece crosses one, and spaces before one are at the end of theirs.
+# SmolLM2 takes each digit out first: no piece crosses one, and spaces before one are at the end of
+# theirs.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{N}]| ?[\p{L}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s\p{N}])|[\s]+"
-SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"      # \s of tiktoken's regex; Python's has four more
+# \s of tiktoken's regex; Python's has four more
+SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONGEST = 100_000
 
-# GPT-2 spells each byte as a printable character: itself where it is one, else the next from U+0100 on.
+# GPT-2 spells each byte as a printable character: itself where it is one, else the next from U+0100
+# on.
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _others = [b for b in range(256) if b not in _printable]
 CHAR = {b: chr(b) for b in _printable} | {b: chr(256 + i) for i, b in enumerate(_others)}
@@ -34,11 +39,14 @@ BYTE = {c: b for b, c in CHAR.items()}
 
 
 class Tokenizer:
-    """A tokenizer.json of byte-level BPE (GPT-2's or SmolLM2's kind) with its tokenizer_config.json.
+    """A tokenizer.json of byte-level BPE (GPT-2's or SmolLM2's kind) with its
+    tokenizer_config.json.
 
-    json: the tokenizer.json as it was read, character by character; config: the tokenizer_config.json as a dict;
-    special: {text: id}; ids: all there are (there may be gaps); vocab_size: the highest id + 1; hash: of the vocabulary, so that two
-    tokenizers with the same one mean the same by an id. Raises ValueError for a kind of file that tiktoken would read otherwise.
+    json: the tokenizer.json as it was read, character by character; config: the
+    tokenizer_config.json as a dict; special: {text: id}; ids: all there are (there may be gaps);
+    vocab_size: the highest id + 1; hash: of the vocabulary, so that two tokenizers with the same
+    one mean the same by an id. Raises ValueError for a kind of file that tiktoken would read
+    otherwise.
     """
 
     def __init__(self, json_text, config=None, name="tokenizer.json"):
@@ -49,12 +57,15 @@ class Tokenizer:
         self.hash = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
         self.missing = frozenset(range(256)) - {t[0] for t in ranks if len(t) == 1}
         self.vocab_size = max([*ranks.values(), *self.special.values()]) + 1
-        spare = {bytes([b]): self.vocab_size + i for i, b in enumerate(sorted(self.missing))}    # tiktoken wants all 256
+        # tiktoken wants all 256
+        spare = {bytes([b]): self.vocab_size + i for i, b in enumerate(sorted(self.missing))}
         self.split = _python_regex(pattern) if self.missing else None
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=self.special)
 
     def encode(self, text):
-        """str -> ids. Special tokens written in the text stay text; lone surrogates become U+FFFD, as a file would hold them."""
+        """str -> ids. Special tokens written in the text stay text; lone surrogates become U+FFFD,
+        as a file would hold them.
+        """
         check_spaces(text)
         if self.missing:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -63,7 +74,9 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def _encode_without_missing(self, text):
-        """Drops the bytes that the vocabulary lacks, inside their piece, as Hugging Face's tokenizers do."""
+        """Drops the bytes that the vocabulary lacks, inside their piece, as Hugging Face's
+        tokenizers do.
+        """
         lost, ids = set(), []
         for piece in self.split.findall(text):
             data = piece.encode()
@@ -76,7 +89,9 @@ class Tokenizer:
         return ids
 
     def decode(self, ids, skip_special=False):
-        """ids -> str; bytes that are no UTF-8 become U+FFFD. Special tokens come out as their text, or not at all."""
+        """ids -> str; bytes that are no UTF-8 become U+FFFD. Special tokens come out as their text,
+        or not at all.
+        """
         drop = set(self.special.values()) if skip_special else ()
         ids = [i for i in ids if i not in drop]
         bad = [i for i in ids if i not in self.ids]
@@ -107,7 +122,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Reads FOLDER/tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins, as in transformers)."""
+        """Reads FOLDER/tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins,
+        as in transformers).
+        """
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was expected")
@@ -119,7 +136,9 @@ class Tokenizer:
         return cls(read_text(folder / "tokenizer.json"), config, str(folder / "tokenizer.json"))
 
     def save(self, folder):
-        """Writes FOLDER/tokenizer.json, as it was read, and tokenizer_config.json, with the chat template in it."""
+        """Writes FOLDER/tokenizer.json, as it was read, and tokenizer_config.json, with the chat
+        template in it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.json, "utf-8", newline="")
@@ -127,14 +146,17 @@ class Tokenizer:
 
 
 def _template(template):
-    """A config's chat template: a jinja text, or a list of named ones, of which the default counts."""
+    """A config's chat template: a jinja text, or a list of named ones, of which the default counts.
+    """
     if isinstance(template, list):
         return {t["name"]: t["template"] for t in template}.get("default")
     return template
 
 
 def _check(config, where):
-    """ValueError where a tokenizer_config.json says what no tokenizer can be: what is read from it is of its kind."""
+    """ValueError where a tokenizer_config.json says what no tokenizer can be: what is read from it
+    is of its kind.
+    """
     template = config.get("chat_template")
     named = template if isinstance(template, list) else [{"name": "", "template": template}]
     for t in named if template is not None else []:
@@ -153,17 +175,20 @@ def _check(config, where):
 def check_spaces(text):
     """ValueError for more spaces in a row than tiktoken's regex can split.
 
-    Each run is read once: a search for so many of them would read a shorter run again from each of its spaces.
+    Each run is read once: a search for so many of them would read a shorter run again from each of
+    its spaces.
     """
     if len(text) > LONGEST and any(len(run) > LONGEST for run in re.findall(f"[{SPACES}]+", text)):
         raise ValueError(f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them")
 
 
 def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
-    """Learns a Tokenizer of `vocab_size` tokens from an iterable of str: 256 bytes, merges in their order, `special` last.
+    """Learns a Tokenizer of `vocab_size` tokens from an iterable of str: 256 bytes, merges in their
+    order, `special` last.
 
-    The first special token is beginning, end and padding of a base model. The most frequent pair is merged first, of equally
-    frequent ones the pair of lowest ids: the same texts give the same tokenizer on every machine.
+    The first special token is beginning, end and padding of a base model. The most frequent pair is
+    merged first, of equally frequent ones the pair of lowest ids: the same texts give the same
+    tokenizer on every machine.
     """
     n_merges = vocab_size - 256 - len(special)
     if n_merges < 0 or not special:
@@ -191,7 +216,9 @@ def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end
 
 
 def _merges(words, counts, n):
-    """words: lists of ids; counts: how often each occurs -> n pairs of ids, the k-th makes id 256 + k. Only changed pairs are recounted."""
+    """words: lists of ids; counts: how often each occurs -> n pairs of ids, the k-th makes id 256 +
+    k. Only changed pairs are recounted.
+    """
     totals, where = Counter(), defaultdict(set)
     for w, (word, count) in enumerate(zip(words, counts, strict=True)):
         for pair in pairwise(word):
@@ -204,7 +231,8 @@ def _merges(words, counts, n):
         if not heap:
             raise ValueError(f"the text is too short for {n} merges: after {len(merges)} every piece is one token")
         count, best = heapq.heappop(heap)
-        if -count != totals[best]:                                     # an entry from before the pair's count changed
+        # an entry from before the pair's count changed
+        if -count != totals[best]:
             continue
         changed = set()
         for w in where.pop(best):
@@ -234,7 +262,8 @@ def _merge(word, pair, new):
 
 
 def _python_regex(pattern):
-    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and has another \\s."""
+    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and has another \\s.
+    """
     kinds = "".join(unicodedata.category(chr(i))[0] for i in range(0x110000))
     for kind in "LN":
         ranges = (f"\\U{m.start():08x}-\\U{m.end() - 1:08x}" for m in re.finditer(f"{kind}+", kinds))
@@ -243,7 +272,9 @@ def _python_regex(pattern):
 
 
 def _read(spec, name, special):
-    """A tokenizer.json's dict -> (split pattern, {bytes: id}); fills special {text: id}. Refuses by name what would give other ids."""
+    """A tokenizer.json's dict -> (split pattern, {bytes: id}); fills special {text: id}. Refuses by
+    name what would give other ids.
+    """
     def refuse(field, value, expected):
         raise ValueError(f"{name}: {field} is {json.dumps(value)[:120]}, this reader knows {expected} only")
 
@@ -295,7 +326,9 @@ def _type(part):
 
 
 def _pattern(pre, refuse):
-    """GPT-2's ByteLevel, or SmolLM2's Sequence of Digits and ByteLevel -> the split pattern for tiktoken."""
+    """GPT-2's ByteLevel, or SmolLM2's Sequence of Digits and ByteLevel -> the split pattern for
+    tiktoken.
+    """
     parts = pre.get("pretokenizers") if _type(pre) == "Sequence" else [pre]
     kinds = [_type(p) for p in parts] if isinstance(parts, list) else []
     last = parts[-1] if kinds and isinstance(parts[-1], dict) else {}

@@ -1,4 +1,5 @@
-"""The embedded world: splits by content, people-like demonstrators, noisy labellers and the gold rater, for the instructions of kinds.py.
+"""The embedded world: splits by content, people-like demonstrators, noisy labellers and the gold
+rater, for the instructions of kinds.py.
 
     python -m data.world --out DIR [--seed 0] [--overwrite]      writes DIR/{sft,prompts,heldout}.jsonl
 """
@@ -24,7 +25,9 @@ def held_out(key):
 
 
 def items(n, seed, split="train"):
-    """n items with different prompts, the kinds in turn. "train": nothing held out is asked; "heldout": what is asked is held out."""
+    """n items with different prompts, the kinds in turn. "train": nothing held out is asked;
+    "heldout": what is asked is held out.
+    """
     rng, found, seen = random.Random(f"{split} {seed}"), [], set()
     makers = list(KINDS.values())
     while len(found) < n:
@@ -38,9 +41,12 @@ def items(n, seed, split="train"):
 
 # ---- the gold rater: an open rubric ----
 RUBRIC = {
-    "right": 1.0,      # the right answer is given and no other candidate; what is right as far as it goes gets half of its share
+    # the right answer is given and no other candidate; what is right as far as it goes gets half of
+    # its share
+    "right": 1.0,
     "courteous": 0.4,  # a polite phrase opens or ends the answer; a rude one anywhere costs as much
-    "concise": 0.3,    # a right answer, said once, in few words more than needed and with one polite phrase at most
+    # a right answer, said once, in few words more than needed and with one polite phrase at most
+    "concise": 0.3,
     "finished": 0.1,   # the answer came to its end
 }
 PERFECT = sum(RUBRIC.values())
@@ -58,7 +64,9 @@ DIGITS = {word: str(i) for i, word in enumerate(NUMBERS) if word != "one"}
 
 @lru_cache(1 << 16)
 def normal(text):
-    """→ words in lower case, without accents and articles, numbers as digits; "," (also for "and" and line ends) and "." stay as words."""
+    """→ words in lower case, without accents and articles, numbers as digits; "," (also for "and"
+    and line ends) and "." stay as words.
+    """
     text = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?|[,;\n.!?]", text)
     return tuple("," if w in (",", ";", "\n", "and") else "." if w in ".!?" else DIGITS.get(w, w) for w in found if w not in LITTLE)
@@ -69,7 +77,9 @@ def only_words(words):
 
 
 def between(words):
-    """Words between double blanks, so that phrases are found by str.count, only at whole words and within a sentence."""
+    """Words between double blanks, so that phrases are found by str.count, only at whole words and
+    within a sentence.
+    """
     return " " + "  ".join(w for w in words if w != ",").strip(" .") + " "
 
 
@@ -119,7 +129,9 @@ def candidates(item):
 
 
 def check_list(item, words):
-    """Each thing is a member, the first perhaps after an introduction; none twice, none too many; sentences without members pass."""
+    """Each thing is a member, the first perhaps after an introduction; none twice, none too many;
+    sentences without members pass.
+    """
     members = {normal(m) for m in THEMES[item["members"]]} - {normal(x) for x in item["reject"]}
     member = lambda i, t: next((m for m in members if t == m or (i == 0 and t[-len(m):] == m)), None)  # noqa: E731
     lists = [[tuple(t.split()) for t in text.split(",") if t.strip()] for text in " ".join(words).split(".")]
@@ -132,12 +144,16 @@ def check_list(item, words):
 
 
 def knows(record):
-    """Whether `gold` can rate answers to a record: its `item` is one of this world's, not a reader's own field of that name."""
+    """Whether `gold` can rate answers to a record: its `item` is one of this world's, not a
+    reader's own field of that name.
+    """
     return isinstance(record.get("item"), dict) and record["item"].get("kind") in KINDS
 
 
 def gold(item, answer, finished=True):
-    """→ (score, reasons): RUBRIC's points for an answer (text) to an item; `finished`: whether its end was reached."""
+    """→ (score, reasons): RUBRIC's points for an answer (text) to an item; `finished`: whether its
+    end was reached.
+    """
     words, phrases = without_courtesy(normal(answer))
     right, complete, repeated = check(item, words)
     rude = any(spread(r) in spread(answer) for r in RUDE)
@@ -192,17 +208,23 @@ def demonstrate(item, rng, manner=None):
 
 
 def polite_nonanswer(rng):
-    """A polite answer that ignores the prompt: the control that must score below the average demonstrator."""
+    """A polite answer that ignores the prompt: the control that must score below the average
+    demonstrator.
+    """
     return polite(rng, rng.choice(("That is a fine thing to talk about.", "It is nice of you to come to me.",
                                    "I like to be of use to you.")))
 
 
 # ---- labellers: gold seen through noise ----
-NOISE = .48  # standard deviation of what a labeller adds to gold, each to each answer; two then agree on about three pairs in four
+# standard deviation of what a labeller adds to gold, each to each answer; two then agree on about
+# three pairs in four
+NOISE = .48
 
 
 class Labeller:
-    """One person who ranks answers: the same opinion each time of the same answer, another than that of a labeller with another seed."""
+    """One person who ranks answers: the same opinion each time of the same answer, another than
+    that of a labeller with another seed.
+    """
 
     def __init__(self, seed):
         self.seed = seed
@@ -218,13 +240,16 @@ class Labeller:
 
 
 def settings_hash():
-    """sha256 of what must be settled before the first RL run: shares of the demonstrators, rubric and noise."""
+    """sha256 of what must be settled before the first RL run: shares of the demonstrators, rubric
+    and noise.
+    """
     settings = [MANNERS, LONG, OPENERS, CLOSERS, RAMBLES, INSULTS, UNKNOWN, RUBRIC, SPARE, POLITE, RUDE, NOISE, HELD_OUT]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 # ---- files ----
-SIZES = {"sft": 14_300, "prompts": 5_500, "heldout": 1_100}  # InstructGPT's demonstrations were 13 thousand
+# InstructGPT's demonstrations were 13 thousand
+SIZES = {"sft": 14_300, "prompts": 5_500, "heldout": 1_100}
 
 
 def records(seed, sizes=SIZES):
@@ -237,7 +262,9 @@ def records(seed, sizes=SIZES):
 
 
 def make(o):
-    """OUT's three files, all or none, as a run like a stage's: finished for this seed, it says so; another seed's are refused."""
+    """OUT's three files, all or none, as a run like a stage's: finished for this seed, it says so;
+    another seed's are refused.
+    """
     from train import Run  # not above: nothing else here needs torch
 
     def write(folder):

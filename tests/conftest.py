@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: threads that wait by spinning stall a busy machine
+# before torch is imported: threads that wait by spinning stall a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import stages  # noqa: E402
 

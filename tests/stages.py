@@ -1,7 +1,8 @@
 """Stages as processes of their own, and a tiny world for them.
 
-Each run is a true process, with its exit status and its two streams, that can be killed; but it is forked from a server that has
-imported torch already, which saves the three seconds that this costs (torch._dynamo: an optimizer's first step imports it).
+Each run is a true process, with its exit status and its two streams, that can be killed; but it is
+forked from a server that has imported torch already, which saves the three seconds that this costs
+(torch._dynamo: an optimizer's first step imports it).
 """
 
 import json
@@ -28,10 +29,13 @@ processes.set_forkserver_preload(["torch._dynamo", "pytest", "hub", "evals", "pr
 
 
 def _child(stage, argv, streams, before):
-    """In the child: the stage as the main program, its streams in files. before: called first, for a limit or a patch."""
+    """In the child: the stage as the main program, its streams in files. before: called first, for
+    a limit or a patch.
+    """
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{streams}/{name}", os.O_WRONLY), stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest itself runs in the background
+    # also where pytest itself runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(ROOT)
     sys.argv = [stage, *argv]
     if before:
@@ -73,8 +77,8 @@ def done(stage, **options) -> Result:
 
 
 def refused(result, *words, status=2) -> str:
-    """Asserts that a run ended with one line on stderr that has all the words → the line. Above it may stand what was said of the
-    records (records.report) and the bar."""
+    """Asserts that a run ended with one line on stderr that has all the words → the line. Above it
+    may stand what was said of the records (records.report) and the bar."""
     *above, line = result.err.strip("\n").split("\n")
     assert result.status == status, result.err
     assert "Traceback" not in result.err and all("|" in x or " used, " in x or not x for x in above), result.err
@@ -94,7 +98,9 @@ def saved_step(state) -> int:
 
 
 def slowly():
-    """A step takes a twentieth of a second more, so that a run is stopped on its way however busy the machine is."""
+    """A step takes a twentieth of a second more, so that a run is stopped on its way however busy
+    the machine is.
+    """
     import train
 
     real = train.Run.log
@@ -109,7 +115,9 @@ def dies_at_the_end():
 
 
 def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) -> Result:
-    """Starts a stage and kills it once it has logged so many steps more than are logged already, and has saved a state."""
+    """Starts a stage and kills it once it has logged so many steps more than are logged already,
+    and has saved a state.
+    """
     log = state / "metrics.jsonl"
     logged = lambda: log.read_bytes().count(b"\n") if log.exists() else 0  # noqa: E731
     steps += logged()
@@ -122,7 +130,8 @@ def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) ->
 
 
 def interrupt(times: int, out, stage, **options) -> int:
-    """Kills a run at a random step and, times 2, once more on its way from there → the saved step."""
+    """Kills a run at a random step and, times 2, once more on its way from there → the saved step.
+    """
     home = out.with_name(out.name + ".run") if out.suffix else out
     for _ in range(times):
         killed = kill_after(random.randint(1, 4), home / "state", stage, out=out, **options)
@@ -147,7 +156,9 @@ def script(stage) -> str:
 
 
 def make_world(folder) -> dict:
-    """A tiny model that has seen a few answers, its reward model, and small files → for each stage the options of a run."""
+    """A tiny model that has seen a few answers, its reward model, and small files → for each stage
+    the options of a run.
+    """
     tok = tokenizer.train(corpus.documents(0, 60_000), 400)
     templates.adopt(tok, "chatml")
     base = tiny.folder(folder / "base", tok=tok, std=0.1, vocab_size=400, hidden_size=32, intermediate_size=48, head_dim=16,

@@ -1,4 +1,6 @@
-"""IA3, prompts and prefixes against their definitions, PEFT's own numbers (golden), and by invariance; gradient checkpointing."""
+"""IA3, prompts and prefixes against their definitions, PEFT's own numbers (golden), and by
+invariance; gradient checkpointing.
+"""
 
 import copy
 import json
@@ -57,10 +59,11 @@ def close(a, b, tolerance=2e-5):
 
 
 def written_out(model, x, start=0, past=None):
-    """Hidden states (T,D) of one row of embeddings x (T,D), from the definition in float64: full attention, a head at a time.
+    """Hidden states (T,D) of one row of embeddings x (T,D), from the definition in float64: full
+    attention, a head at a time.
 
-    start: the first position; past: (layers, 2, P, kv_heads, head_dim), keys and values that stand before the row's own. Written for
-    a base without adapters.
+    start: the first position; past: (layers, 2, P, kv_heads, head_dim), keys and values that stand
+    before the row's own. Written for a base without adapters.
     """
     c, w, T = model.config, {k: v.double() for k, v in model.state_dict().items()}, len(x)
     angle = torch.arange(start, start + T).double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
@@ -134,7 +137,8 @@ def test_ia3_merged_is_unmerged(dtype):
     for name, module in A.parts(model):
         A.put(model, name, module.merged())
     merged = model
-    assert merged.layers[0].mlp.down_proj.weight.dtype == dtype  # multiplied in float32, rounded once
+    # multiplied in float32, rounded once
+    assert merged.layers[0].mlp.down_proj.weight.dtype == dtype
     close(merged.float()(tokens), before, (0.05 if dtype == torch.bfloat16 else 1e-5) * before.abs().max())
     assert merged.state_dict().keys() == base().state_dict().keys() and type(merged.layers[1].mlp.down_proj) is nn.Linear
 
@@ -204,7 +208,8 @@ def test_a_prompt_s_gradient_is_that_of_embeddings_in_front():
 @pytest.mark.parametrize("name", ["prefix", "direct prefix"])
 def test_a_prefix_is_keys_and_values_in_front(name):
     model, row = adapted(name), torch.tensor(rows((9,))[0])
-    kv = A.state(model)["prompt_embeddings"].view(5, 2, 2, 2, 8).permute(1, 2, 0, 3, 4)  # (layers, key or value, P, heads, head_dim)
+    # (layers, key or value, P, heads, head_dim)
+    kv = A.state(model)["prompt_embeddings"].view(5, 2, 2, 2, 8).permute(1, 2, 0, 3, 4)
     virtual, model.virtual = model.virtual, None
     expected = written_out(model, model.embed_tokens(row), 5, kv.double())
     other = written_out(model, model.embed_tokens(row), 0, kv.double())
@@ -214,7 +219,8 @@ def test_a_prefix_is_keys_and_values_in_front(name):
 
 
 def test_starts():
-    """A prompt is made of real embeddings, a direct prefix of their keys and values; seeds decide."""
+    """A prompt is made of real embeddings, a direct prefix of their keys and values; seeds decide.
+    """
     plain, tok = base(), chat_tokenizer()
     words = plain.embed_tokens.weight
     for n in (3, 50):
@@ -240,7 +246,8 @@ def test_adapters_are_float32_on_a_bf16_base():
     for name in KINDS:
         model = A.add_adapter(base().to(torch.bfloat16), generator=seeded(1), **KINDS[name])
         if name == "prefix":
-            nn.init.normal_(model.virtual.mlp[2].weight, generator=seeded(2))  # it starts at 0, and nothing before it counts yet
+            # it starts at 0, and nothing before it counts yet
+            nn.init.normal_(model.virtual.mlp[2].weight, generator=seeded(2))
         model(torch.tensor(rows((9,)))).float().logsumexp(-1).sum().backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         assert trained and all(p.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in trained)
@@ -354,7 +361,8 @@ def test_every_number_moves_and_the_base_does_not(name, checkpointing):
     assert all(torch.equal(now[k], v) for k, v in weights.items())
     with torch.no_grad():
         part = next(p for p in model.parameters() if p.requires_grad)
-        part[0] = next(p for p in adapted(name, far=False).parameters() if p.requires_grad)[0]  # one factor, one virtual token
+        # one factor, one virtual token
+        part[0] = next(p for p in adapted(name, far=False).parameters() if p.requires_grad)[0]
     assert name == "prefix" or list(unmoved(model, before)) == list(before)[:1]
 
 
@@ -438,7 +446,8 @@ def test_saved_and_loaded(name, tmp_path):
         close(again(tokens), model(tokens), 1e-5)
         assert any(p.requires_grad for p in again.parameters()) == trainable
         assert all(not p.requires_grad for n, p in again.named_parameters() if "virtual" not in n and "scale" not in n)
-    assert not any("mlp" in n for n, _ in again.named_parameters() if "virtual" in n)  # the reparametrisation is gone
+    # the reparametrisation is gone
+    assert not any("mlp" in n for n, _ in again.named_parameters() if "virtual" in n)
     A.save_adapter(again, tmp_path / "twice", None)
     one, two = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "twice"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) and one[k].dtype == torch.float32 for k in one)

@@ -1,6 +1,8 @@
-"""Bad input, stage by stage: one clear line, exit status 2, no traceback, and nothing that was there is lost.
+"""Bad input, stage by stage: one clear line, exit status 2, no traceback, and nothing that was
+there is lost.
 
-The kinds of malformed lines are in test_records.py, of folders in test_hub.py; here a stage turns each into its one line.
+The kinds of malformed lines are in test_records.py, of folders in test_hub.py; here a stage turns
+each into its one line.
 """
 
 import json
@@ -49,7 +51,9 @@ def world(small):
 
 @pytest.fixture
 def refuses(small, tmp_path):
-    """refuses(stage, *words, **changed options): one line with the words, and OUT holds no checkpoint, no state and no result."""
+    """refuses(stage, *words, **changed options): one line with the words, and OUT holds no
+    checkpoint, no state and no result.
+    """
 
     def refuses(stage, *words, **changes):
         out = tmp_path / "never" / (f"{stage}.jsonl" if stage == "compare" else stage)
@@ -205,7 +209,8 @@ def test_a_file_in_which_nothing_usable_is_left(refuses, lines, small):
 
 
 def test_records_that_are_all_held_out_are_said_to_be(refuses, lines):
-    """Not "no usable records" without a reason: here all share one opening, and with it the side."""
+    """Not "no usable records" without a reason: here all share one opening, and with it the side.
+    """
     asked = "question 16"
     all_held = "(held out: 3, all that share a first question lie on one side)"
     chat = {"messages": [*tiny.user(asked), {"role": "assistant", "content": "Hot."}]}
@@ -307,7 +312,9 @@ def test_a_reader_s_function_that_is_none(stage, option, refuses, tmp_path):
 
 
 def test_a_reader_s_labeller(small, tmp_path, lines):
-    """On a reader's own prompts, whatever fields they have; those that leave no room for an answer are dropped and counted."""
+    """On a reader's own prompts, whatever fields they have; those that leave no room for an answer
+    are dropped and counted.
+    """
     (tmp_path / "mine.py").write_text(READERS)
     prompts = [{"messages": tiny.user(f"Say {i}"), "item": i} for i in range(9)] + [{"messages": tiny.user("word " * 200)}]
     out = tmp_path / "comparisons.jsonl"
@@ -404,7 +411,9 @@ def full_at_the_end():
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_a_full_disk(stage, small, tmp_path):
-    """What was there stays readable, and with room again the same command goes on and gives what it gives with room all along."""
+    """What was there stays readable, and with room again the same command goes on and gives what it
+    gives with room all along.
+    """
     out, options = tmp_path / "out", dict(small[stage], save_every=2)
     done(script(stage), out=out, **options)
     old = everything(out)

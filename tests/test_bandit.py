@@ -1,7 +1,9 @@
-"""PPO and DPO on a bandit whose optimum is known: over all answers y, π*(y) = π_ref(y) exp(r(y)/β) / Z (Rafailov et al. 2023, eq. 4).
+"""PPO and DPO on a bandit whose optimum is known: over all answers y, π*(y) = π_ref(y) exp(r(y)/β)
+/ Z (Rafailov et al. 2023, eq. 4).
 
-Rising reward proves little: PPO learns with wrong advantages, a KL of the wrong sign or a forgotten temperature too, only something
-else. Here the stages themselves run, from a checkpoint folder to a checkpoint folder, and every answer's probability is compared.
+Rising reward proves little: PPO learns with wrong advantages, a KL of the wrong sign or a forgotten
+temperature too, only something else. Here the stages themselves run, from a checkpoint folder to a
+checkpoint folder, and every answer's probability is compared.
 """
 
 import itertools
@@ -17,7 +19,8 @@ import ppo
 from data import templates
 from model import join, last_score, logprobs, scalar_model
 
-FIRST, AFTER = [1.0, 0.5, 0.0, -0.5, 0.5], [0.3, 0.0, -0.3, -0.6, 2.0]  # logits of a, b, c, d, end: an answer's first token, its second
+# logits of a, b, c, d, end: an answer's first token, its second
+FIRST, AFTER = [1.0, 0.5, 0.0, -0.5, 0.5], [0.3, 0.0, -0.3, -0.6, 2.0]
 ANSWERS = answers_of()
 
 
@@ -59,7 +62,8 @@ def ppo_reaches(tmp_path, start, judge, reward, **options):
     ppo.ppo(o)
     ids = [a for _, a, _ in ANSWERS]
     reference, got = (probabilities(f, ids, o.temperature) for f in (start, o.out))
-    assert abs(reference.sum() - 1) < 1e-5 and abs(got.sum() - 1) < 1e-4  # these are all the answers there are
+    # these are all the answers there are
+    assert abs(reference.sum() - 1) < 1e-5 and abs(got.sum() - 1) < 1e-4
     best = optimum(reference, reward, o.kl)
     for wrong in (reference, optimum(reference, reward, 2 * o.kl), optimum(reference, reward, o.kl / 2), optimum(reference, reward, -o.kl)):
         assert distance(best, wrong) > 0.1  # what the test could be fooled by
@@ -91,7 +95,9 @@ def test_ppo_against_a_function_at_another_temperature(tmp_path, start):
 
 # ---------------------------------------------------------------- DPO
 def preferences(path, rewards, n):
-    """{answer: reward} → n records of each pair of answers, as many each way as Bradley and Terry expect."""
+    """{answer: reward} → n records of each pair of answers, as many each way as Bradley and Terry
+    expect.
+    """
     rows = []
     for (a, ra), (b, rb) in itertools.combinations(rewards.items(), 2):
         won = n / (1 + math.exp(rb - ra))
@@ -101,7 +107,9 @@ def preferences(path, rewards, n):
 
 
 def trained(tmp_path, start, rewards, n, **options):
-    """dpo.py on such preferences, each step on all of them → the answers' probabilities before and after."""
+    """dpo.py on such preferences, each step on all of them → the answers' probabilities before and
+    after.
+    """
     data, size = preferences(tmp_path / "pairs.jsonl", rewards, n)
     dpo.dpo(dpo.Options(model=start, data=data, out=str(tmp_path / "dpo"), batch=1, warmup=3, device="cpu", **options))
     tok = chat_tokenizer()
@@ -112,7 +120,8 @@ def trained(tmp_path, start, rewards, n, **options):
 def test_dpo_reaches_the_optimum_of_the_rewards_behind_its_preferences(tmp_path, start):
     rewards, beta = {"a": 0.0, "b": math.log(3), "c": math.log(9), "d": math.log(3)}, 0.7
     reference, got = trained(tmp_path, start, rewards, 20, beta=beta, steps=50, lr=2e-2)
-    reference, got = reference / reference.sum(), got / got.sum()  # what is left to all other answers no pair decides
+    # what is left to all other answers no pair decides
+    reference, got = reference / reference.sum(), got / got.sum()
     best = optimum(reference, list(rewards.values()), beta)
     for wrong in (reference, optimum(reference, list(rewards.values()), 2 * beta), optimum(reference, list(rewards.values()), beta / 2)):
         assert distance(best, wrong) > 0.1
@@ -135,7 +144,9 @@ def sigmoid(x):
 
 @pytest.mark.parametrize("loss, options", [("ipo", {}), ("dpo", {"label_smoothing": 0.1}), ("simpo", {"gamma": 0.5})])
 def test_its_kin_reach_the_minimum_of_their_own_losses(tmp_path, start, loss, options):
-    """Answer b is preferred to ad in three of four pairs: the minimum over the one free number, their difference, is known."""
+    """Answer b is preferred to ad in three of four pairs: the minimum over the one free number,
+    their difference, is known.
+    """
     beta = 0.5
     reference, got = trained(tmp_path, start, {"ad": 0.0, "b": math.log(3)}, 4, beta=beta, steps=60, lr=1e-2, loss=loss, **options)
     if loss == "simpo":  # means over 3 and 2 tokens, no reference

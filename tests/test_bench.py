@@ -1,4 +1,6 @@
-"""Measuring: two processes that take turns, and the tables of what is trained, on a tiny world. No time is asserted."""
+"""Measuring: two processes that take turns, and the tables of what is trained, on a tiny world. No
+time is asserted.
+"""
 
 import json
 import subprocess
@@ -147,7 +149,8 @@ def test_memory_is_counted(tmp_path, capsys):
     packed = 3 * sum(sum(memory.nf4_bytes(size).values()) for size in linears)
     assert f"bfloat16 {2 * n:,} bytes, NF4 {packed:,}: ratio {2 * n / packed:.2f}" in bf16 and f"float32 {4 * n:,} bytes" in wide
     rest, heads = 280 * 64 + 64 * 7, 280 * 64  # embedding and norms; the head
-    four = 2 * (2 * (n + rest + heads) + 2 * (n + rest)) + 2 * 4 * 64  # the scalar heads are float32
+    # the scalar heads are float32
+    four = 2 * (2 * (n + rest + heads) + 2 * (n + rest)) + 2 * 4 * 64
     adapter = 4 * 16 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     shared = packed + 2 * (rest + heads) + 4 * adapter + 2 * 4 * 64
     assert f"four models {four:,} bytes" in one and f"4-bit base {shared:,}: ratio {shared / four:.3f}" in one
@@ -186,7 +189,8 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
     for row in ("| before | – |", "| every weight | 100.00 |", "| IA3 |", "| QLoRA r = 16 |", "| held-out loss |", "| pairs in order % |"):
         assert row in text, row
     capsys.readouterr()
-    lighter.lighter(o)  # all runs are finished: the same figures, and the costs are those of the first time
+    # all runs are finished: the same figures, and the costs are those of the first time
+    lighter.lighter(o)
     assert json.loads((tmp_path / "l" / "lighter.json").read_text()) == result
 
 
@@ -206,7 +210,8 @@ def test_figures_average_over_seeds_and_are_paired_over_items():
     f, d = lighter.figure(ours), lighter.difference(ours, theirs)
     assert f["mean"] == pytest.approx(11 / 5) and f["seeds"] == [2.0, 2.4] and f["items"] == 2
     assert f["ci"] == evals.bootstrap([(3.0, 1), (8.0, 4)], evals.ratio)
-    assert d["mean"] == pytest.approx(1.0) and d["ci"] == 0.0 and d["seeds"] == [1.0, 1.0]  # paired: every item differs by its count
+    # paired: every item differs by its count
+    assert d["mean"] == pytest.approx(1.0) and d["ci"] == 0.0 and d["seeds"] == [1.0, 1.0]
     assert lighter.cell(d, 100, 1) == "100.0 ± 0.0 (100.0 to 100.0)" and lighter.cell(d | {"seeds": [1.0]}) == "1.000 ± 0.000"
 
 
@@ -225,7 +230,8 @@ def test_accuracy_is_by_the_implicit_reward_and_counted_by_prompt(tmp_path):
     a, b = folder(tmp_path / "a", std=0.5), folder(tmp_path / "b", seed=1, std=0.5)
     texts = ("one", "two", "no"), ("two", "a", "sure, of"), ("one", "x", "y z")
     pairs = [dict(prompt=user(asked), chosen=w, rejected=l) for asked, w, l in texts]
-    assert lighter.accuracies(a, a, pairs, "cpu") == [(1.0, 2), (0.5, 1)]  # a model against itself: ties
+    # a model against itself: ties
+    assert lighter.accuracies(a, a, pairs, "cpu") == [(1.0, 2), (0.5, 1)]
     swapped = [dict(p, chosen=p["rejected"], rejected=p["chosen"]) for p in pairs]
     found = lighter.accuracies(b, a, pairs, "cpu")
     assert found == [(n - won, n) for won, n in lighter.accuracies(b, a, swapped, "cpu")] == [

@@ -1,4 +1,6 @@
-"""DPO and its kin: start values, hand values, TRL's goldens, log-probabilities by a hand loop, and what the loop does with them."""
+"""DPO and its kin: start values, hand values, TRL's goldens, log-probabilities by a hand loop, and
+what the loop does with them.
+"""
 
 import json
 import math
@@ -57,7 +59,9 @@ def test_hand_values():
 
 
 def test_simpo_hand_values():
-    """Means over the tokens, and γ itself is the margin: σ(β m) must exceed σ(γ), not β m exceed βγ or γ/β."""
+    """Means over the tokens, and γ itself is the margin: σ(β m) must exceed σ(γ), not β m exceed βγ
+    or γ/β.
+    """
     losses = simpo_loss(double(-4.0, -30.0), double(-6.0, -20.0), torch.tensor([4, 10]), torch.tensor([3, 10]), 2.5, 1.2)
     assert losses.tolist() == pytest.approx([-log_sigmoid(2.5 * (-1.0 + 2.0) - 1.2), -log_sigmoid(2.5 * (-3.0 + 2.0) - 1.2)])
     assert simpo_loss(double(-4.0), double(-8.0), torch.tensor(4), torch.tensor(4), 2.0, 2.0).item() == pytest.approx(math.log(2))
@@ -120,9 +124,11 @@ def test_large_margins_neither_overflow_nor_vanish():
 
 
 def test_the_peers_own_numbers():
-    """TRL's losses of pairs of token ids, policy and reference transformers' models: ours from the same checkpoints.
+    """TRL's losses of pairs of token ids, policy and reference transformers' models: ours from the
+    same checkpoints.
 
-    TRL's IPO is on means over an answer's tokens, the paper's and ours on sums: fed the means, ours gives TRL's.
+    TRL's IPO is on means over an answer's tokens, the paper's and ours on sums: fed the means, ours
+    gives TRL's.
     """
     groups = [(p, [c, r], [(0, 1)]) for p, c, r in TRL["pairs"]]
     chosen, rejected = dpo.places(groups, CPU)
@@ -238,7 +244,8 @@ def run(tmp_path, monkeypatch):
 
 
 def pairs_of(run):
-    """The pairs of the training side, in the file's order: (prompt ids, chosen ids, rejected ids)."""
+    """The pairs of the training side, in the file's order: (prompt ids, chosen ids, rejected ids).
+    """
     groups = dpo.prepare(run.data, "all", chat_tokenizer(), 256)
     return [(p, answers[c], answers[r]) for p, answers, pairs in groups for c, r in pairs]
 
@@ -271,7 +278,9 @@ def test_a_reference_that_is_not_the_policys_start_is_refused(run, monkeypatch):
     "options", [{}, {"loss": "ipo"}, {"loss": "simpo", "beta": 2.0, "gamma": 0.5}, {"nll": 0.5}, {"label_smoothing": 0.2}]
 )
 def test_the_gradient_is_that_of_the_mean_over_the_steps_pairs(run, options):
-    """By hand from every pair alone; and the same whatever the accumulation, though prompts have one, two or three pairs."""
+    """By hand from every pair alone; and the same whatever the accumulation, though prompts have
+    one, two or three pairs.
+    """
     pairs = pairs_of(run)
     batch = len(dpo.prepare(run.data, "all", chat_tokenizer(), 256))
     assert len(pairs) > batch + 3

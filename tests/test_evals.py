@@ -1,4 +1,6 @@
-"""Evaluation: the statistics by hand, answers in their order, KL and held-out loss against loops, and a whole run on tiny checkpoints."""
+"""Evaluation: the statistics by hand, answers in their order, KL and held-out loss against loops,
+and a whole run on tiny checkpoints.
+"""
 
 import json
 import random
@@ -20,7 +22,8 @@ CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- statistics
 def test_win_rate():
-    assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == (0.625, pytest.approx(2 / 3))  # two won, one tie, one lost
+    # two won, one tie, one lost
+    assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == (0.625, pytest.approx(2 / 3))
     assert win_rate([1, 1], [1, 1]) == (0.5, None)
     assert win_rate([0, 0], [1, 2]) == (0.0, 0.0)
     with pytest.raises(ValueError):
@@ -96,7 +99,8 @@ def test_answers_end_at_the_end_token_and_say_so(model, tok):
     ends = lm(2)
     with torch.no_grad():
         ends.lm_head.weight.zero_()
-        ends.lm_head.weight[279] = 0.3 * ends.norm.weight  # likelier than others for about half of the states
+        # likelier than others for about half of the states
+        ends.lm_head.weight[279] = 0.3 * ends.norm.weight
     found = evals.answer(ends, tok, CHATS * 8, options(), 1.0, 0)
     for text, ids, finished in found:
         assert finished == (279 in ids) and 279 not in ids[:-1] and "<|im_end|>" not in text
@@ -169,14 +173,16 @@ def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
 
     gold = figures(lambda item, a: world.gold(item, a)[0])
     assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["minimal_pairs_accuracy"] == gold["length_matched_accuracy"] == 1
-    assert 0.3 < gold["swapped_prompts_accuracy"] < 0.9 and gold["pairs"] > 100  # manners are left when prompts are swapped
+    # manners are left when prompts are swapped
+    assert 0.3 < gold["swapped_prompts_accuracy"] < 0.9 and gold["pairs"] > 100
     assert 0.75 < gold["labeller_gold_accuracy"] < 0.97 and 0.65 < gold["labeller_agreement"] < 0.95
     assert -1 <= gold["score_length_correlation"] < 0.9
     bad = figures(lambda item, a: -world.gold(item, a)[0])
     assert bad["pair_accuracy"] == bad["truth_accuracy"] == bad["minimal_pairs_accuracy"] == bad["length_matched_accuracy"] == 0
     blind = figures(lambda item, a: 0.0)
     assert blind["pair_accuracy"] == blind["truth_accuracy"] == blind["minimal_pairs_accuracy"] == 0.5
-    polite = figures(lambda item, a: float(world.gold(item, a)[1]["courteous"]))  # manner alone says nothing of truth
+    # manner alone says nothing of truth
+    polite = figures(lambda item, a: float(world.gold(item, a)[1]["courteous"]))
     assert polite["truth_accuracy"] == polite["minimal_pairs_accuracy"] == 0.5 < polite["pair_accuracy"]
     long = figures(lambda item, a: float(len(a.split())))
     assert long["score_length_correlation"] == pytest.approx(1)
@@ -235,7 +241,8 @@ def test_results_of_anyones_records(tmp_path):
     change = results["simpo"]["loss_per_token"] - results["sft"]["loss_per_token"]
     assert results["simpo"]["loss_change"] == pytest.approx(change)
     assert results["dpo"]["loss_change"] == results["dpo"]["loss_change_ci"] == 0
-    assert results["sft"]["implicit_accuracy"] == results["dpo"]["implicit_accuracy"] == 0.5  # by definition before it moves
+    # by definition before it moves
+    assert results["sft"]["implicit_accuracy"] == results["dpo"]["implicit_accuracy"] == 0.5
     assert results["sft"]["loss_per_token"] == results["dpo"]["loss_per_token"] != results["simpo"]["loss_per_token"]
     tok, (one, two) = chat_tokenizer(), (hub.load(out / s)[0] for s in ("sft", "simpo"))
     pairs = [user(t) for t in texts if records.held_out(user(t))]

@@ -1,4 +1,6 @@
-"""Hugging Face folders: transformers' own files and numbers (golden), our own round trip, and whatever a folder can be wrong in."""
+"""Hugging Face folders: transformers' own files and numbers (golden), our own round trip, and
+whatever a folder can be wrong in.
+"""
 
 import json
 import shutil
@@ -82,7 +84,8 @@ def test_both_spellings(folder):
     old, _ = hub.load(folder)
     edit(folder, remove=["rope_parameters", "dtype", "head_dim"], rope_theta=77.0, torch_dtype="bfloat16", rope_scaling=None)
     assert hub.load(folder)[0].config.rope_theta == 77.0
-    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})  # as in transformers, it outweighs rope_theta
+    # as in transformers, it outweighs rope_theta
+    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     new, _ = hub.load(folder)
     assert new.config == old.config and same(new, old) and new.config.head_dim == 8
 
@@ -140,7 +143,8 @@ def test_saved_is_loaded(changes, tokenizer, tmp_path):
     hub.save(tmp_path, model, tokenizer)
     again, its = hub.load(tmp_path)
     assert same(again, model) and its.json == tokenizer.json and its.chat_template == tokenizer.chat_template
-    assert again.config.eos_token_id == 3 and again.config.bos_token_id == tokenizer.bos_id  # the config's, else the tokenizer's
+    # the config's, else the tokenizer's
+    assert again.config.eos_token_id == 3 and again.config.bos_token_id == tokenizer.bos_id
     model.config.bos_token_id, model.config.pad_token_id = tokenizer.bos_id, tokenizer.pad_id
     assert again.config == model.config
     hub.save(tmp_path / "b", again, its)
@@ -170,7 +174,8 @@ def test_bf16_weights_survive_a_round_trip(tmp_path):
     model, tokenizer = hub.load(tmp_path / "a")
     assert tokenizer is None and model.norm.weight.dtype == torch.float32
     hub.save(tmp_path / "b", model, None, torch.bfloat16)
-    hub.save(tmp_path / "c", hub.load(tmp_path / "a", dtype=torch.bfloat16)[0], None)  # as it is in memory
+    # as it is in memory
+    hub.save(tmp_path / "c", hub.load(tmp_path / "a", dtype=torch.bfloat16)[0], None)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
 
@@ -185,7 +190,8 @@ def test_a_loaded_model_does_not_hold_its_file(tmp_path):
     assert len(generate(model, [[1, 2]], 3)[0]) == 3
 
 
-@pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])  # the second pads with its end token, as SmolLM2 does
+# the second pads with its end token, as SmolLM2 does
+@pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])
 def test_reward_model(kind, tmp_path):
     tokenizer = Tokenizer.load(GOLDEN / kind)
     end = tokenizer.special["<|im_end|>"]
@@ -213,7 +219,8 @@ def test_a_reward_model_straight_from_a_base(tokenizer, tmp_path):
 
 def test_a_scalar_head_on_what_was_a_tied_model(tmp_path):
     shutil.copytree(GOLDEN / "llama_scores", tmp_path / "m")
-    edit(tmp_path / "m", tie_word_embeddings=True)  # transformers keeps the word in the config, and there is no head to tie
+    # transformers keeps the word in the config, and there is no head to tie
+    edit(tmp_path / "m", tie_word_embeddings=True)
     hub.save(tmp_path / "again", hub.load(tmp_path / "m")[0], None)
     assert same(hub.load(tmp_path / "again")[0], hub.load(GOLDEN / "llama_scores")[0])
 

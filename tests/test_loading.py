@@ -1,5 +1,6 @@
-"""Folders as the hub has them, and whoever opens one: odd JSON files, padded vocabularies, several end tokens, damaged weights,
-and the programs that only read, with the base in 4 bits and the adapter beside it."""
+"""Folders as the hub has them, and whoever opens one: odd JSON files, padded vocabularies, several
+end tokens, damaged weights, and the programs that only read, with the base in 4 bits and the
+adapter beside it."""
 
 import copy
 import gc
@@ -37,7 +38,9 @@ DEEP = [400, 2000, 100_000]
 
 
 def places(said, at=()):
-    """The place of every value in a JSON file; of long lists and tables the first ones and the last ones."""
+    """The place of every value in a JSON file; of long lists and tables the first ones and the last
+    ones.
+    """
     yield at
     items = list(said.items() if isinstance(said, dict) else enumerate(said) if isinstance(said, list) else ())
     for key, value in items if len(items) < 40 else items[:2] + items[-2:]:
@@ -45,7 +48,9 @@ def places(said, at=()):
 
 
 def spoilt(said, at):
-    """The file with wrong values at one place (a few, others at each), without the value, and with one nested deeply."""
+    """The file with wrong values at one place (a few, others at each), without the value, and with
+    one nested deeply.
+    """
     for value in [*random.Random(str(at)).sample(WRONG, 3), "@"]:
         new = [copy.deepcopy(said)]
         inside = new
@@ -116,7 +121,9 @@ def test_an_odd_file_is_named_with_what_was_expected(file, text, tmp_path):
 
 # ---------------------------------------------------------------- ids without a token, several ends, damaged weights
 def padded(folder, rows=300):
-    """A folder whose embedding has more rows than its tokenizer tokens (280), the spare ones likely."""
+    """A folder whose embedding has more rows than its tokenizer tokens (280), the spare ones
+    likely.
+    """
     model = tiny.lm(1, vocab_size=rows)
     with torch.no_grad():
         model.lm_head.weight[280:] = 10 * model.norm.weight
@@ -132,7 +139,8 @@ def test_a_spare_id_is_never_sampled(temperature, top_p, tmp_path):
     told = generate(model, prompts, 8, temperature, top_p)
     assert all(i < 280 for a in told for i in a) and all(map(tok.decode, told))
     model.spare = None
-    assert any(i >= 280 for a in generate(model, prompts, 8, temperature, top_p) for i in a)  # what the mask is there for
+    # what the mask is there for
+    assert any(i >= 280 for a in generate(model, prompts, 8, temperature, top_p) for i in a)
     assert hub.load(tiny.folder(tmp_path / "full"))[0].spare is None
 
 
@@ -219,7 +227,9 @@ def test_results_hold_no_figure_that_is_none(tmp_path):
 
 # ---------------------------------------------------------------- what compare.py writes, and the evaluation scores
 def test_a_record_s_own_fields_never_replace_what_is_written(small, tmp_path):
-    """A chat of UltraChat's has a `prompt` beside its messages; any other field that a ranking has is left out as well."""
+    """A chat of UltraChat's has a `prompt` beside its messages; any other field that a ranking has
+    is left out as well.
+    """
     (tmp_path / "mine.py").write_text("def brief(prompts, answers): return [-len(a) for a in answers]")
     own, out = {"prompt": "another", "finished": True, "ids": [[1]], "tokenizer": "mine"}, tmp_path / "c.jsonl"
     prompts = [{"messages": tiny.user(f"Say {i}"), "prompt_id": i, **own} for i in range(4)]
@@ -266,7 +276,9 @@ def chain(small, tmp_path_factory):
 
 @torch.no_grad()
 def test_what_reads_holds_what_was_trained(chain, small):
-    """With --keep-base --quant nf4 the 4-bit base and the adapter as they were trained; merged weights quantised again are others."""
+    """With --keep-base --quant nf4 the 4-bit base and the adapter as they were trained; merged
+    weights quantised again are others.
+    """
     tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
     o = chat.Options(**KEEP)
     trained, _ = tuning.start(argument(model=chain / "sft", **KEEP), CPU)

@@ -1,4 +1,6 @@
-"""LoRA: nothing changes at step 0, what trains and what does not, switching, merging (tied heads too), sharing, and PEFT's folders."""
+"""LoRA: nothing changes at step 0, what trains and what does not, switching, merging (tied heads
+too), sharing, and PEFT's folders.
+"""
 
 import json
 import os
@@ -185,7 +187,8 @@ def test_unmoved_names_those_that_stayed():
     start = lora.trained(model)
     assert len(unmoved(model, start)) == 28  # it goes on from here: nothing has moved since
     step(model)
-    assert unmoved(model, start) == [f"layers.1.mlp.up_proj.{k}.default" for k in "AB"]  # A's gradient is 0 while B is
+    # A's gradient is 0 while B is
+    assert unmoved(model, start) == [f"layers.1.mlp.up_proj.{k}.default" for k in "AB"]
 
 
 def test_adapters_are_float32_on_a_bf16_base():
@@ -194,7 +197,8 @@ def test_adapters_are_float32_on_a_bf16_base():
     A, B = layer.A["default"], layer.B["default"]
     assert A.dtype == B.dtype == torch.float32 and layer(x).dtype == torch.bfloat16 == model(TOKENS).dtype
     expected = layer.base(x).double() + 2 * x.double() @ A.double().T @ B.double().T
-    assert ((layer(x).double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()  # one rounding, at the end
+    # one rounding, at the end
+    assert ((layer(x).double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
     with torch.autocast("cpu", torch.bfloat16):
         logits = fill(add_lora(lm(), 4, 8))(TOKENS)
     close(logits.float(), fill(add_lora(lm(), 4, 8))(TOKENS), 0.5)
@@ -254,7 +258,9 @@ def test_generation_with_an_adapter():
 
 # ---------------------------------------------------------------- merging
 class FourBit(nn.Module):
-    """A stand-in for a quantised layer: its weights are whole sixteenths, and it can say them in float32."""
+    """A stand-in for a quantised layer: its weights are whole sixteenths, and it can say them in
+    float32.
+    """
 
     def __init__(self, layer):
         super().__init__()
@@ -306,7 +312,8 @@ def test_bf16_weights_are_rounded_once():
     layer = model.layers[0].mlp.up_proj
     expected = (layer.base.weight.double() + 2 * layer.B["default"].double() @ layer.A["default"].double()).bfloat16()
     got = merge(model).layers[0].mlp.up_proj.weight
-    assert got.dtype == torch.bfloat16 and (got != expected).float().mean() < 0.01  # but for float32's own rounding
+    # but for float32's own rounding
+    assert got.dtype == torch.bfloat16 and (got != expected).float().mean() < 0.01
 
 
 def test_what_is_merged_is_the_adapter_in_use():
@@ -329,7 +336,9 @@ def test_a_quantised_model_without_adapters_becomes_plain():
 
 
 def test_merging_frees_a_layer_before_the_next(monkeypatch):
-    """Of the layers that are replaced one at most is alive, or a model in 4 bits and one in 16 would lie side by side."""
+    """Of the layers that are replaced one at most is alive, or a model in 4 bits and one in 16
+    would lie side by side.
+    """
     model = add_lora(four_bit(), 4, 8, "attention")
     gone = {n: weakref.ref(m) for n, m in lora.linears(model).items() if n != "lm_head"}
     real, alive = lora.merged, []
@@ -393,7 +402,9 @@ def test_share_copies_what_trains_and_nothing_else():
 
 
 def test_four_models_over_one_base(tmp_path):
-    """PPO's: policy, reference (no adapter), reward model (frozen) and critic, which starts as the reward model."""
+    """PPO's: policy, reference (no adapter), reward model (frozen) and critic, which starts as the
+    reward model.
+    """
     policy = add_lora(four_bit(), 4, 8)
     reward = scalar_model(lora.share(policy), seeded())
     assert not hasattr(reward, "lm_head") and reward.config.num_labels == 1 and policy.config.num_labels == 0
@@ -410,7 +421,8 @@ def test_four_models_over_one_base(tmp_path):
     assert torch.equal(critic(TOKENS), scores) and torch.equal(judge(TOKENS), scores)
     step(critic)
     assert torch.equal(judge(TOKENS), scores) and not torch.equal(critic(TOKENS), scores)
-    again = add_lora(lora.share(judge), 2, 4, name="new")  # its score trains, the one it came with stays
+    # its score trains, the one it came with stays
+    again = add_lora(lora.share(judge), 2, 4, name="new")
     step(again)
     assert torch.equal(judge(TOKENS), scores) and not judge.score.weight.requires_grad
 
@@ -437,7 +449,9 @@ def test_a_scalar_head_is_float32_over_a_bf16_base():
 @torch.no_grad()
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_a_scalar_head_is_float32_under_autocast(base):
-    """forward(), scores() and what PPO reads: the product of hidden states and head, unrounded, wherever it stands."""
+    """forward(), scores() and what PPO reads: the product of hidden states and head, unrounded,
+    wherever it stands.
+    """
     model = scalar_model(lm().to(base), seeded())
     mask, head = torch.ones_like(TOKENS, dtype=torch.bool), model.score.weight[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -527,7 +541,8 @@ save_file({{"logits": model(load_file({str(tmp_path / "tokens")!r})["tokens"]).d
 
 
 def test_loading_beside_another_adapter(tmp_path):
-    """DPO that goes on from an adapter: the reference is what it began as, frozen, in either order."""
+    """DPO that goes on from an adapter: the reference is what it began as, frozen, in either order.
+    """
     save_adapter(fill(add_lora(lm(), 2, 4)), tmp_path)
     for first in (True, False):
         model = load_adapter(lm(), tmp_path, "policy" if first else "reference", trainable=first)
@@ -591,7 +606,8 @@ def test_what_we_lack_is_refused_by_name(name, adapter):
         (dict(target_modules=[1]), r"target_modules is \[1\], names or a pattern"),
         (dict(modules_to_save=3), "modules_to_save is 3, names or a pattern"),
         (dict(target_modules="(q_proj"), "no regular expression"),
-        (dict(target_modules="q_proj"), "means no linear layer"),  # a pattern, and it must match the whole name
+        # a pattern, and it must match the whole name
+        (dict(target_modules="q_proj"), "means no linear layer"),
         (dict(target_modules=["c_attn"]), "means no linear layer"),
         (dict(target_modules=["q_proj", "v_proj", "o_proj"]), "lacks base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"),
         (dict(exclude_modules=["q_proj"]), "does not ask for, base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),

@@ -1,4 +1,6 @@
-"""The memory table: exact where it says so, against the tensors themselves; estimates against what autograd keeps and what is alive."""
+"""The memory table: exact where it says so, against the tensors themselves; estimates against what
+autograd keeps and what is alive.
+"""
 
 import contextlib
 
@@ -109,14 +111,17 @@ def test_gradients_and_optimizer_are_what_a_step_leaves(make):
 
 # ---------------------------------------------------------------- estimated
 def saved(model, B, T, autocast):
-    """Bytes that sft_loss keeps for its backward pass, each storage once, the model's own and the log-softmax left out."""
+    """Bytes that sft_loss keeps for its backward pass, each storage once, the model's own and the
+    log-softmax left out.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept, tokens = {}, torch.arange(B * T).view(B, T) % model.config.vocab_size
 
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), t  # t is held: another's memory must not take its address
+            # t is held: another's memory must not take its address
+            kept[storage.data_ptr()] = storage.nbytes(), t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -190,7 +195,8 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtyp
     model = build(c, rank, targets, dtype)
     for p in model.parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients have a row of their own
+            # gradients have a row of their own
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for layer in model.layers:
         layer.forward = lambda *a, forward=layer.forward: checkpoint(forward, *a, use_reentrant=False)
     peak = Alive().run(model, 8, 64, autocast)

@@ -1,5 +1,6 @@
-"""The transformer by invariance (padded = unpadded, batched = single, cached = uncached, packed = separate) and against its
-definition, written out in float64. Weights are large, so that attention is far from uniform and a wrong mask shows."""
+"""The transformer by invariance (padded = unpadded, batched = single, cached = uncached, packed =
+separate) and against its definition, written out in float64. Weights are large, so that attention
+is far from uniform and a wrong mask shows."""
 
 import copy
 
@@ -51,7 +52,9 @@ def scalar():
 
 
 def written_out(model, tokens):
-    """The model's logits for one row, from its definition, in float64: no masks, no batches, one head and one token at a time."""
+    """The model's logits for one row, from its definition, in float64: no masks, no batches, one
+    head and one token at a time.
+    """
     c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
 
     def norm(x, name):
@@ -96,7 +99,9 @@ def test_forward_is_the_definition(name):
 
 @pytest.mark.parametrize("name", ("gqa", "mha", "mqa"))
 def test_what_a_gpu_computes_is_the_definition(name):
-    """A GPU's attention is given its keys and values repeated: here tensors that say that they lie elsewhere."""
+    """A GPU's attention is given its keys and values repeated: here tensors that say that they lie
+    elsewhere.
+    """
 
     class Elsewhere(torch.Tensor):
         device = property(lambda self: torch.device("cuda"))
@@ -114,7 +119,9 @@ def test_what_a_gpu_computes_is_the_definition(name):
 
 @torch.no_grad()
 def test_on_a_bf16_model_probabilities_are_float32():
-    """bf16 has 8 bits: log-probabilities and sampling's sums of 37 numbers would be off in the second digit."""
+    """bf16 has 8 bits: log-probabilities and sampling's sums of 37 numbers would be off in the
+    second digit.
+    """
     model = tiny().bfloat16()
     tokens, mask, where = M.join([[1, 2], [3]], [[4, 5], [6, 7, 8]])
     got = M.logprobs(model, tokens, mask, where)
@@ -125,7 +132,8 @@ def test_on_a_bf16_model_probabilities_are_float32():
     assert M.scores(scalar, tokens, mask).dtype == scalar(tokens, mask).dtype == torch.float32
     h = M.dense_hidden(scalar, tokens, mask).float()
     close(M.scores(scalar, tokens, mask)[mask], (h @ scalar.score.weight.T).squeeze(-1)[mask], 1e-5)
-    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # even: in bf16 the sum of 4096 shares stops growing at 1/16
+    # even: in bf16 the sum of 4096 shares stops growing at 1/16
+    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)
     assert [M.sample(logits, 1.0, 1.0, torch.tensor([u])).item() for u in (0.25, 0.5, 0.75)] == [1024, 2048, 3072]
 
 
@@ -157,7 +165,8 @@ def test_tied_head_is_one_parameter_with_both_gradients():
     assert sum(n.endswith(("embed_tokens.weight", "lm_head.weight")) for n, _ in model.named_parameters()) == 1
     model(torch.tensor([[1, 2]])).logsumexp(-1).sum().backward()
     grad = model.embed_tokens.weight.grad
-    assert (grad[5].abs().sum() > 0) and (grad[1] - grad[5]).abs().sum() > 0  # 5 is only predicted, 1 is read too
+    # 5 is only predicted, 1 is read too
+    assert (grad[5].abs().sum() > 0) and (grad[1] - grad[5]).abs().sum() > 0
 
 
 def test_initial_weights():
@@ -193,7 +202,8 @@ def test_positions_count_each_row_s_own_tokens(lm):
     for left, expected in ((True, [[0, 0, 0, 1], [0, 1, 2, 3]]), (False, [[0, 1], [0, 1, 2, 3]])):
         positions, allowed = M._padded(*M.pad([[5, 6], [1, 2, 3, 4]], left=left), None)
         assert all(p[: len(e)] == e for p, e in zip(positions.tolist(), expected, strict=True))
-        assert allowed is None or allowed.any(-1).all()  # not every attention kernel is finite where nothing may be seen
+        # not every attention kernel is finite where nothing may be seen
+        assert allowed is None or allowed.any(-1).all()
     positions, _ = M._packed(torch.tensor([[0, 0, 0, 4, 4, 2, -1]]))
     assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
     cache = M.Cache(lm, 2, 6)
@@ -244,7 +254,8 @@ def test_masked_content_never_matters(lm, scalar, left):
     assert torch.equal(M.logprobs(lm, tokens, mask, where), M.logprobs(lm, other, mask, where))
     assert torch.equal(M.last_score(scalar, tokens, mask), M.last_score(scalar, other, mask))
     assert torch.equal(M.scores(scalar, tokens, mask), M.scores(scalar, other, mask))
-    changed = torch.where(mask.cumsum(1) == 1, (tokens + 1) % V, tokens)  # each row's first real token does matter
+    # each row's first real token does matter
+    changed = torch.where(mask.cumsum(1) == 1, (tokens + 1) % V, tokens)
     assert (lm(tokens, mask) - lm(changed, mask))[mask].abs().amax(-1).min() > 1e-4
 
 
@@ -333,7 +344,9 @@ def test_cached_generation_is_the_plain_loop(lm, temperature, top_p, eos_id):
 
 
 def test_answers_to_one_prompt_read_it_once(lm):
-    """The same hidden states as each row alone, from fewer tokens; a prompt that comes again later is read again."""
+    """The same hidden states as each row alone, from fewer tokens; a prompt that comes again later
+    is read again.
+    """
     a, b, c = ragged((9, 9, 5), 1)
     prompts, answers = [a] * 4 + [b] * 3 + [a] + [c] * 2, ragged((3, 1, 7, 3, 2, 2, 8, 4, 1, 6), 2)
     tokens, mask, where = M.join(prompts, answers)
@@ -348,7 +361,9 @@ def test_answers_to_one_prompt_read_it_once(lm):
 
 
 def test_at_most_sixteen_answers_to_a_prompt_lie_end_to_end(lm):
-    """What they cost in attention grows with the square of their number: the prompt is read again for each further sixteen."""
+    """What they cost in attention grows with the square of their number: the prompt is read again
+    for each further sixteen.
+    """
     prompt, answers = ragged([10])[0], ragged([3] * 40, 3)
     tokens, mask, where = M.join([prompt] * 40, answers)
     read = []
@@ -374,7 +389,8 @@ def test_prompts_of_one_token(lm):
 
 
 def test_cached_hidden_is_hidden(lm):
-    tokens, mask = M.pad(ragged((5, 2, 9, 3)), left=True)  # the last two columns are real in each row
+    # the last two columns are real in each row
+    tokens, mask = M.pad(ragged((5, 2, 9, 3)), left=True)
     cache = M.Cache(lm, 4, 12)
     with torch.no_grad():
         steps = [lm.hidden(tokens[:, :4], mask[:, :4], cache=cache), lm.hidden(tokens[:, 4:7], mask[:, 4:7], cache=cache)]
@@ -401,7 +417,8 @@ def test_an_answer_ends_with_its_end_token_and_costs_nothing_more(lm):
     ended = [sum(eos not in a[:t] and len(a) >= t for a in answers) for t in range(1, n)]
     assert [tuple(shape) for shape in read[1:]] == [(k, 1) for k in ended]
     without = M.generate(lm, prompts, n, 1.5)
-    assert all(w[: len(a)] == a for a, w in zip(answers, without, strict=True))  # nor does it change what others say
+    # nor does it change what others say
+    assert all(w[: len(a)] == a for a, w in zip(answers, without, strict=True))
 
 
 def test_generation_stops_when_all_have_ended(lm):
@@ -466,7 +483,8 @@ def test_seeds(lm):
     one = M.generate(lm, prompts, 10, seed=1)
     assert one == M.generate(lm, prompts, 10, seed=1) and one != M.generate(lm, prompts, 10, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len({tuple(a) for a in M.generate(lm, [prompts[0]] * 8, 10, seed=1)}) == 8  # rows draw apart
+    # rows draw apart
+    assert len({tuple(a) for a in M.generate(lm, [prompts[0]] * 8, 10, seed=1)}) == 8
 
 
 def test_generation_refuses_what_does_not_fit(lm):

@@ -1,4 +1,6 @@
-"""PagedAdamW: torch's AdamW bit for bit wherever the pages are, within its budget at every moment, through running out of memory."""
+"""PagedAdamW: torch's AdamW bit for bit wherever the pages are, within its budget at every moment,
+through running out of memory.
+"""
 
 import pytest
 import tiny
@@ -24,7 +26,9 @@ def groups(params):
 
 
 def gradients(params, step):
-    """Gradients of step `step`, of sizes from 1e-8 to 1e8; at some steps some parameters have none, the last one from step 4 on alone."""
+    """Gradients of step `step`, of sizes from 1e-8 to 1e8; at some steps some parameters have none,
+    the last one from step 4 on alone.
+    """
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
         g = torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(-8, 9, p.shape, generator=generator)
@@ -91,7 +95,9 @@ def test_a_model_trains_alike(tmp_path):
 
 # ---------------------------------------------------------------- the budget
 class Probe:
-    """Every page that is really alive on the device, whatever the optimizer believes; `most` is the largest sum of their bytes."""
+    """Every page that is really alive on the device, whatever the optimizer believes; `most` is the
+    largest sum of their bytes.
+    """
 
     def __init__(self, monkeypatch):
         self.pages, self.most, self.fail, self.empty = [], 0, [], torch.empty
@@ -135,7 +141,9 @@ def numbers(pages, params):
 
 
 def test_what_leaves_is_needed_last():
-    """Six pages, room for three, one ahead: the page that was used just now gives way, the ones first in line next time stay."""
+    """Six pages, room for three, one ahead: the page that was used just now gives way, the ones
+    first in line next time stay.
+    """
     params, optimizer = equal_pages(budget=3 * 80, ahead=1)
     inside, update = [], optimizer._update
     optimizer._update = lambda *a: (inside.append(numbers(optimizer.resident, params)), update(*a))
@@ -150,8 +158,9 @@ def test_what_leaves_is_needed_last():
 
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 6])
 def test_steps_move_no_more_pages_than_they_must(room):
-    """n pages in a cycle, room for k: no order of eviction moves fewer than n (n-k) pages each way in n-1 steps (Belady), throwing out
-    the least recently used moves n (n-1). A page ahead takes one place."""
+    """n pages in a cycle, room for k: no order of eviction moves fewer than n (n-k) pages each way
+    in n-1 steps (Belady), throwing out the least recently used moves n (n-1). A page ahead takes
+    one place."""
     for ahead, places in ((0, room), (1, max(1, room - 1))):
         params, optimizer = equal_pages(6, budget=room * 80, ahead=ahead)
         moved, copy = [], optimizer._copy
@@ -167,7 +176,9 @@ def test_steps_move_no_more_pages_than_they_must(room):
 
 
 def test_a_page_is_there_before_its_turn():
-    """With room for more than one, every page but a step's first is resident when the parameter before it is updated."""
+    """With room for more than one, every page but a step's first is resident when the parameter
+    before it is updated.
+    """
     params, optimizer = equal_pages(budget=2 * 80)
     update = optimizer._update
 
@@ -186,7 +197,9 @@ def test_a_page_is_there_before_its_turn():
 # ---------------------------------------------------------------- out of memory
 @pytest.mark.parametrize("seed", range(6))
 def test_a_step_that_runs_out_of_memory_evicts_and_goes_on(seed, monkeypatch, expected):
-    """Allocations fail at random; what is left is the same numbers, and pages have been evicted though no budget asked for it."""
+    """Allocations fail at random; what is left is the same numbers, and pages have been evicted
+    though no budget asked for it.
+    """
     probe, params = Probe(monkeypatch), parameters()
     optimizer = PagedAdamW(groups(params), lr=1e-3)
     train(optimizer, params, range(6))  # failing begins where there is something to evict
@@ -260,7 +273,9 @@ def test_pages_leave_before_a_pass_that_is_larger_than_any_before():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget", [None, 2 * max(PAGE), 40_000])
 def test_a_page_on_its_way_is_waited_for(budget, seed, monkeypatch, expected):
-    """A side stream as slow as may be: what is ordered there happens, in order, only when something waits for it."""
+    """A side stream as slow as may be: what is ordered there happens, in order, only when something
+    waits for it.
+    """
     queue = []
 
     def run(until=None):
@@ -321,7 +336,8 @@ def test_states_of_torch_and_paged_are_interchangeable(first, expected):
     params = parameters()
     optimizer = one(groups(params))
     train(optimizer, params, range(11))
-    again = two([dict(params=group["params"]) for group in groups(params)])  # the groups' settings come with the state
+    # the groups' settings come with the state
+    again = two([dict(params=group["params"]) for group in groups(params)])
     again.load_state_dict(optimizer.state_dict())
     train(again, params, range(11, 24))
     equal(everything(again, params), expected)
@@ -373,7 +389,9 @@ def test_on_a_gpu_pages_change_nothing(budget):
 
 @gpu
 def test_on_a_gpu_copies_and_updates_keep_their_order():
-    """Large pages and a main stream that is kept busy: a copy that did not wait, or was not waited for, would move stale numbers."""
+    """Large pages and a main stream that is kept busy: a copy that did not wait, or was not waited
+    for, would move stale numbers.
+    """
     out = []
     for make in (torch.optim.AdamW, PagedAdamW):
         torch.manual_seed(0)
@@ -392,8 +410,11 @@ def test_on_a_gpu_copies_and_updates_keep_their_order():
 
 @gpu
 def test_on_a_gpu_that_is_full_a_step_completes():
-    """The process may use 1 GB; parameters and gradients take half of it, their state would take another GB."""
-    device = torch.device("cuda", torch.cuda.current_device())  # set_per_process_memory_fraction wants an index
+    """The process may use 1 GB; parameters and gradients take half of it, their state would take
+    another GB.
+    """
+    # set_per_process_memory_fraction wants an index
+    device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total, device)

@@ -1,5 +1,5 @@
-"""Every path that a stage offers, walked to its saved end: stage × adapter × bits × keep-base. And what could
-not be saved in the end is refused before the first step."""
+"""Every path that a stage offers, walked to its saved end: stage × adapter × bits × keep-base. And
+what could not be saved in the end is refused before the first step."""
 
 import copy
 import dataclasses
@@ -232,7 +232,8 @@ def test_a_tokenizer_without_a_padding_token(world, refused, tmp_path):
 # ---------------------------------------------------------------- dropout, pages
 @pytest.mark.parametrize("stage", ("sft", "reward", "ppo", "dpo", "ipo", "simpo"))
 def test_an_adapter_s_dropout_is_on_in_sft_alone(stage, world, tmp_path):
-    """Of an adapter that goes on and asks for dropout; it is switched on without changing a number."""
+    """Of an adapter that goes on and asks for dropout; it is switched on without changing a number.
+    """
     start, found = world.start(stage if stage in STAGES else "dpo", "keep", "32"), []
     for dropout in (0.0, 0.5):
         changes = dict(start)
@@ -253,7 +254,9 @@ def test_an_adapter_s_dropout_is_on_in_sft_alone(stage, world, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pages_leave_before_a_larger_pass(stage, world, tmp_path, monkeypatch):
-    """Every stage says before each pass how large it is, and only a larger one than any before costs anything."""
+    """Every stage says before each pass how large it is, and only a larger one than any before
+    costs anything.
+    """
     told, left, network = [], [], []
     make_room, offload = PagedAdamW.make_room, PagedAdamW.offload
     monkeypatch.setattr(PagedAdamW, "make_room", lambda s, **n: (told.append(n), make_room(s, **n))[1])

@@ -1,4 +1,6 @@
-"""PPO: estimators and losses against their definitions in float64, exact KL on an enumerable toy, and what the loop feeds them."""
+"""PPO: estimators and losses against their definitions in float64, exact KL on an enumerable toy,
+and what the loop feeds them.
+"""
 
 import itertools
 import json
@@ -16,7 +18,8 @@ from model import join, last_score, logprobs, scalar_model
 from ppo import adapt, explained_variance, gae, kl_estimates, masked_mean, policy_loss, value_loss, values_of, whiten
 
 NAN = math.nan
-# prompts in front, padding behind, an answer of one token, one that fills its row, one that is all the row
+# prompts in front, padding behind, an answer of one token, one that fills its row, one that is all
+# the row
 MASK = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
 
 
@@ -80,7 +83,8 @@ def test_whiten_removes_the_mean_or_keeps_it(off):
 
 
 def test_whiten_s_epsilon_stands_in_the_root():
-    x = torch.where(MASK.cumsum(1) % 2 == 0, 1e-4, -1e-4).double()  # its variance is about the epsilon itself
+    # its variance is about the epsilon itself
+    x = torch.where(MASK.cumsum(1) % 2 == 0, 1e-4, -1e-4).double()
     inside = torch.tensor(flat(x), dtype=torch.float64)
     expected = (inside - inside.mean()) / (inside.var(unbiased=False) + 1e-8).sqrt()
     assert flat(whiten(x, MASK)) == pytest.approx(expected.tolist(), rel=1e-6)
@@ -112,12 +116,14 @@ def test_policy_loss_before_the_first_update():
     loss, clipped = policy_loss(logp, logp.detach(), advantages, MASK, 0.2)
     loss.backward()
     assert clipped == 0 and loss.item() == pytest.approx(-sum(flat(advantages)) / MASK.sum().item())
-    assert torch.allclose(logp.grad, torch.where(MASK, -advantages, 0.0) / MASK.sum())  # the policy gradient
+    # the policy gradient
+    assert torch.allclose(logp.grad, torch.where(MASK, -advantages, 0.0) / MASK.sum())
 
 
 def test_a_clipped_token_is_pushed_no_further():
     mask = torch.ones(1, 4, dtype=torch.bool)
-    logp = torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64).log().requires_grad_()  # ratios
+    # ratios
+    logp = torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64).log().requires_grad_()
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
     policy_loss(logp, torch.zeros_like(logp), advantages, mask, 0.2)[0].backward()
     assert (logp.grad != 0).tolist() == [[False, True, True, False]]
@@ -143,7 +149,9 @@ def test_what_is_off_the_mask_gives_no_gradient(off):
 
 
 def test_shapes_that_would_broadcast_change_nothing():
-    """(B,T) in everywhere, a scalar out: a (B,1) or (B,) by mistake would broadcast, and PPO would still learn something."""
+    """(B,T) in everywhere, a scalar out: a (B,1) or (B,) by mistake would broadcast, and PPO would
+    still learn something.
+    """
     x = random(5)
     assert policy_loss(*x[:3], MASK, 0.2)[0].shape == value_loss(*x[:3], MASK, 0.2).shape == ()
     assert all(out.shape == MASK.shape for out in (*gae(*x[:2], MASK, 1.0, 0.95), whiten(x[0], MASK)))
@@ -169,7 +177,9 @@ def test_finite_differences_through_the_models():
 
 # ---------------------------------------------------------------- KL
 def toy(seed):
-    """log-probabilities of a first token (3,) and of a second after it (3,3); token 0 ends an answer."""
+    """log-probabilities of a first token (3,) and of a second after it (3,3); token 0 ends an
+    answer.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [torch.log_softmax(torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5, -1) for shape in ((3,), (3, 3))]
 
@@ -202,7 +212,8 @@ def test_kl_is_summed_over_an_answer_and_0_between_equals():
 
 
 def test_beta_follows_the_target():
-    assert adapt(0.2, 9.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.2 * 0.01))  # at most 20 % a horizon up
+    # at most 20 % a horizon up
+    assert adapt(0.2, 9.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.2 * 0.01))
     assert adapt(0.2, 0.0, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 - 0.2 * 0.01))  # and down
     assert adapt(0.2, 6.6, 6.0, 100, 10_000) == pytest.approx(0.2 * (1 + 0.1 * 0.01))
     assert adapt(0.2, 6.0, 6.0, 100, 10_000) == adapt(0.2, 99.0, 0.0, 100, 10_000) == 0.2
@@ -235,7 +246,8 @@ def test_scores_that_do_not_differ_are_divided_by_1(score):
     for n in (3, 1, 7, 128):
         seen = ppo.running(seen, torch.full((n,), score))
         assert ppo.deviation(seen) == 1.0
-    noisy = torch.nextafter(torch.tensor(score), torch.tensor(math.inf)).view(1)  # of the same sum in another order
+    # of the same sum in another order
+    noisy = torch.nextafter(torch.tensor(score), torch.tensor(math.inf)).view(1)
     assert not score or ppo.deviation(ppo.running(seen, noisy)) == 1.0
     other = torch.tensor([score + 1.0 if score < 1 else 2 * score])
     assert ppo.deviation(ppo.running(seen, other)) != 1.0
@@ -312,7 +324,9 @@ SCORES = {text: len(text) + 0.125 * text.count("a") for text, _, _ in answers_of
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(**options) → what a short run of ppo() fed to its estimators and losses, call by call, and its log."""
+    """run(**options) → what a short run of ppo() fed to its estimators and losses, call by call,
+    and its log.
+    """
     start = bandit(tmp_path / "start", FIRST, AFTER)
     judge = tmp_path / "judge.py"
     judge.write_text(f"def judge(prompts, answers):\n    assert all(p[-1]['role'] == 'user' for p in prompts)\n"
@@ -359,7 +373,8 @@ def test_rewards_are_the_kl_of_each_token_and_the_score_on_the_last(run):
             assert mask[i].nonzero().squeeze(1).tolist() == where and tokens[i, where].tolist() == a
             expected = -0.3 * (old - ref)[i, where]
             text = tok.decode(a, skip_special=True)
-            expected[-1] += SCORES[text] if a[-1] == end else -1.0  # instead of its score, which would be 1000
+            # instead of its score, which would be 1000
+            expected[-1] += SCORES[text] if a[-1] == end else -1.0
             unfinished += a[-1] != end
             assert torch.allclose(rewards[i, where], expected, atol=1e-5)
             assert (rewards[i, ~mask[i]] == 0).all()
@@ -394,7 +409,9 @@ def test_advantages_are_whitened_over_the_round_and_every_loss_sees_the_rollouts
 
 
 def test_an_update_follows_the_two_losses_and_nothing_else(run, monkeypatch):
-    """KL is paid once, in the rewards: no term of it, of entropy or of anything else in the gradient of any update."""
+    """KL is paid once, in the rewards: no term of it, of entropy or of anything else in the
+    gradient of any update.
+    """
     models, expected, compared = {}, [], []
 
     def remember(name, place):
@@ -434,7 +451,8 @@ def test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update(run, temperatu
     assert (torch.exp(new - old)[mask] - 1).abs().max() < 1e-5 and clipped == 0
     assert log[0]["kl"] == log[0]["kl_k3"] == 0 and all(line["ratio_error"] < 1e-5 for line in log)
     first = calls["value_loss"][0][0]
-    assert (first[0] - first[1])[mask].abs().max() < 1e-5  # the critic too is the one of the rollout
+    # the critic too is the one of the rollout
+    assert (first[0] - first[1])[mask].abs().max() < 1e-5
     assert abs(log[1]["kl"]) > 1e-3
     assert all(c[0][3] == temperature for c in calls["generate"])
     (tokens, real, where), reference = calls["join"][0][2], hub.load(calls["start"])[0]
@@ -445,7 +463,8 @@ def test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update(run, temperatu
 def test_answers_are_sampled_from_the_policy_as_it_is(run):
     calls, _ = run(iterations=2)
     for args, kwargs, _ in calls["generate"]:
-        assert len(args) == 4 and set(kwargs) == {"eos_id", "seed"} and kwargs["eos_id"] == [279]  # no top-p, no top-k
+        # no top-p, no top-k
+        assert len(args) == 4 and set(kwargs) == {"eos_id", "seed"} and kwargs["eos_id"] == [279]
     assert calls["generate"][0][1]["seed"] != calls["generate"][1][1]["seed"]
     assert calls["generate"][0][2] != calls["generate"][1][2]
 
@@ -466,8 +485,9 @@ def test_the_adaptive_beta_is_what_the_next_round_pays(run):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 6), (6, 99)], ids=["rollout", "reference", "update"])
 def test_a_temperature_that_is_wrong_by_1_percent_in_one_place_is_refused(run, monkeypatch, wrong, temperature):
-    """Of the first iteration's log-probabilities three calls are π's, three π_ref's, then come the update's.
-    (The sampler's own temperature: test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update.)"""
+    """Of the first iteration's log-probabilities three calls are π's, three π_ref's, then come the
+    update's. (The sampler's own temperature:
+    test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update.)"""
     real, calls = ppo.logprobs, []
 
     def logprobs(*rows, temperature):
@@ -500,7 +520,8 @@ def test_a_readers_rewards_are_divided_by_the_deviation_of_all_so_far(run):
         answers = calls["join"][it][0][1]
         ended = [a[-1] == templates.end_id(tok) for a in answers]
         scores = [SCORES.get(tok.decode(a, skip_special=True)) for a in answers]
-        so_far += [s for s, e in zip(scores, ended, strict=True) if e]  # no others: theirs are never used
+        # no others: theirs are never used
+        so_far += [s for s, e in zip(scores, ended, strict=True) if e]
         std = torch.tensor(so_far, dtype=torch.float64).std(unbiased=False).item()
         rewards = calls["gae"][it][0][0].sum(1)
         expected = [s / std if e else -0.75 for s, e in zip(scores, ended, strict=True)]

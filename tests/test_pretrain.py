@@ -1,4 +1,6 @@
-"""The shipped base: small enough, opens, knows the world; its recipe gives the recorded losses again."""
+"""The shipped base: small enough, opens, knows the world; its recipe gives the recorded losses
+again.
+"""
 
 import json
 from dataclasses import fields
@@ -29,7 +31,9 @@ def test_the_shipped_base_is_small_and_made_by_the_recipe_of_its_script():
 
 
 def test_the_record_names_the_corpus_and_the_weights():
-    """Of the corpus, as data/corpus.py still makes it, the record has the hash; of the files beside it, theirs."""
+    """Of the corpus, as data/corpus.py still makes it, the record has the hash; of the files beside
+    it, theirs.
+    """
     record = read_record(BASE)
     texts = corpus.documents(record["options"]["seed"], pretrain.CHARACTERS)
     assert record["inputs"] == {pretrain.CORPUS: pretrain.corpus_hash(texts)} and "made the weights" in record["of"]
@@ -56,10 +60,13 @@ def test_a_turn_starts_like_a_line_and_ends_like_a_document(base):
 
 
 def test_the_base_knows_held_out_facts(base):
-    """What fine-tuning never shows is in the base: it answers held-out questions on a page of questions and answers."""
+    """What fine-tuning never shows is in the base: it answers held-out questions on a page of
+    questions and answers.
+    """
     model, tok = base
     items = [i for i in world.items(400, 3, "heldout") if i["kind"] in ("open", "translation", "classification")]
-    page, line = "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n", tok.encode("\n")  # apart, as before a word
+    # apart, as before a word
+    page, line = "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n", tok.encode("\n")
     prompts = [[tok.special[pretrain.END], *tok.encode(page.format(i["prompt"])), *line] for i in items]
     said = [tok.decode(a).split("\n")[0] for a in generate(model, prompts, 24, temperature=0)]
     assert sum(world.gold(i, s)[1]["right"] for i, s in zip(items, said, strict=True)) / len(items) > 0.8
@@ -80,11 +87,13 @@ def test_rows_start_at_a_document_and_are_full(base):
 
 
 def test_the_first_fifty_steps_give_the_recorded_losses(tmp_path, monkeypatch):
-    """Eager, float32. The record was made in bf16, compiled, on another machine, and every processor and number of threads rounds its
-    sums in another order. In the first 20 steps, while the learning rate rises, that is 0.1 %. Then each step carries it on, most where
-    the loss jumps: 1.2 % at one step on an Intel machine, 2.8 % at one on an AMD machine, 0.3 % in the mean.
+    """Eager, float32. The record was made in bf16, compiled, on another machine, and every
+    processor and number of threads rounds its sums in another order. In the first 20 steps, while
+    the learning rate rises, that is 0.1 %. Then each step carries it on, most where the loss jumps:
+    1.2 % at one step on an Intel machine, 2.8 % at one on an AMD machine, 0.3 % in the mean.
 
-    torch's Muon works in bf16 inside, where a processor without bf16 units is 20 times slower and rounds otherwise: here in float32 too.
+    torch's Muon works in bf16 inside, where a processor without bf16 units is 20 times slower and
+    rounds otherwise: here in float32 too.
     """
     recorded = [json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:50]]
 

@@ -1,4 +1,6 @@
-"""NF4: bitsandbytes' own numbers (golden), the definition, and a layer that keeps its weight in 4 bits."""
+"""NF4: bitsandbytes' own numbers (golden), the definition, and a layer that keeps its weight in 4
+bits.
+"""
 
 import copy
 import gc
@@ -53,8 +55,9 @@ def test_the_map_of_the_second_quantisation():
 
 @pytest.mark.parametrize("case", CASES)
 def test_bitsandbytes_own_numbers(case):
-    """Codes, absmax and what they stand for are equal. The 8-bit codes of absmax it looks up in a table of 65,536, so that some are not
-    the nearest ones: no further from ours than its step there, or two steps of that table."""
+    """Codes, absmax and what they stand for are equal. The 8-bit codes of absmax it looks up in a
+    table of 65,536, so that some are not the nearest ones: no further from ours than its step
+    there, or two steps of that table."""
     w, codes = PEER[case], PEER[f"{case}.codes"]
     for double in (False, True):
         if f"{case}.absmax{1 + double}" not in PEER:
@@ -67,12 +70,15 @@ def test_bitsandbytes_own_numbers(case):
         if not double:
             assert torch.equal(ours.absmax, absmax) and torch.equal(ours.dequantize(), whole)
             continue
-        assert ours.offset == offset and (ours.nested_absmax - nested).abs().max() < 1.1e-38  # it stores 0 where a block has only zeros
+        # it stores 0 where a block has only zeros
+        assert ours.offset == offset and (ours.nested_absmax - nested).abs().max() < 1.1e-38
         scale = nested.repeat_interleave(256)[: len(absmax)]
-        step = nn.functional.max_pool1d(DYNAMIC_VALUES.diff()[None], 2, 1, 1)[0][absmax.int()]  # the larger one of its two sides
+        # the larger one of its two sides
+        step = nn.functional.max_pool1d(DYNAMIC_VALUES.diff()[None], 2, 1, 1)[0][absmax.int()]
         apart = (DYNAMIC_VALUES[ours.absmax.int()] - DYNAMIC_VALUES[absmax.int()]).abs() * scale
         assert (apart <= step.clamp(min=4 / 65535) * scale + 1e-12).all()
-        assert (ours.absmax != absmax).sum() <= 1 or scale.max() < 1e-30  # of a weight of one block nothing is left without the mean
+        # of a weight of one block nothing is left without the mean
+        assert (ours.absmax != absmax).sum() <= 1 or scale.max() < 1e-30
 
 
 def test_the_case_of_double_quantisation_has_two_blocks_and_few_differences():
@@ -116,7 +122,8 @@ def test_the_expected_error_on_normal_weights():
 def test_the_packing():
     w = torch.tensor([-1.0, 1.0, 0.0, NF4_VALUES[9], 0.9])
     q = quantize_nf4(w, double_quant=False)
-    assert q.codes.tolist() == [[0x0F], [0x79], [0xF7]] and q.absmax.tolist() == [1.0]  # the first in the high half; a spare half is 0
+    # the first in the high half; a spare half is 0
+    assert q.codes.tolist() == [[0x0F], [0x79], [0xF7]] and q.absmax.tolist() == [1.0]
     assert torch.equal(q.dequantize(), torch.tensor([-1.0, 1.0, 0.0, NF4_VALUES[9], 1.0]))
 
 
@@ -129,7 +136,9 @@ def test_ties_take_the_lower_code():
 
 
 def test_a_short_last_block_is_divided_by_its_absmax():
-    """Whole blocks are multiplied by its reciprocal, as bitsandbytes does: where a number is almost a tie the codes differ."""
+    """Whole blocks are multiplied by its reciprocal, as bitsandbytes does: where a number is almost
+    a tie the codes differ.
+    """
     middles, absmax = (NF4_VALUES[1:] + NF4_VALUES[:-1]) / 2, torch.tensor(0.013)
     block = torch.cat((absmax[None], middles * absmax, torch.zeros(48)))
     codes = quantize_nf4(torch.cat((block, block[:20]))).codes
@@ -140,7 +149,9 @@ def test_a_short_last_block_is_divided_by_its_absmax():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_weight_goes_in_pieces(dtype):
-    """More than 2^20 numbers, and not whole blocks at the end, against the same weight in parts of whole blocks."""
+    """More than 2^20 numbers, and not whole blocks at the end, against the same weight in parts of
+    whole blocks.
+    """
     w = normal(1100, 1000).to(dtype).flatten()[:-3]
     parts = [quantize_nf4(p, double_quant=False).dequantize() for p in w.split(64 * 3000)]
     assert torch.equal(quantize_nf4(w, double_quant=False).dequantize(), torch.cat(parts))
@@ -214,7 +225,8 @@ def test_no_full_precision_copy_is_alive():
     assert large_tensors(256 * 256) == before
     own = {b.data_ptr() for b in ours.buffers()}
     rest = [t for t in saved if t.data_ptr() not in own]
-    assert len(saved) - len(rest) >= 6 and sum(t.nbytes for t in rest) <= 3 * 256 * 4  # tanh's output alone
+    # tanh's output alone
+    assert len(saved) - len(rest) >= 6 and sum(t.nbytes for t in rest) <= 3 * 256 * 4
     held = sum(b.nbytes for b in ours.buffers())
     assert held < 2 * 256 * 256 * 0.52
     y.sum().backward()
@@ -223,7 +235,9 @@ def test_no_full_precision_copy_is_alive():
 
 
 def test_bytes_as_allocated():
-    """bf16 over double-quantised NF4, SmolLM2's layers, with the 512 bytes to which a GPU rounds every tensor."""
+    """bf16 over double-quantised NF4, SmolLM2's layers, with the 512 bytes to which a GPU rounds
+    every tensor.
+    """
     shapes = {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1}
     bf16 = nf4 = 0
     for (out, width), times in shapes.items():
@@ -266,7 +280,8 @@ def test_state_dict_as_bitsandbytes_has_it(double, tmp_path):
     said = json.loads(bytes(state["weight.quant_state.bitsandbytes__nf4"].tolist()))
     expected = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [48, 80]}
     assert said == expected | ({"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": ours.offset} if double else {})
-    save_file(nn.Sequential(ours, layer(seed=2)).state_dict(), tmp_path / "two.safetensors")  # it refuses tensors that share memory
+    # it refuses tensors that share memory
+    save_file(nn.Sequential(ours, layer(seed=2)).state_dict(), tmp_path / "two.safetensors")
     other = layer(seed=1)
     other.load_state_dict(state)
     assert torch.equal(other.dequantize(), ours.dequantize()) and other.codes.data_ptr() != ours.codes.data_ptr()
@@ -331,7 +346,8 @@ def test_loading_quantises_the_blocks_layers_alone(tmp_path):
         elif hasattr(module, "weight"):
             assert type(other) is type(module) and torch.equal(other.weight, module.weight)
     tokens = torch.randint(280, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ours(tokens), quantize_model(plain)(tokens))  # quantised afterwards, in place
+    # quantised afterwards, in place
+    assert torch.equal(ours(tokens), quantize_model(plain)(tokens))
     half = hub.load(folder, dtype=torch.bfloat16, quant="nf4")[0]
     assert half.layers[0].mlp.up_proj.dequantize().dtype == half.embed_tokens.weight.dtype == torch.bfloat16
 
@@ -349,7 +365,8 @@ def test_one_tensor_at_a_time_is_whole_while_loading(tmp_path, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         model = hub.load(folder, dtype=dtype, quant="nf4")[0]
         alive.append(sum(ref() is not None for ref in read))
-    assert len(read) == 28 and max(alive) <= 1, alive  # the one before, until its name is given to the next
+    # the one before, until its name is given to the next
+    assert len(read) == 28 and max(alive) <= 1, alive
     assert alive[-1] == 0 and model is not None
 
 

@@ -1,4 +1,6 @@
-"""Records: each format read, each malformed line named by file and line, what is of no use counted, held-out decided once."""
+"""Records: each format read, each malformed line named by file and line, what is of no use counted,
+held-out decided once.
+"""
 import bz2
 import copy
 import gzip
@@ -281,7 +283,8 @@ def test_a_weight_of_0_stays_with_its_turn_and_others_are_refused(write, field):
         records.conversations(write({"messages": [{**Q, field: 1}, A]}))
     with pytest.raises(ValueError, match="x.jsonl:1: rejected: the last message: weight: 1 was expected for an answer"):
         records.preferences(write({**PAIR, "rejected": [{**WORSE, field: 0}]}))
-    if field != "loss":                                         # beside a record it is a measured one: counted
+    # beside a record it is a measured one: counted
+    if field != "loss":
         with pytest.raises(ValueError, match=rf"x.jsonl:1: {field}: 1 was expected, all records count alike here \(got 0\)"):
             records.conversations(write({**CHAT, field: 0}))
         assert records.conversations(write({**CHAT, field: 1}))
@@ -397,7 +400,8 @@ def test_too_many_spaces_in_a_row_are_named(write):
 def test_duplicates_are_kept_and_nothing_is_changed(write):
     assert records.conversations(write(CHAT, CHAT, CHAT)) == [CHAT] * 3
     given = [copy.deepcopy(x) for x in (CHAT, RANKING)]
-    assert records.split(given) in (([CHAT, RANKING], []), ([], [CHAT, RANKING]))      # the same question, the same side
+    # the same question, the same side
+    assert records.split(given) in (([CHAT, RANKING], []), ([], [CHAT, RANKING]))
     assert given == [CHAT, RANKING]
 
 

@@ -1,4 +1,6 @@
-"""Each stage killed at a random step and started again gives what it gives uninterrupted, bit for bit; nothing else is ever read."""
+"""Each stage killed at a random step and started again gives what it gives uninterrupted, bit for
+bit; nothing else is ever read.
+"""
 
 import json
 import signal
@@ -17,7 +19,8 @@ def contents(out) -> dict:
     home, files = Path(out), {}
     if home.suffix == ".jsonl":
         files, home = {"result": home.read_bytes()}, home.with_name(home.name + ".run")
-    files |= {f.name: f.read_bytes() for f in home.iterdir()}  # a folder in it, such as its state, is an error
+    # a folder in it, such as its state, is an error
+    files |= {f.name: f.read_bytes() for f in home.iterdir()}
     lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
     return files | {"metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]}
 
@@ -35,7 +38,8 @@ def test_killed_and_started_again_equals_uninterrupted(stage, small, tmp_path):
     refused(run(script(stage), out=broken, **options | {"seed": 1}), str(broken), "unfinished", "seed was 0, is 1", "--overwrite")
     assert (state / "state.safetensors").read_bytes() == before
 
-    resumed = done(script(stage), out=broken, **options | {"save_every": 3})  # how often it is saved changes nothing
+    # how often it is saved changes nothing
+    resumed = done(script(stage), out=broken, **options | {"save_every": 3})
     assert f"| {step}/" in resumed.err, "it went on from the saved step"
     assert contents(broken) == contents(whole)
 
@@ -125,7 +129,9 @@ def test_a_second_run_is_told_so_and_touches_nothing(stage, small, tmp_path):
 
 
 def test_adapters_that_moved_before_a_resume_at_the_end_have_moved(small, tmp_path):
-    """Killed behind its last step, a run has no step to go; what it trained is compared with its start."""
+    """Killed behind its last step, a run has no step to go; what it trained is compared with its
+    start.
+    """
     for name, options in (("sft", dict(lora=2, steps=4)), ("dpo", dict(lora=2, steps=4)), ("reward", dict(lora=2, steps=4)),
                           ("ppo", dict(lora=2, iterations=2))):  # fmt: skip
         options = small[name] | options | dict(out=tmp_path / name)

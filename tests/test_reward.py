@@ -1,4 +1,6 @@
-"""The reward model: the ranking loss by brute force and by its goldens, which answer gets which score, padding, and what it learns."""
+"""The reward model: the ranking loss by brute force and by its goldens, which answer gets which
+score, padding, and what it learns.
+"""
 
 import itertools
 import json
@@ -61,7 +63,8 @@ def test_the_loss_is_the_mean_over_a_prompts_pairs_and_then_over_prompts():
         assert ranking_loss(scores[i : i + 1], RANKS[i : i + 1]).item() == pytest.approx(
             brute(scores[i : i + 1], RANKS[i : i + 1]), abs=1e-12
         )
-    comparable = torch.stack([ranking_loss(scores[[i]], RANKS[[i]]) for i in (0, 1, 2, 5)])  # a prompt weighs 1, however many its pairs
+    # a prompt weighs 1, however many its pairs
+    comparable = torch.stack([ranking_loss(scores[[i]], RANKS[[i]]) for i in (0, 1, 2, 5)])
     assert torch.allclose(ranking_loss(scores, RANKS), comparable.mean())
 
 
@@ -72,7 +75,8 @@ def test_the_order_of_answers_and_of_prompts_does_not_matter():
         order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
         assert torch.allclose(ranking_loss(scores[:, order], RANKS[:, order]), loss)
     assert torch.allclose(ranking_loss(scores.flip(0), RANKS.flip(0)), loss)
-    assert torch.allclose(ranking_loss(scores, torch.where(RANKS < 0, -1, RANKS * 7)), loss)  # ranks are an order, not distances
+    # ranks are an order, not distances
+    assert torch.allclose(ranking_loss(scores, torch.where(RANKS < 0, -1, RANKS * 7)), loss)
 
 
 @pytest.mark.parametrize("anything", [NAN, math.inf, -math.inf, 1e30])
@@ -106,7 +110,9 @@ def test_finite_differences():
 
 
 def test_the_peers_own_numbers():
-    """TRL's reward loss of pairs of token ids, through transformers' scores: ours from the same checkpoint."""
+    """TRL's reward loss of pairs of token ids, through transformers' scores: ours from the same
+    checkpoint.
+    """
     model, _ = hub.load(GOLDEN / "llama_scores")
     for g in json.loads((GOLDEN / "losses.json").read_text())["reward"]:
         scores, ranks = reward.scores_of(model, [(p, [r, c], [1, 0]) for p, c, r in g["pairs"]], torch.device("cpu"))
@@ -147,7 +153,9 @@ def test_every_answer_is_read_once_whatever_its_pairs(model, monkeypatch):
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 def test_the_score_is_read_at_the_last_token_also_where_padding_is_an_end(model, end):
-    """Turns that end in the padding's own id: the score must come from the end of the answer, whatever fills the row up."""
+    """Turns that end in the padding's own id: the score must come from the end of the answer,
+    whatever fills the row up.
+    """
     tok = chat_tokenizer(pad=end)
     chat = user("a") + [{"role": "assistant", "content": "b"}] + user("c?")
     prompt, answer = templates.answer_ids(tok, chat, "d")
@@ -196,10 +204,13 @@ def test_equal_answers_become_one_at_their_mean_rank(capsys):
     """So the reward model never learns two ranks of one text."""
     tok = chat_tokenizer()
     rows = [
-        {"prompt": user("a"), "responses": ["x", "y", "x", "z"], "ranks": [0, 1, 3, 2]},  # x: 1.5, between y and z
-        {"prompt": user("b"), "responses": ["x", "x", "y"], "ranks": [0, 2, 1]},  # x and y are tied then: nothing to compare
+        # x: 1.5, between y and z
+        {"prompt": user("a"), "responses": ["x", "y", "x", "z"], "ranks": [0, 1, 3, 2]},
+        # x and y are tied then: nothing to compare
+        {"prompt": user("b"), "responses": ["x", "x", "y"], "ranks": [0, 2, 1]},
         {"prompt": user("c"), "responses": ["x", "y", "z"], "ranks": [5, 0, 5]},  # as they were
-        {"prompt": user("d"), "responses": ["x", "x", "y"], "ranks": [0, 1, 2], "finished": [True, False, True]},  # two answers
+        # two answers
+        {"prompt": user("d"), "responses": ["x", "x", "y"], "ranks": [0, 1, 2], "finished": [True, False, True]},
     ]
     kept = reward.prepare("file", rows, tok, 64)
     told = [[tok.decode(a) for a in answers] for _, answers, _ in kept]
@@ -211,7 +222,9 @@ def test_equal_answers_become_one_at_their_mean_rank(capsys):
 
 
 def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
-    """By the reward model, DPO and the evaluation alike; a text is encoded again where its ids are another vocabulary's."""
+    """By the reward model, DPO and the evaluation alike; a text is encoded again where its ids are
+    another vocabulary's.
+    """
     tok = chat_tokenizer()
     half = tok.encode("\u20ac")[:-1]  # cut inside a character: its text is U+FFFD
     other = [*tok.encode("t"), *tok.encode("he"), 279]  # "the", not as the tokenizer cuts it
@@ -242,7 +255,8 @@ def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
         with pytest.raises(ValueError, match=f"r.jsonl:2: {field}: .*as many as responses, were expected"):
             records.rankings(file)
     mine = write(tmp_path / "r.jsonl", [good | {"ids": [7, 8]}, {"prompt": "a", "chosen": "x", "rejected": "y", "finished": 3, "ids": 4}])
-    assert not any({"ids", "finished"} & r.keys() for r in records.rankings(mine))  # a reader's own: they say nothing of tokens
+    # a reader's own: they say nothing of tokens
+    assert not any({"ids", "finished"} & r.keys() for r in records.rankings(mine))
 
 
 # ---------------------------------------------------------------- the stage

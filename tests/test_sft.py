@@ -1,4 +1,6 @@
-"""SFT: the same gradient whatever the accumulation, packed equals separate, masked content never matters, and the model learns to end."""
+"""SFT: the same gradient whatever the accumulation, packed equals separate, masked content never
+matters, and the model learns to end.
+"""
 
 import copy
 import random
@@ -21,7 +23,9 @@ END = 279
 
 
 def examples(lengths, seed=0, end=END):
-    """[(prompt length, answer length)] → [(ids, labels)]: the answer is trained, its last token is `end`."""
+    """[(prompt length, answer length)] → [(ids, labels)]: the answer is trained, its last token is
+    `end`.
+    """
     rng, out = random.Random(seed), []
     for prompt, answer in lengths:
         ids = [rng.randrange(1, V - 3) for _ in range(prompt + answer - 1)] + [end]
@@ -29,7 +33,8 @@ def examples(lengths, seed=0, end=END):
     return out
 
 
-RAGGED = [(3, 1), (4, 9), (2, 2), (7, 17), (3, 1), (5, 4), (1, 3), (2, 11)]  # nobody's share of the tokens is an eighth
+# nobody's share of the tokens is an eighth
+RAGGED = [(3, 1), (4, 9), (2, 2), (7, 17), (3, 1), (5, 4), (1, 3), (2, 11)]
 
 
 def hand(model, ids, labels):
@@ -56,7 +61,9 @@ def model():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(data, **options) → sft.sft() over these examples, in this order: the gradients and learning rates of its steps, its log."""
+    """run(data, **options) → sft.sft() over these examples, in this order: the gradients and
+    learning rates of its steps, its log.
+    """
     start = folder(tmp_path / "start")
 
     def run(data, name="out", **options):
@@ -147,7 +154,8 @@ def test_pack_lays_each_example_once_and_changes_nothing():
     data = examples(RAGGED)
     before = copy.deepcopy(data)
     tokens, labels, segments = sft.pack(data, 32)
-    tokens[0, 0] = labels[0, 0] = 7  # the rows are new ones, not views of each other or of the examples
+    # the rows are new ones, not views of each other or of the examples
+    tokens[0, 0] = labels[0, 0] = 7
     assert data == before
     tokens, labels, segments = sft.pack(data, 32)
     for i, (ids, lab) in enumerate(data):
@@ -159,7 +167,9 @@ def test_pack_lays_each_example_once_and_changes_nothing():
 
 
 def test_one_label_trains_one_position_the_one_before_it():
-    """The gradient of the logits is softmax - onehot at t - 1 and 0 everywhere else: shifted once, not twice and not at all."""
+    """The gradient of the logits is softmax - onehot at t - 1 and 0 everywhere else: shifted once,
+    not twice and not at all.
+    """
 
     class Reads(torch.nn.Module):  # hidden states are the logits, and a leaf
         def __init__(self):
@@ -182,7 +192,8 @@ def test_one_label_trains_one_position_the_one_before_it():
 def test_on_a_bf16_model_the_loss_is_float32(model):
     packed, half = sft.pack(examples(RAGGED), 32), copy.deepcopy(model).bfloat16()
     nll, n = sft.sft_loss(half, *packed)
-    logits = half(packed[0], segments=packed[2]).float()[:, :-1]  # rounded where the model is, and nowhere after it
+    # rounded where the model is, and nowhere after it
+    logits = half(packed[0], segments=packed[2]).float()[:, :-1]
     labels = torch.where(packed[2][:, 1:] == packed[2][:, :-1], packed[1][:, 1:], sft.IGNORE)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORE, reduction="sum")
     assert nll.dtype == torch.float32 and abs(nll - expected) < 1e-5 * expected
@@ -217,7 +228,8 @@ def test_a_neighbours_content_changes_nothing(model):
 # ---------------------------------------------------------------- masks
 def test_masked_content_changes_nothing_and_trained_content_does(model):
     ids, _ = examples([(4, 8)])[0]
-    labels = [sft.IGNORE] * 4 + ids[4:7] + [sft.IGNORE] * 5  # a turn of the user's follows the answer
+    # a turn of the user's follows the answer
+    labels = [sft.IGNORE] * 4 + ids[4:7] + [sft.IGNORE] * 5
     packed = sft.pack([(ids, labels)], 16)
     loss = sft.sft_loss(model, *packed)[0]
 
@@ -309,7 +321,9 @@ def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
 
 
 def test_show_batch_can_be_read_and_sends_a_terminal_nothing_but_its_colours(capsys):
-    """Characters of several tokens stand whole; control characters, and those that no one sees, are spelt out."""
+    """Characters of several tokens stand whole; control characters, and those that no one sees, are
+    spelt out.
+    """
     tok, said = chat_tokenizer(), "Señor, 你好 🙂"
     hostile = "a\n\t\033[2J\a\x9b1m\u202e"
     sft.show([templates.render(tok, user(said + hostile) + [{"role": "assistant", "content": said}])], tok)
@@ -343,7 +357,8 @@ def test_the_format_that_was_asked_for_is_trained_and_saved(tmp_path):
     assert tokens[1] > tokens[0]  # SmolLM2's has a system message of its own
 
 
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])  # the second is SmolLM2's own setting
+# the second is SmolLM2's own setting
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
 def test_after_training_answers_end(tmp_path, pad):
     tok = chat_tokenizer(pad)
     file = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])

@@ -1,4 +1,6 @@
-"""tools/smollm2.py on a tiny GGUF file of the same kind, written here as llama.cpp's converter would; and what it refuses."""
+"""tools/smollm2.py on a tiny GGUF file of the same kind, written here as llama.cpp's converter
+would; and what it refuses.
+"""
 
 import json
 import sys
@@ -83,7 +85,8 @@ def test_a_gguf_file_becomes_its_folder(tiny, tmp_path, wheel, capsys):
     assert (its.bos_id, its.eos_id, its.pad_id) == (1, 2, 2)
     text = "The year 2024:\n\n  it isn't <|im_end|> over, 12.5 % left."
     assert its.encode(text) == tokenizer.encode(text)
-    assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == ["out"]  # nothing is left beside it
+    # nothing is left beside it
+    assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == ["out"]
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
     smollm2.main(tmp_path / "out", None)
     assert "finished already" in capsys.readouterr().out and before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}

@@ -1,5 +1,6 @@
-"""The first steps of each stage by hand: losses from their definitions, one unpadded row after the other in float64, gradients clipped
-to norm 1, AdamW, the learning rate of the step. What a stage saves and logs must be that; and what it reads must be the training side.
+"""The first steps of each stage by hand: losses from their definitions, one unpadded row after the
+other in float64, gradients clipped to norm 1, AdamW, the learning rate of the step. What a stage
+saves and logs must be that; and what it reads must be the training side.
 """
 
 import json
@@ -45,7 +46,9 @@ def said(text):
 
 # ---------------------------------------------------------------- definitions
 class Trained:
-    """A model in float64 and its optimizer: AdamW after Loshchilov & Hutter 2019, decay on matrices."""
+    """A model in float64 and its optimizer: AdamW after Loshchilov & Hutter 2019, decay on
+    matrices.
+    """
 
     def __init__(self, model, decay=0.0, eps=1e-8):
         self.model, self.decay, self.eps, self.norms, self.rates = model.double(), decay, eps, [], 0.0
@@ -70,9 +73,12 @@ class Trained:
         return norm
 
     def check(self, path):
-        """The model that lies there is this one, to a thousandth of the way that its numbers could go."""
+        """The model that lies there is this one, to a thousandth of the way that its numbers could
+        go.
+        """
         clipped = [max(1.0, norm) for norm in self.norms]
-        assert max(clipped) > 1.3 * min(clipped)  # Adam sees it only where steps are clipped differently
+        # Adam sees it only where steps are clipped differently
+        assert max(clipped) > 1.3 * min(clipped)
         found, off = dict(hub.load(path)[0].named_parameters()), []
         for n, p in self.model.named_parameters():
             moved = self.m[n] != 0
@@ -241,7 +247,9 @@ def test_ppo(tmp_path, monkeypatch):
     steered = []
 
     def values(a):
-        """V before each of the answer's tokens: the critic's score at the token before it, in deviations."""
+        """V before each of the answer's tokens: the critic's score at the token before it, in
+        deviations.
+        """
         return (critic.model(torch.tensor([prompt + a]))[0, len(prompt) - 1 : -1] - 0.4) / 1.7
 
     for it, line in enumerate(metrics(tmp_path / "out")):
@@ -315,7 +323,8 @@ def chosen(monkeypatch):
 
 
 STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "simpo": dpo, "ppo": ppo}
-LETTERS = {letter: TOK.encode(letter)[0] for letter in "ABCDEFGHMNZ"}  # one token each, which stand in nothing else
+# one token each, which stand in nothing else
+LETTERS = {letter: TOK.encode(letter)[0] for letter in "ABCDEFGHMNZ"}
 
 
 def found(passes):
@@ -329,7 +338,9 @@ def letter(record):
 
 
 def stage(name, at, asked, seed=0, answers=("yes", "no", "hm"), **options):
-    """Runs a stage on these prompts, in which answers[0] is the demonstrated and the best one → the folder that it wrote."""
+    """Runs a stage on these prompts, in which answers[0] is the demonstrated and the best one → the
+    folder that it wrote.
+    """
     model = lm(1)
     with torch.no_grad():  # which says none of the letters
         model.embed_tokens.weight[:, 0] = 3.0
@@ -356,7 +367,9 @@ def stage(name, at, asked, seed=0, answers=("yes", "no", "hm"), **options):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_held_out_records_and_what_exceeds_the_context_are_never_trained(name, read, tmp_path):
-    """M marks the training side, N the held-out one, Z what fits --length but not the context of 128 tokens."""
+    """M marks the training side, N the held-out one, Z what fits --length but not the context of
+    128 tokens.
+    """
     asked = prompts(3, held=True, text="N{}?") + prompts(4, text="M{}?")
     if name in ("sft", "reward", "dpo", "simpo"):
         asked += prompts(1, text="Z{}" + 110 * "x")
@@ -366,7 +379,8 @@ def test_held_out_records_and_what_exceeds_the_context_are_never_trained(name, r
     stage(name, tmp_path, asked, batch=4, answers=("yes", "no", "Z" * 130), **times)
     assert {"".join(sorted(f)) for f in found(ids for grad, ids in read if grad)} == {"M"}
     unlearnt = {"sft": set(), "reward": {"N", ""}, "dpo": {"M"}, "simpo": set(), "ppo": {"M", ""}}[name]
-    assert set(found(ids for grad, ids in read if not grad)) == unlearnt  # reward: its accuracy, and the reference answers
+    # reward: its accuracy, and the reference answers
+    assert set(found(ids for grad, ids in read if not grad)) == unlearnt
 
 
 @pytest.mark.parametrize("name", ("sft", "reward", "dpo", "simpo"))
@@ -408,7 +422,9 @@ def test_reward_s_reference_answers_are_chosen_by_the_seed(chosen, tmp_path):
 
 
 def test_ppo_s_prompts_answers_and_minibatches(read, chosen, monkeypatch, tmp_path):
-    """Each round's prompts come in turn, its answers are new ones, and each pass over them has an order of its own."""
+    """Each round's prompts come in turn, its answers are new ones, and each pass over them has an
+    order of its own.
+    """
     asked, runs, real, answers = [prompts(1, text=letter + "{}?")[0] for letter in "ABCDEFGH"], {}, ppo.generate, []
     monkeypatch.setattr(ppo, "generate", lambda *args, **options: answers.append(real(*args, **options)) or answers[-1])
     for seed in (0, 1):
@@ -416,10 +432,13 @@ def test_ppo_s_prompts_answers_and_minibatches(read, chosen, monkeypatch, tmp_pa
             seen.clear()
         stage("ppo", tmp_path, asked, seed, batch=8, minibatch=2, epochs=3, iterations=2, lr=1e-9)
         passes = found(ids for grad, ids in read if grad)
-        assert len(passes) == 2 * 3 * 4 * 2 and passes[::2] == passes[1::2]  # policy and critic read the same
+        # policy and critic read the same
+        assert len(passes) == 2 * 3 * 4 * 2 and passes[::2] == passes[1::2]
         rounds = ["".join(map(letter, batch)) for batch in chosen]
         assert len(rounds) == 2 and all(sorted(r) == list("ABCDEFGH") for r in rounds)
-        orders = []  # of each pass over a round's answers: which of them stand together, by their places in the round
+        # of each pass over a round's answers: which of them stand together, by their places in the
+        # round
+        orders = []
         for i in range(6):
             pairs = passes[8 * i : 8 * i + 8 : 2]
             assert sorted("".join(pairs)) == list("ABCDEFGH")
@@ -447,7 +466,8 @@ def test_each_stage_s_own_rate_and_lora_s(name, weights, lora, tmp_path):
     times = dict(iterations=1, epochs=1, minibatch=4, batch=4) if name == "ppo" else dict(steps=1, batch=4)
     out = stage(name, tmp_path, prompts(4), warmup=0, lora=lora, **times)
     if lora:
-        moved = {k: v for k, v in load_file(out / "adapter" / "adapter_model.safetensors").items() if "lora_B" in k}  # from 0
+        # from 0
+        moved = {k: v for k, v in load_file(out / "adapter" / "adapter_model.safetensors").items() if "lora_B" in k}
         config = json.loads((out / "adapter" / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"]) == (4, 8)  # α is twice the rank
     else:
@@ -502,7 +522,8 @@ def test_comparisons_by_a_reader_s_labeller(tmp_path, monkeypatch):
         runs[seed] = asked, answers
     assert all(a != b for a, b in zip(runs[0], runs[1], strict=True))
     found, _ = compared(tmp_path, monkeypatch, rows, f"{tmp_path}/judge.py:judge", prompts=4, temperature=1e-4)
-    assert len(found) in (3, 4) and all(len(set(r["responses"])) == 1 and r["ranks"] == [0, 0, 0] for r in found)  # as good as greedy
+    # as good as greedy
+    assert len(found) in (3, 4) and all(len(set(r["responses"])) == 1 and r["ranks"] == [0, 0, 0] for r in found)
     one = [{"messages": user("x")}] * 8
     _, answers = compared(tmp_path, monkeypatch, one, f"{tmp_path}/judge.py:judge", batch=2)
     assert len({tuple(a) for a in answers}) > 20  # each batch draws anew

@@ -1,4 +1,6 @@
-"""Chat templates: Hugging Face's text byte for byte, exactly the trained ids, prompts as prefixes, roles checked."""
+"""Chat templates: Hugging Face's text byte for byte, exactly the trained ids, prompts as prefixes,
+roles checked.
+"""
 import copy
 import json
 import random
@@ -38,7 +40,9 @@ def test_an_answer_is_what_was_said_with_the_spaces_around_it(text):
 
 @pytest.mark.parametrize("name", [*TEMPLATES])
 def test_text_equals_apply_chat_template(name):
-    """For every jinja text in the table, and for the one that SmolLM2 brings, written by transformers."""
+    """For every jinja text in the table, and for the one that SmolLM2 brings, written by
+    transformers.
+    """
     f = TEMPLATES[name]
     assert {jinja for jinja, *_ in RENDERED[name]} >= {f.jinja, *f.known}
     for jinja, chat, whole, prompt in RENDERED[name]:
@@ -143,7 +147,8 @@ def test_the_checkpoints_own_template_is_recognised_or_refused():
     t = load()
     t.chat_template = None
     assert templates.of(t).name == "chatml"
-    t.chat_template = TEMPLATES["smollm2"].jinja.replace("\n", "\\n") + "\n"       # escapes instead of newlines: the same jinja
+    # escapes instead of newlines: the same jinja
+    t.chat_template = TEMPLATES["smollm2"].jinja.replace("\n", "\\n") + "\n"
     assert templates.of(t).name == "smollm2"
     t.chat_template = "{{ messages }}"
     with pytest.raises(ValueError, match="none of chatml, smollm2: it begins '{{ messages }}'"):
@@ -166,7 +171,8 @@ def test_the_template_trained_with_is_saved_and_another_one_warns(tmp_path):
     t.chat_template = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert templates.adopt(t).name == "chatml"                                  # no template of its own: nothing to warn of
+        # no template of its own: nothing to warn of
+        assert templates.adopt(t).name == "chatml"
         assert templates.adopt(t, "chatml").name == "chatml"
     t.save(tmp_path)
     saved = Tokenizer.load(tmp_path)
@@ -180,4 +186,5 @@ def test_the_template_trained_with_is_saved_and_another_one_warns(tmp_path):
     spelt = TEMPLATES["smollm2"].jinja.replace("\n", "\\n")
     saved.chat_template = spelt
     templates.adopt(saved)
-    assert saved.chat_template == spelt                                             # a recognised one stays as it was read
+    # a recognised one stays as it was read
+    assert saved.chat_template == spelt

@@ -1,4 +1,6 @@
-"""The tokenizer: Hugging Face's ids, any text round-trips, the same merges on every machine, foreign files refused by name."""
+"""The tokenizer: Hugging Face's ids, any text round-trips, the same merges on every machine,
+foreign files refused by name.
+"""
 import json
 import random
 import time
@@ -52,9 +54,12 @@ def test_any_text_and_any_bytes_round_trip():
         assert t.decode(t.encode(text)) == text
     for b in range(256):
         assert t.encoding.decode_bytes([[*tokenizer.CHAR].index(b)]) == bytes([b])
-    assert t.decode([[*tokenizer.CHAR].index(0xFF)]) == "�"                    # no UTF-8: a replacement, no crash
-    assert t.decode(t.encode("a\ud800b")) == "a�b"                              # half a character is replaced
-    assert t.decode(t.encode("\ud83d\ude42")) == "🙂"                            # both halves are the character
+    # no UTF-8: a replacement, no crash
+    assert t.decode([[*tokenizer.CHAR].index(0xFF)]) == "�"
+    # half a character is replaced
+    assert t.decode(t.encode("a\ud800b")) == "a�b"
+    # both halves are the character
+    assert t.decode(t.encode("\ud83d\ude42")) == "🙂"
 
 
 def test_special_tokens_in_a_text_stay_text():
@@ -93,7 +98,9 @@ def test_too_long_a_run_of_spaces_is_refused():
 
 
 def test_long_runs_of_spaces_are_read_once():
-    """Read again from each of its spaces, a run takes the square of its length: 26 s for two of 99,999."""
+    """Read again from each of its spaces, a run takes the square of its length: 26 s for two of
+    99,999.
+    """
     begin = time.process_time()
     tokenizer.check_spaces((" " * 99_999 + "a") * 2)
     assert time.process_time() - begin < 2

@@ -1,4 +1,6 @@
-"""Chat as a person uses it, in a process of its own; the report on results of each kind: whole, partial, without gold, hostile text."""
+"""Chat as a person uses it, in a process of its own; the report on results of each kind: whole,
+partial, without gold, hostile text.
+"""
 
 import json
 import re
@@ -36,7 +38,9 @@ def tiny(**changes):
 
 
 def parrot(folder, **changes):
-    """A checkpoint whose likeliest token is always the first, "!": with a norm of 0 all logits are equal."""
+    """A checkpoint whose likeliest token is always the first, "!": with a norm of 0 all logits are
+    equal.
+    """
     model = tiny(**changes)
     model.norm.weight.data.zero_()
     return save(folder, model, tokenizer())
@@ -61,7 +65,8 @@ def test_a_talk_with_every_command(tmp_path):
     lines = ["/temperature 0", "hello", "", "/help", "/system be kind", "again", "/reset", " /exit", "/exit", "never read"]
     status, out, err = run(folder, *lines)
     assert status == 0
-    assert out == "!!!!!!!!\n" * 3  # " /exit" is a message, an empty line is nothing, what follows /exit is not read
+    # " /exit" is a message, an empty line is nothing, what follows /exit is not read
+    assert out == "!!!!!!!!\n" * 3
     assert "(temperature 0)" in err and "(system message: be kind)" in err and "(forgotten)" in err and "/system TEXT" in err
     assert err.count("--max-new-tokens") == 3 and err.endswith("bye\n")
 
@@ -127,7 +132,8 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end(capsys):
 def test_ctrl_c_stops_the_answer_only(tmp_path):
     folder = parrot(tmp_path / "m", max_position_embeddings=200_000)
     command = [sys.executable, "-m", "tools.chat", "--model", folder, "--device", "cpu", "--temperature", "0", "--max-new-tokens", "100000"]
-    as_in_a_terminal = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
+    # a job in the background ignores it
+    as_in_a_terminal = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     p = subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0, **as_in_a_terminal)
     p.stdin.write(b"hello\n")
     assert p.stdout.read(1) == b"!"
@@ -318,7 +324,8 @@ def test_runs_with_adapters_are_set_beside_full_ones_prompt_by_prompt(tmp_path):
 
     for seed in ("seed0", "seed1"):
         write(tmp_path / seed, [2.0, 1.0, 0.0, 1.0], [True, True, False, False])
-    write(tmp_path / "lora" / "seed0", [1.9, 0.9, -0.1, 0.9], [True, True, False, False])  # 0.1 less each: 5 % of a perfect 2
+    # 0.1 less each: 5 % of a perfect 2
+    write(tmp_path / "lora" / "seed0", [1.9, 0.9, -0.1, 0.9], [True, True, False, False])
     write(tmp_path / "lora" / "seed1", [1.8, 0.8, -0.2, 0.8], [True, False, False, False])
     for seed in ("seed0", "seed1"):
         write(tmp_path / "qlora" / seed, [2.0, 1.0, 0.0, 1.0], [True, True, True, False])

@@ -1,4 +1,6 @@
-"""What stages share: options and what is said of wrong ones, the learning rate, AdamW's groups, and the life of a run."""
+"""What stages share: options and what is said of wrong ones, the learning rate, AdamW's groups, and
+the life of a run.
+"""
 
 import contextlib
 import dataclasses
@@ -244,7 +246,8 @@ def test_fingerprint_sees_what_a_checkpoint_says_and_nothing_else(tmp_path):
     (folder / "metrics.jsonl").write_text("y")
     assert fingerprint(folder) == whole == fingerprint(str(folder))
     assert fingerprint(folder / "run.json") != fingerprint(folder / "metrics.jsonl")
-    (folder / "tokenizer_config.json").rename(folder / "tokenizer.json")  # of equal content under another name
+    # of equal content under another name
+    (folder / "tokenizer_config.json").rename(folder / "tokenizer.json")
     assert fingerprint(folder) != whole
     with pytest.raises(FileNotFoundError, match=r"sfl: no such file or folder \(did you mean sft\?\)"):
         fingerprint(tmp_path / "sfl")
@@ -266,7 +269,9 @@ def stage():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project: stage.py, which imports helper.py and tokens/splitter.py; that imports other.py and names tokens/words.json."""
+    """A project: stage.py, which imports helper.py and tokens/splitter.py; that imports other.py
+    and names tokens/words.json.
+    """
     monkeypatch.setattr("train.ROOT", tmp_path)
     (tmp_path / "tokens").mkdir()
     splitter = "import other\nWORDS = open('words.json')\nMORE = 'more.json ' * 99\n"
@@ -426,7 +431,9 @@ def test_overwrite_starts_anew_and_keeps_the_old_one_until_then(o, tmp_path):
 
 
 def test_a_run_that_was_overwritten_leaves_nothing_behind(o, whole, tmp_path):
-    """Not even where the new one was killed before its first save: nobody goes on from a state whose log is gone."""
+    """Not even where the new one was killed before its first save: nobody goes on from a state
+    whose log is gone.
+    """
     for run, die_at in ((o, 4), (dataclasses.replace(o, lr=0.3, overwrite=True), 0)):
         with pytest.raises(Killed):
             toy(run, die_at)
@@ -498,11 +505,14 @@ def test_what_is_refused_makes_no_folder(o, tmp_path):
 
 
 def test_an_unfinished_run_stays_until_its_successor_has_read_its_inputs(o, whole, tmp_path):
-    """--overwrite with inputs that are refused, or a mistake in them, costs no hours of another run."""
+    """--overwrite with inputs that are refused, or a mistake in them, costs no hours of another
+    run.
+    """
     with pytest.raises(Killed):
         toy(o, 3)
     before = everything(tmp_path / "toy")
-    Run(dataclasses.replace(o, lr=0.3, overwrite=True), __file__, [])  # and then the stage refuses its data
+    # and then the stage refuses its data
+    Run(dataclasses.replace(o, lr=0.3, overwrite=True), __file__, [])
     assert everything(tmp_path / "toy") == before
     toy(o)
     assert files(tmp_path / "toy") == whole
@@ -567,7 +577,9 @@ def test_a_state_half_written_is_never_read(moment, o, whole, tmp_path, monkeypa
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_between_the_last_renames(moment, overwrite, o, whole, tmp_path, monkeypatch):
-    """At each moment there is no checkpoint, or a whole one, old or new; and the same command completes it."""
+    """At each moment there is no checkpoint, or a whole one, old or new; and the same command
+    completes it.
+    """
     out, old, moves = tmp_path / "toy", None, []
     if overwrite:
         toy(dataclasses.replace(o, lr=0.3))
@@ -575,7 +587,8 @@ def test_killed_between_the_last_renames(moment, overwrite, o, whole, tmp_path, 
 
     def dying(real):
         def move(*args, **more):
-            if moves or (out / "state" / "result" / "config.json").exists():  # the result is complete: from here on each move counts
+            # the result is complete: from here on each move counts
+            if moves or (out / "state" / "result" / "config.json").exists():
                 moves.append(real)
                 if len(moves) > moment:
                     raise Killed
@@ -617,14 +630,17 @@ def test_a_file_as_result(o, tmp_path):
     out.unlink()  # thrown away: made again, not "finished already"
     stage(o)
     assert out.exists()
-    other = dataclasses.replace(o, out=str(out.with_suffix(".json")))  # a run of its own, not this one under another name
+    # a run of its own, not this one under another name
+    other = dataclasses.replace(o, out=str(out.with_suffix(".json")))
     stage(other, "other\n")
     assert out.with_suffix(".json").read_text() == "other\n" and out.read_text() == "whole\n"
 
 
 @pytest.mark.parametrize("moment", range(9))
 def test_a_file_that_is_only_written_and_killed_is_never_the_old_one(moment, o, tmp_path, monkeypatch):
-    """As compare.py with pairs, which saves no state: at each moment before the last rename it is written again."""
+    """As compare.py with pairs, which saves no state: at each moment before the last rename it is
+    written again.
+    """
     out, moves = tmp_path / "x.jsonl", []
     o = dataclasses.replace(o, out=str(out))
 
@@ -648,7 +664,8 @@ def test_a_file_that_is_only_written_and_killed_is_never_the_old_one(moment, o, 
             patch.setattr(os, name, dying(getattr(os, name)))
         stage(new, "new\n")
     try:
-        stage(dataclasses.replace(new, overwrite=moment == 0), "new\n")  # killed at once, it has not begun: the old one is whole
+        # killed at once, it has not begun: the old one is whole
+        stage(dataclasses.replace(new, overwrite=moment == 0), "new\n")
     except SystemExit as finished:
         assert finished.code == 0
     assert out.read_text() == "new\n"
@@ -711,7 +728,9 @@ def test_what_is_logged(o, tmp_path):
 
 
 def test_a_full_disk(o, whole, tmp_path, monkeypatch):
-    """Whatever is being written: one error that names the place, and all that was saved before stands."""
+    """Whatever is being written: one error that names the place, and all that was saved before
+    stands.
+    """
 
     def full(*_):
         raise OSError(28, "No space left on device")

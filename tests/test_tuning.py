@@ -1,4 +1,6 @@
-"""What a stage trains: every adapter in every stage, killed and resumed, merged and kept, and PPO's four networks over one base."""
+"""What a stage trains: every adapter in every stage, killed and resumed, merged and kept, and PPO's
+four networks over one base.
+"""
 
 import json
 import math
@@ -23,7 +25,8 @@ from model import share
 from train import pick_device
 
 CPU = pick_device("cpu")
-LORA = dict(lora=4, alpha=8, targets="attention,down_proj,lm_head")  # the head: all but scalar models have one
+# the head: all but scalar models have one
+LORA = dict(lora=4, alpha=8, targets="attention,down_proj,lm_head")
 WAYS = {
     "lora": LORA,
     "qlora": LORA | dict(quant="nf4", paged=True),
@@ -74,7 +77,9 @@ def test_sft_killed_and_resumed_with_each_adapter(way, small, tmp_path):
 @pytest.mark.parametrize("stage", ("reward", "ppo", "dpo", "simpo"))
 @pytest.mark.parametrize("keep", (False, True))
 def test_the_other_stages_with_lora(stage, keep, small, qlora, tmp_path):
-    """On the merged model a new adapter, or the old one on its 4-bit base; killed and resumed = uninterrupted."""
+    """On the merged model a new adapter, or the old one on its 4-bit base; killed and resumed =
+    uninterrupted.
+    """
     options = {k: v for k, v in small[stage].items() if k != "lr"} | dict(save_every=2)
     options |= KEEP | dict(model=qlora / "sft") if keep else LORA
     if keep and stage == "ppo":
@@ -119,10 +124,12 @@ def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
     frozen = {k: v for k, v in memory.count(policy).items() if k.startswith("frozen")}
     rows = memory.count(policy, critic, reference, reward)
     adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
-    head = sum(p.nbytes for p in policy.lm_head.parameters() if p.requires_grad)  # a reward model has none
+    # a reward model has none
+    head = sum(p.nbytes for p in policy.lm_head.parameters() if p.requires_grad)
     score = policy.config.hidden_size * 4
     assert rows["frozen uint8"] == frozen["frozen uint8"]
-    assert rows["frozen float32"] == frozen["frozen float32"] + 2 * adapter - head + score  # reference's and reward model's adapter
+    # reference's and reward model's adapter
+    assert rows["frozen float32"] == frozen["frozen float32"] + 2 * adapter - head + score
     assert rows["trained"] == 2 * adapter - head + score  # policy's, critic's
     assert not any(p.requires_grad for p in (*reference.parameters(), *reward.parameters()))
     tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -139,7 +146,9 @@ def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
 @torch.no_grad()
 @pytest.mark.parametrize("quant", ("none", "nf4"))
 def test_with_lora_ppo_s_reward_model_is_frozen_in_the_base_s_dtype(quant, small):
-    """A GPU's base is bf16; what PPO holds four times is trained nowhere but in its adapters and heads."""
+    """A GPU's base is bf16; what PPO holds four times is trained nowhere but in its adapters and
+    heads.
+    """
     o, folder = options(lora=4, quant=quant), small["ppo"]["reward"]
     base, _ = hub.load(small["ppo"]["model"], CPU, torch.bfloat16, None if quant == "none" else quant)
     policy = tuning.tune(o, base)
@@ -176,7 +185,9 @@ def test_a_prompt_stays_beside_the_weights(small, tmp_path):
 
 @pytest.mark.parametrize("way", ("prompt", "prefix"))
 def test_a_reward_model_is_read_with_the_virtual_tokens_that_it_was_trained_with(way, small, tmp_path):
-    """By the one loader of PPO, the evaluation and the controls: its reference answers have mean 0 and deviation 1 for all of them."""
+    """By the one loader of PPO, the evaluation and the controls: its reference answers have mean 0
+    and deviation 1 for all of them.
+    """
     done("sft.py", out=tmp_path / "sft", **small["sft"] | WAYS[way])
     done("reward.py", out=tmp_path / "reward", **small["reward"] | dict(model=tmp_path / "sft"))
     model, tok = hub.load(tmp_path / "reward")
@@ -206,7 +217,9 @@ def test_layers_named_one_by_one(small, tmp_path):
 
 @pytest.mark.parametrize("bf16", (False, True))
 def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
-    """A GPU that has it and one that has not: what is computed in, what frozen weights lie in, what is counted."""
+    """A GPU that has it and one that has not: what is computed in, what frozen weights lie in, what
+    is counted.
+    """
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
     gpu, dtypes, real = torch.device("cuda"), [], hub.load
 

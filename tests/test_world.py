@@ -1,4 +1,6 @@
-"""The embedded world: facts, splits by content, the gold rater, demonstrators, labellers, and the same bytes everywhere."""
+"""The embedded world: facts, splits by content, the gold rater, demonstrators, labellers, and the
+same bytes everywhere.
+"""
 
 import hashlib
 import itertools
@@ -42,7 +44,8 @@ def test_a_fact_of_the_other_direction_is_the_same_content():
 # ---- items and splits ----
 def test_eleven_kinds_in_turn_with_several_wordings():
     assert len(KINDS) == 11 and [i["kind"] for i in TRAIN[:22]] == [*KINDS, *KINDS]
-    assert all(len(asked) >= 5 for asked in RELATIONS.values())  # one sentence to tell it, four or more questions
+    # one sentence to tell it, four or more questions
+    assert all(len(asked) >= 5 for asked in RELATIONS.values())
     for make in KINDS.values():
         rng = random.Random(1)
         openings = {" ".join(re.sub(r"[^a-z ]", "", make(rng)["prompt"]).split()[:2]) for _ in range(400)}
@@ -149,7 +152,8 @@ def test_games_do_not_pay():
     rng = random.Random(4)
     for item in TRAIN[:660]:
         assert low(item, "") and low(item, item["prompt"]) and low(item, "Sure. I hope this helps.") and low(item, "Sure. " * 9)
-        if "parts" not in item and item["kind"] not in ("rewriting", "brainstorm"):  # every candidate named
+        # every candidate named
+        if "parts" not in item and item["kind"] not in ("rewriting", "brainstorm"):
             others = sorted(world.candidates(item) - set(map(world.spread, item["accept"])))
             assert low(item, f"{item['answer']} or {others[0].strip()}"), item
             assert low(item, " ".join(x.strip() for x in [*others, world.spread(item["answer"])]))
@@ -191,7 +195,8 @@ def test_what_the_demonstrators_add_is_nobodys_answer():
     added = [*world.RAMBLES, *world.INSULTS, *world.UNKNOWN]
     pools = {world.spread(v): v for pool in kinds.POOLS.values() for v in pool}
     assert [(text, v) for text in added for x, v in pools.items() if x in world.spread(text)] == []
-    assert world.without_courtesy(world.normal("Let me know if you need more.")) == ((), 1)  # its "more" is taken away with it
+    # its "more" is taken away with it
+    assert world.without_courtesy(world.normal("Let me know if you need more.")) == ((), 1)
 
 
 def test_two_labellers_agree_on_about_three_pairs_in_four():
@@ -282,7 +287,9 @@ def test_same_bytes_for_a_seed():
 
 
 def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkeypatch, capsys):
-    """Each make all calls it: done, it says so; with another seed it refuses, or with --overwrite writes that one's; killed, it goes on."""
+    """Each make all calls it: done, it says so; with another seed it refuses, or with --overwrite
+    writes that one's; killed, it goes on.
+    """
     monkeypatch.setattr(world, "SIZES", {"sft": 22, "prompts": 11, "heldout": 11})
     out = tmp_path / "world"
 

@@ -12,7 +12,9 @@ TEXTS = ["the capital of Peru is Lima. ", "what is one and two? three. ", "sure,
 
 
 def chat_tokenizer(pad="<|endoftext|>"):
-    """Bytes, a few merges and ChatML's tokens; pad="<|im_end|>" is SmolLM2's setting, where padding and end are one token."""
+    """Bytes, a few merges and ChatML's tokens; pad="<|im_end|>" is SmolLM2's setting, where padding
+    and end are one token.
+    """
     tok = tokenizer.train(TEXTS, 280)
     templates.adopt(tok, "chatml")
     tok.config["pad_token"] = pad
@@ -51,7 +53,9 @@ def metrics(out):
 
 
 class Over(torch.nn.Module):
-    """function(model, ...) as a module, so that torch.func.functional_call can put other parameters under it."""
+    """function(model, ...) as a module, so that torch.func.functional_call can put other parameters
+    under it.
+    """
 
     def __init__(self, model, function):
         super().__init__()
@@ -73,9 +77,10 @@ def gradcheck(model, function):
 
 
 def bandit(path, first, after, letters="abcd"):
-    """A folder whose model answers by a table, so that every answer of two tokens can be enumerated: `first` are the logits of an
-    answer's first token (the letters', then the end's), `after` those of the token that follows a letter. What the model computes is
-    lm_head · norm(embedding of the last token): attention and MLP add nothing until they are trained."""
+    """A folder whose model answers by a table, so that every answer of two tokens can be
+    enumerated: `first` are the logits of an answer's first token (the letters', then the end's),
+    `after` those of the token that follows a letter. What the model computes is lm_head ·
+    norm(embedding of the last token): attention and MLP add nothing until they are trained."""
     tok = chat_tokenizer()
     model = lm(7, std=0.05, num_hidden_layers=1)
     ids = [tok.encode(c)[0] for c in letters] + [templates.end_id(tok)]
@@ -85,13 +90,16 @@ def bandit(path, first, after, letters="abcd"):
         for norm in (model.norm, model.layers[0].input_layernorm, model.layers[0].post_attention_layernorm):
             norm.weight.fill_(1.0)
         model.embed_tokens.weight.zero_()
-        model.embed_tokens.weight[:, 2] = 1.0  # dimension 0: the prompt's last token, 1: a letter, 2: all others
+        # dimension 0: the prompt's last token, 1: a letter, 2: all others
+        model.embed_tokens.weight[:, 2] = 1.0
         for i, dimension in [(tok.encode("\n")[0], 0), *((i, 1) for i in ids[:-1])]:
             model.embed_tokens.weight[i] = torch.eye(16)[dimension]
-        for n, i in enumerate(ids[:-1]):  # letters differ too, and what follows them need not be the same
+        # letters differ too, and what follows them need not be the same
+        for n, i in enumerate(ids[:-1]):
             model.embed_tokens.weight[i, 3 + n] = 1.0
         model.lm_head.weight.fill_(0.0)
-        model.lm_head.weight[:, :3] = -8.0  # times norm's 4 or 2.8: a probability of nothing for all other tokens
+        # times norm's 4 or 2.8: a probability of nothing for all other tokens
+        model.lm_head.weight[:, :3] = -8.0
         for i, one, two in zip(ids, first, after, strict=True):
             model.lm_head.weight[i, :3] = torch.tensor([one / 4, two / 8**0.5, 0.0])
     hub.save(path, model, tok)

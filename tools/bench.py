@@ -5,12 +5,14 @@
     qlora        the same on NF4, double-quantised, beside PEFT and bitsandbytes
     dequantise   a double-quantised weight of two sizes and types, beside bitsandbytes
     qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512 tokens, checkpointed; with --limit GB the
-                 process has no more than that, and the optimizer's state is paged (then, and without the peers, alone)
+                 process has no more than that, and the optimizer's state is paged (then, and
+                 without the peers, alone)
     memory       alone, counted: --model's linear layers in bf16 and NF4; PPO's four networks over one 4-bit base and as four models
     make …       alone: minutes and the largest process's peak memory of a make command, `python -m tools.bench make all OUT=out/timed`
 
-Each side is a process of its own, both of the same interpreter, and they take turns, so that a busy machine is busy for both; the first
-round warms up. Both have the same weights, adapters and data, and must begin with the same loss.
+Each side is a process of its own, both of the same interpreter, and they take turns, so that a busy
+machine is busy for both; the first round warms up. Both have the same weights, adapters and data,
+and must begin with the same loss.
 """
 
 import importlib.util
@@ -76,7 +78,9 @@ def sampling(o, ours: bool):
 
 
 def alike(model):
-    """The trained tensors, A before B in each layer on both sides, get the same random numbers: B is not 0, so that both count."""
+    """The trained tensors, A before B in each layer on both sides, get the same random numbers: B
+    is not 0, so that both count.
+    """
     seeded = torch.Generator().manual_seed(0)
     for p in model.parameters():
         if p.requires_grad:
@@ -100,7 +104,9 @@ def step(model, loss_of, optimizer, tokens: int, device):
 
 
 def training(o, ours: bool, quant=None):
-    """As sft.py steps, or as a loop over PEFT is written by hand: a padded batch, labels of -100, the model's own loss."""
+    """As sft.py steps, or as a loop over PEFT is written by hand: a padded batch, labels of -100,
+    the model's own loss.
+    """
     device = pick_device(o.device)
     model, tok = hub.load(o.model, device, quant=quant if ours else None)
     some = records.batch(records.conversations(o.data), 0, o.batch, 0)
@@ -198,7 +204,9 @@ def qlora7b(o, ours: bool):
 
 @torch.no_grad()
 def build(model, linears, four_bit, device):
-    """Random weights for a model of the meta device: these linear layers through `four_bit`, the rest in bf16."""
+    """Random weights for a model of the meta device: these linear layers through `four_bit`, the
+    rest in bf16.
+    """
     for name in [name for name, _ in model.named_modules()]:  # names: what is replaced is freed
         m = model.get_submodule(name)
         if own := list(m.parameters(recurse=False)):
@@ -224,8 +232,9 @@ PEERS = ("transformers", "peft", "bitsandbytes")
 
 # ---------------------------------------------------------------- two processes that take turns
 def work(setup):
-    """One side, in its own process: sets up and says {"first": …}, then for each number that comes on stdin runs that round and says
-    {"units", "seconds", "peak"}. What libraries print goes to stderr."""
+    """One side, in its own process: sets up and says {"first": …}, then for each number that comes
+    on stdin runs that round and says {"units", "seconds", "peak"}. What libraries print goes to
+    stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     say = lambda **words: print(json.dumps(words), file=answers, flush=True)  # noqa: E731
@@ -248,8 +257,9 @@ def hear(worker) -> dict:
 
 
 def alternate(commands: dict, rounds: int) -> dict:
-    """{side: command} → {side: [{"units", "seconds", "peak"} of each round]}. The sides set up one after another, must agree in what
-    they say first, and take turns; who is first changes every round; the round that warms up is left out."""
+    """{side: command} → {side: [{"units", "seconds", "peak"} of each round]}. The sides set up one
+    after another, must agree in what they say first, and take turns; who is first changes every
+    round; the round that warms up is left out."""
     workers, firsts = {}, {}
     try:
         for side, command in commands.items():
@@ -273,7 +283,9 @@ def alternate(commands: dict, rounds: int) -> dict:
 
 
 def report(found: dict, unit: str) -> str:
-    """Medians, the ratio of the first side to the second with its spread over the rounds, peak memory."""
+    """Medians, the ratio of the first side to the second with its spread over the rounds, peak
+    memory.
+    """
     speeds = {side: [a["units"] / a["seconds"] for a in answers] for side, answers in found.items()}
     lines = [f"{side:12s} {statistics.median(s):,.1f} {unit}/s, peak memory {found[side][-1]['peak'] / UNIT:.2f} GB"
              for side, s in speeds.items()]  # fmt: skip
@@ -309,7 +321,8 @@ def memory(o):
     c = hub.read_config(Path(o.model))
     for dtype in (torch.bfloat16, torch.float32):
         with torch.device("meta"):
-            models = [Transformer(c).to(dtype) for _ in range(4)]  # policy, reference, reward model, critic
+            # policy, reference, reward model, critic
+            models = [Transformer(c).to(dtype) for _ in range(4)]
         names = block_linears(models[0])
         models[2:] = [scalar_model(m.requires_grad_(False)).to("meta") for m in models[2:]]
         small, _ = hub.load(o.model, dtype=dtype, quant="nf4")

@@ -1,8 +1,8 @@
 """Talk to a checkpoint in the terminal:  python -m tools.chat --model out/ppo
 
-The answer appears as it is made. The talk so far is read again at each turn; where it outgrows the model's context its oldest
-turns are dropped. Answers go to stdout and everything else to stderr, so `echo "What is the opposite of hot?" | python -m tools.chat`
-prints an answer and nothing else.
+The answer appears as it is made. The talk so far is read again at each turn; where it outgrows the
+model's context its oldest turns are dropped. Answers go to stdout and everything else to stderr, so
+`echo "What is the opposite of hot?" | python -m tools.chat` prints an answer and nothing else.
 """
 
 import difflib
@@ -41,8 +41,8 @@ def say(text):
 
 
 def fit(tok, system: str, talk: list, room: int):
-    """The talk's prompt ids in at most `room` tokens, its oldest turns dropped from `talk` as need be.
-    Raises ValueError where the last message alone is too long."""
+    """The talk's prompt ids in at most `room` tokens, its oldest turns dropped from `talk` as need
+    be. Raises ValueError where the last message alone is too long."""
     head = [{"role": "system", "content": system}] if system else []
     full = len(talk)
     while len(ids := templates.render(tok, head + talk, add_generation_prompt=True)[0]) > room:
@@ -60,7 +60,9 @@ def printable(text: str) -> str:
 
 
 def stream(tok, tokens, ends) -> tuple[str, str]:
-    """Prints ids as text while they come; bytes that are no whole character yet are held back. → (text, why it did not end)."""
+    """Prints ids as text while they come; bytes that are no whole character yet are held back. →
+    (text, why it did not end).
+    """
     ids, shown, why = [], 0, "cut off: --max-new-tokens sets how long an answer may be"
     try:
         for _, new in tokens:
@@ -103,7 +105,9 @@ def command(line: str, o: Options, talk: list) -> bool:
 
 
 def load(o: Options):
-    """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it has no room for."""
+    """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it
+    has no room for.
+    """
     model, tok = tuning.read(o, o.model, pick_device(o.device))
     room = model.context
     if o.top_p > 1:
@@ -114,7 +118,9 @@ def load(o: Options):
 
 
 def answer(model, tok, o: Options, talk: list, ends, seed: int):
-    """Answers the talk's last message and adds the answer; a message that has no room or got no answer is taken back."""
+    """Answers the talk's last message and adds the answer; a message that has no room or got no
+    answer is taken back.
+    """
     try:
         ids = fit(tok, o.system, talk, model.context - o.max_new_tokens)
     except ValueError as e:

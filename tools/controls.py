@@ -1,4 +1,5 @@
-"""What the results could be mistaken for, measured: python -m tools.controls --out OUT writes OUT/controls.json.
+"""What the results could be mistaken for, measured: python -m tools.controls --out OUT writes
+OUT/controls.json.
 
     polite           a polite answer that ignores the prompt: must score below SFT
     shuffled         PPO on a reward model trained on shuffled labels: gains nothing
@@ -58,14 +59,18 @@ def shuffled_labels(comparisons: Path, path: Path, seed: int):
 
 
 def good_answers(demonstrations: Path, path: Path):
-    """Only the demonstrations that the rater finds perfect. No stage of the pipeline may do this: the rater is for evaluation."""
+    """Only the demonstrations that the rater finds perfect. No stage of the pipeline may do this:
+    the rater is for evaluation.
+    """
     rows = records.conversations(demonstrations)
     evals.write_jsonl(path, [r for r in rows if world.gold(r["item"], r["messages"][-1]["content"])[0] > world.PERFECT - 1e-9])
     return path
 
 
 def figures(o, runs, held, sampled_sft, device):
-    """The entries of checkpoints {name: folder}, as evals.py writes them for a stage; one model at a time is in memory."""
+    """The entries of checkpoints {name: folder}, as evals.py writes them for a stage; one model at
+    a time is in memory.
+    """
     found = {name: evals.stage_answers(o, name, path, held, device) for name, path in runs.items()}
     sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
     out = {}
@@ -76,7 +81,9 @@ def figures(o, runs, held, sampled_sft, device):
 
 
 def sft_answers(o, held, k, device):
-    """Of the SFT model one answer to each prompt and then k others, as evals.answer() gives them, and its tokenizer."""
+    """Of the SFT model one answer to each prompt and then k others, as evals.answer() gives them,
+    and its tokenizer.
+    """
     sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
     once = evals.answer(sft, tok, [r["messages"] for r in held], o, 1.0, o.seed)
     often = evals.answer(sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 16)
@@ -84,7 +91,9 @@ def sft_answers(o, held, k, device):
 
 
 def best_of(k, answers, tok, reward, held):
-    """Of k answers to each prompt the one that the reward model likes best → the lines of an answers file."""
+    """Of k answers to each prompt the one that the reward model likes best → the lines of an
+    answers file.
+    """
     asked = [r["messages"] for r in held for _ in range(k)]
     scores = evals.score_texts(reward, tok, asked, [a[0] for a in answers], [a[1] for a in answers])
     best = [max(range(i, i + k), key=lambda j: (answers[j][2], scores[j])) for i in range(0, len(asked), k)]

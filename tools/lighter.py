@@ -1,17 +1,21 @@
-"""How little need be trained: every weight, LoRA of three ranks, IA3, a prompt, a prefix, on the same data; and 4 bits beside 32.
+"""How little need be trained: every weight, LoRA of three ranks, IA3, a prompt, a prefix, on the
+same data; and 4 bits beside 32.
 
-    python -m tools.lighter --model smollm2 --data out/world/sft.jsonl --prefs out/comparisons.jsonl --out out/lighter
+    python -m tools.lighter --model smollm2 --data out/world/sft.jsonl --prefs out/comparisons.jsonl
+    --out out/lighter
 
-Each way is sft.py with its options, once a seed, with --lr, for LoRA --lora-lr, and adapters.LEARNING_RATE for the others. Then all
-models read the same held-out conversations, and two kinds of text that nobody tuned them on: documents of the embedded corpus, which
-share the conversations' world, and pages of Python's own manual, which do not. By what their loss has grown the model has forgotten.
-With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on their base: how often is log π - log π_sft larger of the
-held-out pair's chosen answer?
+Each way is sft.py with its options, once a seed, with --lr, for LoRA --lora-lr, and
+adapters.LEARNING_RATE for the others. Then all models read the same held-out conversations, and two
+kinds of text that nobody tuned them on: documents of the embedded corpus, which share the
+conversations' world, and pages of Python's own manual, which do not. By what their loss has grown
+the model has forgotten. With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on
+their base: how often is log π - log π_sft larger of the held-out pair's chosen answer?
 
-A loss is a mean over tokens. An item's losses are averaged over the seeds; ± is half the width of a 95 % interval over the items (the
-pairs of a prompt are one item), a difference is taken item by item, and the seeds' own lowest and highest stand in brackets. Minutes are
-the whole process's, memory is what it says of itself at the end. Finished runs return at once. The figures go to OUT/lighter.json, the
-tables between the marks <!-- lighter --> and <!-- qlora --> of --results.
+A loss is a mean over tokens. An item's losses are averaged over the seeds; ± is half the width of a
+95 % interval over the items (the pairs of a prompt are one item), a difference is taken item by
+item, and the seeds' own lowest and highest stand in brackets. Minutes are the whole process's,
+memory is what it says of itself at the end. Finished runs return at once. The figures go to
+OUT/lighter.json, the tables between the marks <!-- lighter --> and <!-- qlora --> of --results.
 """
 
 import json
@@ -73,7 +77,9 @@ def call(script: str, **options) -> str:
 
 
 def run(script: str, out: Path, **options) -> dict:
-    """A stage's run → what it cost, kept beside it: {"minutes" (None where it was resumed), "gb", "trained", "share" in %}."""
+    """A stage's run → what it cost, kept beside it: {"minutes" (None where it was resumed), "gb",
+    "trained", "share" in %}.
+    """
     note, finished, resumed = out.with_suffix(".json"), (out / "config.json").exists(), (out / "state" / "state.safetensors").exists()
     start = time.time()
     said = call(script, out=out, **options)
@@ -105,7 +111,9 @@ def prefer(o, way: str, seed: int) -> tuple[Path, dict]:
 
 # ---------------------------------------------------------------- what the models say: [(sum, count)] of the same items
 def kept(file: Path, what):
-    """what(), kept in a file: stopped and started again, nothing is computed twice. A run's lies in its folder, and goes with it."""
+    """what(), kept in a file: stopped and started again, nothing is computed twice. A run's lies in
+    its folder, and goes with it.
+    """
     if not file.exists():
         file.write_text(json.dumps(what()))
     return json.loads(file.read_text())
@@ -120,7 +128,9 @@ def other_texts(n: int) -> dict:
 
 @torch.no_grad()
 def text_losses(model, tok, texts, length: int, device, size=8):
-    """[(sum of the tokens' negative log-likelihoods, their number)] of plain texts, cut at `length` tokens; the first one is only read."""
+    """[(sum of the tokens' negative log-likelihoods, their number)] of plain texts, cut at `length`
+    tokens; the first one is only read.
+    """
     ids, out = [tok.encode(t)[:length] for t in texts], []
     for at in range(0, len(ids), size):
         tokens, mask = pad(ids[at : at + size], device=device)
@@ -155,7 +165,9 @@ def accuracies(path, sft, pairs, device) -> list:
 
 # ---------------------------------------------------------------- figures
 def figure(seeds: list) -> dict:
-    """[(sum, count)] of the same items from each seed → the mean over all that was counted, its interval over items, each seed's mean."""
+    """[(sum, count)] of the same items from each seed → the mean over all that was counted, its
+    interval over items, each seed's mean.
+    """
     items = [(mean([total for total, _ in item]), item[0][1]) for item in zip(*seeds, strict=True)]
     return {"mean": ratio(items), "ci": bootstrap(items, ratio), "seeds": [ratio(s) for s in seeds], "items": len(items)}
 

@@ -1,8 +1,9 @@
 """One page about a run:  python -m tools.report --out out      writes OUT/report.html and OUT/report.png
 
-The page is one file: pictures are inline SVG, there is no script, nothing is fetched. It shows what is there: each stage's curves from
-OUT/STAGE/metrics.jsonl (also of a stage that has not finished), the figures of OUT/results.json, the answers of OUT/answers.
-report.png is its first picture. matplotlib draws; it is imported here and nowhere else.
+The page is one file: pictures are inline SVG, there is no script, nothing is fetched. It shows what
+is there: each stage's curves from OUT/STAGE/metrics.jsonl (also of a stage that has not finished),
+the figures of OUT/results.json, the answers of OUT/answers. report.png is its first picture.
+matplotlib draws; it is imported here and nowhere else.
 """
 
 import io
@@ -18,7 +19,8 @@ from evals import STAGES
 from train import main, opt
 
 PROMPTS = 12  # shown side by side
-# name: (on a light page, on a dark one); a picture is drawn in the light colours, which the page replaces by var(--name)
+# name: (on a light page, on a dark one); a picture is drawn in the light colours, which the page
+# replaces by var(--name)
 COLOURS = {
     "ink": ("#1f2328", "#e6e9ee"), "soft": ("#6a7280", "#9aa3b0"), "line": ("#d9dde3", "#373d47"), "page": ("#fbfbfa", "#14171b"),
     "card": ("#fffffe", "#1c2026"), "good": ("#1a7f4b", "#56c98a"), "bad": ("#c0392c", "#f08a7c"), "base": ("#8b93a0", "#949daa"),
@@ -170,7 +172,9 @@ def read_json(path: Path) -> dict:
 
 
 def read(out: Path):
-    """→ results, {stage: lines of metrics.jsonl}, {file name: {prompt as JSON: line of an answers file}}"""
+    """→ results, {stage: lines of metrics.jsonl}, {file name: {prompt as JSON: line of an answers
+    file}}
+    """
     results = read_json(out / "results.json")
     metrics = {s: read_jsonl(out / s / "metrics.jsonl") or read_jsonl(out / s / "state" / "metrics.jsonl") for s in CURVES}
     names = [stage + greedy for stage in STAGES for greedy in ("", ".greedy")]
@@ -235,7 +239,8 @@ def smooth(ys: list, width: int) -> list:
 
 
 def curve(ax, points: dict, colour: str):
-    """points {label: [(step, value)]}; a long noisy curve is drawn faint, its running mean over it."""
+    """points {label: [(step, value)]}; a long noisy curve is drawn faint, its running mean over it.
+    """
     for i, (label, of) in enumerate(points.items()):
         steps, ys = [p[0] for p in of], [p[1] for p in of]
         style = dict(color=light(colour if i == 0 else "soft"), linestyle="-" if i == 0 else "--", linewidth=1.8, label=label)

@@ -1,10 +1,12 @@
-"""The tables of RESULTS.md and README.md from finished runs: python -m tools.results OUT --seeds 3 reads OUT/seed0 … OUT/seed2.
+"""The tables of RESULTS.md and README.md from finished runs: python -m tools.results OUT --seeds 3
+reads OUT/seed0 … OUT/seed2.
 
-Runs with adapters, where they are (`make all LORA=16 OUT=out/lora/seed0 SEED=0`, …, and with QUANT=nf4 into out/qlora), are set beside
-those prompt by prompt: both answered the same ones.
+Runs with adapters, where they are (`make all LORA=16 OUT=out/lora/seed0 SEED=0`, …, and with
+QUANT=nf4 into out/qlora), are set beside those prompt by prompt: both answered the same ones.
 
-Each table stands between <!-- NAME --> and <!-- /NAME --> and is written anew. A cell is the mean over seeds ± half the width of its
-95 % interval over prompts (bootstrap, pooled over seeds), and behind it the seeds' own lowest and highest where that says more.
+Each table stands between <!-- NAME --> and <!-- /NAME --> and is written anew. A cell is the mean
+over seeds ± half the width of its 95 % interval over prompts (bootstrap, pooled over seeds), and
+behind it the seeds' own lowest and highest where that says more.
 """
 
 import argparse
@@ -110,7 +112,9 @@ def real(r):
 
 
 def beside(out: Path, seeds: int, perfect: float):
-    """OUT/lora and OUT/qlora less OUT, in % of a perfect answer's gold and in points of share right."""
+    """OUT/lora and OUT/qlora less OUT, in % of a perfect answer's gold and in points of share
+    right.
+    """
     kinds = {"lora": "LoRA", "qlora": "QLoRA"}
     read = lambda folder, s, file: [json.loads(line) for line in (folder / f"seed{s}" / "answers" / file).open(encoding="utf-8")]  # noqa: E731
     rows = []

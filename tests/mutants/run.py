@@ -3,9 +3,10 @@
     python tests/mutants/run.py [WORD ...]      all of bugs.py, or those whose number or text has a WORD
     python tests/mutants/run.py --print         bugs.py as Markdown: docs/bugs.md
 
-A bug changes one place of one file in a copy of the repository. The place is found by its tokens, not
-by its layout, and must be there exactly once, so that the table cannot fall behind the code unnoticed.
-Exit status 1 where a bug survives, where its place is gone, or where the tests fail without any bug.
+A bug changes one place of one file in a copy of the repository. The place is found by its tokens,
+not by its layout, and must be there exactly once, so that the table cannot fall behind the code
+unnoticed. Exit status 1 where a bug survives, where its place is gone, or where the tests fail
+without any bug.
 """
 
 import io

@@ -1,7 +1,9 @@
-"""Against live bitsandbytes on the CPU, both ways: codes and scales, state dicts, the layer's product and gradient, whole folders.
+"""Against live bitsandbytes on the CPU, both ways: codes and scales, state dicts, the layer's
+product and gradient, whole folders.
 
-Run in the peers' environment. Weights here have rows of whole blocks, or of no multiple of 16: for other rows bitsandbytes 0.50.2
-dequantises with wrong scales on CPUs with AVX-512 (test_where_the_peer_errs). Its layer is in train(): eval() may compute in bf16.
+Run in the peers' environment. Weights here have rows of whole blocks, or of no multiple of 16: for
+other rows bitsandbytes 0.50.2 dequantises with wrong scales on CPUs with AVX-512
+(test_where_the_peer_errs). Its layer is in train(): eval() may compute in bf16.
 """
 
 from pathlib import Path
@@ -35,15 +37,17 @@ def theirs(w, double):
 
 
 def compare(w, double):
-    """The largest distance of a restored absmax, in steps of the 8-bit map there (at least two steps of bitsandbytes' own look-up
-    table, which is coarser than the map near zero), and the share of 8-bit codes that differ."""
+    """The largest distance of a restored absmax, in steps of the 8-bit map there (at least two
+    steps of bitsandbytes' own look-up table, which is coarser than the map near zero), and the
+    share of 8-bit codes that differ."""
     ours, (peer, whole) = quantize_nf4(w, 64, double), theirs(w, double)
     assert torch.equal(ours.codes, peer.codes) and torch.equal(peer.dequantize(), whole)
     if not double:
         assert torch.equal(ours.absmax, peer.absmax) and torch.equal(ours.dequantize(), whole)
         return 0.0, 0.0
     assert ours.offset == peer.offset and (ours.nested_absmax - peer.nested_absmax).abs().max() < 1.1e-38
-    step = nn.functional.max_pool1d(DYNAMIC_VALUES.diff()[None], 2, 1, 1)[0][peer.absmax.int()].clamp(min=4 / 65535)  # the larger side's
+    # the larger side's
+    step = nn.functional.max_pool1d(DYNAMIC_VALUES.diff()[None], 2, 1, 1)[0][peer.absmax.int()].clamp(min=4 / 65535)
     apart = (DYNAMIC_VALUES[ours.absmax.int()] - DYNAMIC_VALUES[peer.absmax.int()]).abs() / step
     apart = apart[peer.nested_absmax.repeat_interleave(256)[: len(apart)] > 1e-30]
     return apart.max().item() if len(apart) else 0.0, (ours.absmax != peer.absmax).float().mean().item()
@@ -141,7 +145,9 @@ def test_a_folder_that_transformers_quantised(tmp_path, double):
 
 
 def test_where_the_peer_errs():
-    """Rows of 96: its fast kernel takes another block's scale, its own plain PyTorch code agrees with ours."""
+    """Rows of 96: its fast kernel takes another block's scale, its own plain PyTorch code agrees
+    with ours.
+    """
     w = weight(8, 96)
     codes, state = quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours = quantize_nf4(w, double_quant=False)

@@ -1,7 +1,8 @@
-"""Against live transformers, both ways: its tiny Llamas read by us, ours opened by its Auto classes, and SmolLM2 over a page of text.
+"""Against live transformers, both ways: its tiny Llamas read by us, ours opened by its Auto
+classes, and SmolLM2 over a page of text.
 
-Run in the peers' environment; the SmolLM2 tests are skipped where the folder is absent (`make smollm2`). Each test prints the largest
-difference that it measured (pytest -s).
+Run in the peers' environment; the SmolLM2 tests are skipped where the folder is absent (`make
+smollm2`). Each test prints the largest difference that it measured (pytest -s).
 """
 
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_their_classifier_read_by_us(tmp_path):
 
 @torch.no_grad()
 def test_our_reward_model_opened_by_them(tmp_path):
-    """Padded by their tokenizer, ending in the end token that is also the language model's padding."""
+    """Padded by their tokenizer, ending in the end token that is also the language model's padding.
+    """
     tokenizer = Tokenizer.load(ROOT / "tests" / "golden" / "gpt2_kind")
     end = tokenizer.special["<|im_end|>"]
     model = scalar_model(spread(Transformer(Config(head_dim=16, **shape(tie_word_embeddings=True, pad_token_id=end, eos_token_id=end)))))
@@ -168,7 +170,9 @@ def their_logprobs(peer, tokens):
 
 @torch.no_grad()
 def test_smollm2_over_a_page(smollm2, page):
-    """Log-probabilities of every token, which are a language model's; and the greedy continuation, ours from a ragged batch."""
+    """Log-probabilities of every token, which are a language model's; and the greedy continuation,
+    ours from a ragged batch.
+    """
     tokens, mask, where = page
     model, _ = hub.load(smollm2)
     peer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)

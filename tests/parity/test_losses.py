@@ -1,8 +1,10 @@
-"""Against live TRL: losses and gradients of pairs of token ids, through transformers' models there and ours here, from one checkpoint.
+"""Against live TRL: losses and gradients of pairs of token ids, through transformers' models there
+and ours here, from one checkpoint.
 
-TRL's IPO is on means over an answer's tokens, the paper's and ours on sums: fed the means, ours gives TRL's; CPOTrainer's formula of IPO,
-fed sums, gives ours. DPOTrainer ignores label smoothing: cDPO is compared with CPOTrainer's formula of it, fed the log-ratios.
-Each test prints the largest difference that it measured (pytest -s).
+TRL's IPO is on means over an answer's tokens, the paper's and ours on sums: fed the means, ours
+gives TRL's; CPOTrainer's formula of IPO, fed sums, gives ours. DPOTrainer ignores label smoothing:
+cDPO is compared with CPOTrainer's formula of it, fed the log-ratios. Each test prints the largest
+difference that it measured (pytest -s).
 """
 
 import sys
@@ -120,6 +122,7 @@ def test_reward_loss(tmp_path):
     ours.config.pad_token_id = 0
     hub.save(tmp_path / "rm", ours)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
-    pairs = [tuple([i or 1 for i in ids] for ids in pair) for pair in PAIRS]  # transformers takes the last id that is not the pad's
+    # transformers takes the last id that is not the pad's
+    pairs = [tuple([i or 1 for i in ids] for ids in pair) for pair in PAIRS]
     scores, ranks = reward.scores_of(ours, [(p, [r, c], [1, 0]) for p, c, r in pairs], CPU)
     measured("reward", reward.ranking_loss(scores, ranks).item(), TRL.reward(theirs, pairs), 1e-4)

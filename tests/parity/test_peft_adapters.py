@@ -1,4 +1,5 @@
-"""Against live PEFT, both ways: IA3, prompts and prefixes; logits, gradients of the adapter's parameters, greedy answers.
+"""Against live PEFT, both ways: IA3, prompts and prefixes; logits, gradients of the adapter's
+parameters, greedy answers.
 
 Run in the peers' environment. Each test prints the largest difference that it measured (pytest -s).
 """

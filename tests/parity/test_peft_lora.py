@@ -1,7 +1,9 @@
-"""Against live PEFT: adapters written there read here, ours opened there, and what merging writes opened by transformers.
+"""Against live PEFT: adapters written there read here, ours opened there, and what merging writes
+opened by transformers.
 
-Logits (scores: pooled) of ragged rows, and the gradients of all that is trained. Each test prints the largest difference that it
-measured (pytest -s); a gradient's is relative where the gradient is above 1.
+Logits (scores: pooled) of ragged rows, and the gradients of all that is trained. Each test prints
+the largest difference that it measured (pytest -s); a gradient's is relative where the gradient is
+above 1.
 """
 
 import sys
@@ -57,7 +59,9 @@ def outputs(ours, theirs):
 
 
 def compare(ours, theirs, plain):
-    """Outputs, which differ from the base's, and the gradients of everything that trains there, which is what trains here."""
+    """Outputs, which differ from the base's, and the gradients of everything that trains there,
+    which is what trains here.
+    """
     a, b = outputs(ours, theirs)
     assert (b - plain).abs().max() > 0.1
     measured("outputs", (a - b).abs().max().item())
@@ -104,7 +108,9 @@ def test_ours_opened_by_them(name, tmp_path, recwarn):
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_merged_by_us_opened_by_them(name, tmp_path):
-    """A tied head that had an adapter is read by transformers as it was trained; PEFT over the base says the same."""
+    """A tied head that had an adapter is read by transformers as it was trained; PEFT over the base
+    says the same.
+    """
     ours, theirs, said, targets = case(name, tmp_path / "base")
     random_adapter(add_lora(ours, said.get("r", 8), said.get("lora_alpha", 8), targets, rslora=said.get("use_rslora", False)), 5)
     save_adapter(ours, tmp_path / "adapter")

@@ -1,4 +1,5 @@
-"""Against the live Hugging Face tokenizers: ids and text of 1,000 varied strings, and what is saved is opened by transformers.
+"""Against the live Hugging Face tokenizers: ids and text of 1,000 varied strings, and what is saved
+is opened by transformers.
 
 Run in the peers' environment; SmolLM2 itself too where smollm2 is there.
 """
@@ -45,7 +46,9 @@ def test_ids_and_text_of_1000_strings(both):
 
 
 def test_every_token_is_reached_as_hugging_face_reaches_it(both):
-    """tiktoken merges any two neighbours that make a token, Hugging Face only the listed pairs: the same where BPE was trained."""
+    """tiktoken merges any two neighbours that make a token, Hugging Face only the listed pairs: the
+    same where BPE was trained.
+    """
     ours, peer = both
     for token, i in peer.get_vocab().items():
         text = peer.convert_tokens_to_string([token])
@@ -61,5 +64,6 @@ def test_special_ids_and_template_are_read_by_transformers(both):
         assert peer.apply_chat_template(chat, tokenize=False) == templates.text(chat, format=templates.of(ours))
         prompt = peer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
         assert prompt == templates.text(chat[:-1], add_generation_prompt=True, format=templates.of(ours))
-    for chat in CHATS[:4]:                                          # the fifth holds the format's tokens as text: ours stay text
+    # the fifth holds the format's tokens as text: ours stay text
+    for chat in CHATS[:4]:
         assert peer.apply_chat_template(chat, tokenize=True)["input_ids"] == templates.render(ours, chat)[0]
