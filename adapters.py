@@ -41,7 +41,9 @@ class IA3Linear(nn.Module):
     def __init__(self, base, feedforward: bool, device):
         super().__init__()
         self.base, self.feedforward = base, feedforward
-        self.scale = nn.Parameter(torch.ones(base.in_features if feedforward else base.out_features, device=device))
+        self.scale = nn.Parameter(
+            torch.ones(base.in_features if feedforward else base.out_features, device=device)
+        )
 
     def forward(self, x):
         if self.feedforward:
@@ -59,7 +61,10 @@ class IA3Linear(nn.Module):
     def merged(self) -> nn.Linear:
         """The plain layer that does the same, on the host, multiplied in float32.
         A factor on the outputs is one on the bias too."""
-        weight, bias = self.base.weight if isinstance(self.base, nn.Linear) else self.base.dequantize(), self.base.bias
+        weight, bias = (
+            self.base.weight if isinstance(self.base, nn.Linear) else self.base.dequantize(),
+            self.base.bias,
+        )
         weight, scale = weight.cpu(), self.scale.cpu()
         new = nn.Linear(*weight.shape[::-1], bias is not None, "cpu", weight.dtype)
         new.requires_grad_(False)
@@ -83,7 +88,10 @@ class Prompt(nn.Module):
         """Keys and values of the P embeddings: a pair (1,kv_heads,P,head_dim) a layer, with their
         gradient.
         """
-        cache, positions = Cache(model, 1, self.tokens), torch.arange(self.tokens, device=model.device)[None]
+        cache, positions = (
+            Cache(model, 1, self.tokens),
+            torch.arange(self.tokens, device=model.device)[None],
+        )
         model.blocks(self.rows[None].to(model.embed_tokens.weight.dtype), positions, cache=cache)
         return cache.kv
 
@@ -107,12 +115,18 @@ class Prefix(nn.Module):
 
     def past(self, model):
         c = model.config
-        kv = self.stored().view(self.tokens, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim).permute(1, 2, 3, 0, 4)
+        kv = (
+            self.stored()
+            .view(self.tokens, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+            .permute(1, 2, 3, 0, 4)
+        )
         return [(k[None], v[None]) for k, v in kv]
 
 
 @torch.no_grad()
-def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparametrise=True, generator=None):
+def add_adapter(
+    model, kind: str, tokens=20, text=None, tokenizer=None, reparametrise=True, generator=None
+):
     """Freezes the model and gives it a float32 adapter to train: "ia3", or "prompt" or "prefix" of
     `tokens` virtual tokens.
 
@@ -126,17 +140,25 @@ def add_adapter(model, kind: str, tokens=20, text=None, tokenizer=None, reparame
     if kind not in PEFT_TYPE:
         raise ValueError(f"{kind!r} is no kind of adapter: {', '.join(PEFT_TYPE)} are")
     if kind != "ia3" and not 0 < tokens < model.context:
-        raise ValueError(f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to {model.context - 1}")
+        raise ValueError(
+            f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to {model.context - 1}"
+        )
     if text is not None and kind == "ia3":
         raise ValueError("a text starts a prompt or a prefix: give no text")
     if kind == "ia3":
         return wrap(model.requires_grad_(False))
     c = model.config
-    ids = torch.randint(c.vocab_size, (tokens,), generator=generator).tolist() if text is None else tokenizer.encode(text)
+    ids = (
+        torch.randint(c.vocab_size, (tokens,), generator=generator).tolist()
+        if text is None
+        else tokenizer.encode(text)
+    )
     if not ids:
         raise ValueError("the text that starts a prompt is empty")
     model.requires_grad_(False)
-    virtual = Prompt(wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device))))
+    virtual = Prompt(
+        wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device)))
+    )
     if kind == "prefix":
         # (layers, 2, kv_heads, P, head_dim)
         kv = torch.stack([torch.cat(pair) for pair in virtual.past(model)])
@@ -158,7 +180,9 @@ def check(model, loading=False):
     """ValueError where a model cannot take an adapter of this kind. A reward model is given none,
     but may have been made from a model that has one."""
     if model.config.num_labels and not loading:
-        raise ValueError("IA3, prompts and prefixes are for language models: this one has a scalar head")
+        raise ValueError(
+            "IA3, prompts and prefixes are for language models: this one has a scalar head"
+        )
     if parts(model):
         raise ValueError("the model has an adapter already: merge it, or load the model anew")
 
@@ -193,7 +217,10 @@ def parts(model):
 def state(model) -> dict:
     """The adapter's numbers as PEFT names and shapes them, copies in float32 on the CPU."""
     with torch.no_grad():
-        found = {"prompt_embeddings" if n == "virtual" else ia3_key(n): m.stored() for n, m in parts(model)}
+        found = {
+            "prompt_embeddings" if n == "virtual" else ia3_key(n): m.stored()
+            for n, m in parts(model)
+        }
         return {k: v.to("cpu", torch.float32, copy=True).contiguous() for k, v in found.items()}
 
 
@@ -213,10 +240,17 @@ def save_adapter(model, path, base=None):
     said = {"peft_type": PEFT_TYPE[kind], "task_type": task_type(model), "inference_mode": True}
     said |= {"base_model_name_or_path": base and str(base)}
     if kind == "ia3":
-        said |= {"target_modules": list(SCALED), "feedforward_modules": list(FEEDFORWARD), "fan_in_fan_out": False, "modules_to_save": None}
+        said |= {
+            "target_modules": list(SCALED),
+            "feedforward_modules": list(FEEDFORWARD),
+            "fan_in_fan_out": False,
+            "modules_to_save": None,
+        }
     else:
         said |= shape_of(c, kind) | {"num_virtual_tokens": model.virtual.tokens}
-        said |= {"prompt_tuning_init": "RANDOM"} if kind == "prompt" else {"prefix_projection": False}
+        said |= (
+            {"prompt_tuning_init": "RANDOM"} if kind == "prompt" else {"prefix_projection": False}
+        )
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     write_json(path / "adapter_config.json", said)
@@ -234,7 +268,12 @@ def shape_of(c, kind: str) -> dict:
     """
     heads = c.num_attention_heads if kind == "prompt" else c.num_key_value_heads
     size = c.hidden_size if kind == "prompt" else heads * c.head_dim
-    return {"num_layers": c.num_hidden_layers, "num_attention_heads": heads, "token_dim": size, "num_transformer_submodules": 1}
+    return {
+        "num_layers": c.num_hidden_layers,
+        "num_attention_heads": heads,
+        "token_dim": size,
+        "num_transformer_submodules": 1,
+    }
 
 
 def load_adapter(model, path, trainable=True):
@@ -248,10 +287,21 @@ def load_adapter(model, path, trainable=True):
     path = Path(path)
     kind, tokens = read_config(path, model)
     if kind == "ia3":
-        shapes = {ia3_key(n): (1, m.in_features) if n.endswith(FEEDFORWARD) else (m.out_features, 1) for n, m in linears(model)}
+        shapes = {
+            ia3_key(n): (1, m.in_features) if n.endswith(FEEDFORWARD) else (m.out_features, 1)
+            for n, m in linears(model)
+        }
     else:
-        shapes = {"prompt_embeddings": (tokens, model.config.hidden_size if kind == "prompt" else width(model.config))}
-    tensors = {k: v.to(model.device, torch.float32) for k, v in read_tensors(path / "adapter_model.safetensors", shapes, model).items()}
+        shapes = {
+            "prompt_embeddings": (
+                tokens,
+                model.config.hidden_size if kind == "prompt" else width(model.config),
+            )
+        }
+    tensors = {
+        k: v.to(model.device, torch.float32)
+        for k, v in read_tensors(path / "adapter_model.safetensors", shapes, model).items()
+    }
     model.requires_grad_(False)
     if kind == "ia3":
         for name, module in parts(wrap(model)):
@@ -274,19 +324,32 @@ def read_config(path: Path, model) -> tuple[str, int]:
     """
     where = path / "adapter_config.json"
     if not where.is_file():
-        raise FileNotFoundError(f"{where} is missing: a PEFT folder (adapter_config.json, adapter_model.safetensors) was expected")
+        raise FileNotFoundError(
+            f"{where} is missing: a PEFT folder (adapter_config.json, adapter_model.safetensors) was expected"
+        )
     said = read_json(where)
     kind = next((k for k, v in PEFT_TYPE.items() if v == said.get("peft_type")), None)
     if kind is None:
-        raise ValueError(f"{where}: peft_type is {said.get('peft_type')!r}, one of {', '.join(PEFT_TYPE.values())} was expected")
+        raise ValueError(
+            f"{where}: peft_type is {said.get('peft_type')!r}, one of {', '.join(PEFT_TYPE.values())} was expected"
+        )
     ia3 = {"target_modules": sorted(SCALED), "feedforward_modules": sorted(FEEDFORWARD)}
-    known = {"task_type": task_type(model)} | (ia3 if kind == "ia3" else shape_of(model.config, kind))
+    known = {"task_type": task_type(model)} | (
+        ia3 if kind == "ia3" else shape_of(model.config, kind)
+    )
     for key, value in said.items():
-        if key in known and (sorted(map(str, value)) if isinstance(value, list) else value) not in (known[key], None):
-            raise ValueError(f"{where}: {key} is {value!r}, {known[key]!r} was expected of an adapter for this model")
+        if key in known and (sorted(map(str, value)) if isinstance(value, list) else value) not in (
+            known[key],
+            None,
+        ):
+            raise ValueError(
+                f"{where}: {key} is {value!r}, {known[key]!r} was expected of an adapter for this model"
+            )
         if value and key not in known and key not in SAID.split():
             raise ValueError(f"{where} asks for {key} = {value!r}, which tinytune does not know")
     tokens = said.get("num_virtual_tokens")
     if kind != "ia3" and (type(tokens) is not int or not 0 < tokens < model.context):
-        raise ValueError(f"{where}: num_virtual_tokens is {tokens!r}, a number from 1 to {model.context - 1} was expected")
+        raise ValueError(
+            f"{where}: num_virtual_tokens is {tokens!r}, a number from 1 to {model.context - 1} was expected"
+        )
     return kind, tokens

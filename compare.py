@@ -26,7 +26,9 @@ LABELLERS = 10  # people who share the work, each prompt goes to one of them
 @dataclass
 class Options(tuning.Reading):
     model: str = opt("out/sft", "checkpoint folder that answers")
-    data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn, or preference pairs")
+    data: str = opt(
+        "out/world/prompts.jsonl", "conversations that end in a user's turn, or preference pairs"
+    )
     out: str = opt("out/comparisons.jsonl", "file for the rankings")
     labeller: str = opt("world", "world, or FILE.py:function")
     prompts: int = opt(2000, "how many prompts", at_least=1)
@@ -34,7 +36,9 @@ class Options(tuning.Reading):
     batch: int = opt(64, "prompts at a time", at_least=1)
     temperature: float = opt(1.0, "of the answers", above=0)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
-    seed: int = opt(0, "seed of the prompts, the answers and the labellers", at_least=0, below=2**32)
+    seed: int = opt(
+        0, "seed of the prompts, the answers and the labellers", at_least=0, below=2**32
+    )
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(4, "batches between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -60,15 +64,22 @@ def prepare(o: Options, tok, room: int):
     """
     found = records.conversations(o.data, "prompt")
     if o.labeller == "world" and not all(map(world.knows, found)):
-        raise ValueError(f"{o.data}: --labeller world knows the embedded world's prompts only (with their `item`); give FILE.py:function")
+        raise ValueError(
+            f"{o.data}: --labeller world knows the embedded world's prompts only (with their `item`); give FILE.py:function"
+        )
     chosen = records.batch(found, 0, min(o.prompts, len(found)), o.seed)
-    asked = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in chosen]
+    asked = [
+        (r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in chosen
+    ]
     kept = [(r, ids) for r, ids in asked if len(ids) <= room]
     dropped = {f"longer than {room} tokens (the context less --max-new-tokens)": len(asked) - len(kept),
                "beyond --prompts": len(found) - len(chosen)}  # fmt: skip
     records.report(o.data, len(kept), dropped, "prompts", 0)
     if taken := sorted({k for r in chosen for k in r.keys() & set(OWN)}):
-        print(f"{o.data}: its fields {', '.join(taken)} are left out: a ranking's own have these names", file=sys.stderr)
+        print(
+            f"{o.data}: its fields {', '.join(taken)} are left out: a ranking's own have these names",
+            file=sys.stderr,
+        )
     return kept
 
 
@@ -81,13 +92,18 @@ def compare(o: Options):
         return run.finish(lambda path: write_jsonl(path, records.rankings(o.data)))
     judge = load_function(o.labeller) if file else None
     model, tok = tuning.read(o, o.model, pick_device(o.device))
-    ends, prompts = templates.end_ids(tok, model.config), prepare(o, tok, prompt_room(model, o.max_new_tokens))
+    ends, prompts = (
+        templates.end_ids(tok, model.config),
+        prepare(o, tok, prompt_room(model, o.max_new_tokens)),
+    )
     done = run.resume().get("records", [])
 
     for step in run.steps(-(-len(prompts) // o.batch), "batch"):
         batch = prompts[step * o.batch : (step + 1) * o.batch]
         asked = [ids for _, ids in batch for _ in range(o.k)]
-        answers = generate(model, asked, o.max_new_tokens, o.temperature, eos_id=ends, seed=o.seed * 100_003 + step)
+        answers = generate(
+            model, asked, o.max_new_tokens, o.temperature, eos_id=ends, seed=o.seed * 100_003 + step
+        )
         for i, (record, _) in enumerate(batch):
             mine = answers[i * o.k : (i + 1) * o.k]
             texts, finished = templates.read_answers(tok, mine, ends)
@@ -98,7 +114,12 @@ def compare(o: Options):
             extra = {k: v for k, v in record.items() if k not in ("messages", "reference", *OWN)}
             written = record["messages"], texts, ranks, finished, mine, tok.hash
             done.append(dict(zip(OWN, written, strict=True)) | extra)
-        run.log(step, ("ties",), prompts=len(done), ties=sum(len(set(d["ranks"])) < len(d["ranks"]) for d in done) / len(done))
+        run.log(
+            step,
+            ("ties",),
+            prompts=len(done),
+            ties=sum(len(set(d["ranks"])) < len(d["ranks"]) for d in done) / len(done),
+        )
         run.save(step, records=done)
     run.finish(lambda path: write_jsonl(path, done))
 

@@ -38,15 +38,31 @@ class Options(tuning.Tuning):
     data: str = opt("out/comparisons.jsonl", "rankings or preference pairs")
     out: str = opt("out/dpo", "folder for the checkpoint")
     loss: str = opt("dpo", "the preference loss", choices=("dpo", "ipo", "simpo"))
-    pairs: str = opt("all", "of a ranking: all pairs, or the best answer against the worst", choices=("all", "best_worst"))
+    pairs: str = opt(
+        "all",
+        "of a ranking: all pairs, or the best answer against the worst",
+        choices=("all", "best_worst"),
+    )
     steps: int = opt(125, "optimizer steps", at_least=1)
     batch: int = opt(16, "prompts a step, each with all its pairs", at_least=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch")
-    length: int = opt(256, "tokens of prompt and answer; pairs with longer ones are dropped", at_least=2)
+    accumulate: int = opt(
+        1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch"
+    )
+    length: int = opt(
+        256, "tokens of prompt and answer; pairs with longer ones are dropped", at_least=2
+    )
     beta: float = opt(0.1, "β (SimPO: 2 to 10)", above=0)
     gamma: float = opt(1.0, "SimPO's margin γ (not γ/β)", needs="loss simpo", at_least=0)
-    label_smoothing: float = opt(0.0, "cDPO's ε: the share of labels that are taken to be wrong", needs="loss dpo", at_least=0, below=0.5)
-    nll: float = opt(0.0, "weight of the chosen answer's negative log-likelihood per token", at_least=0)
+    label_smoothing: float = opt(
+        0.0,
+        "cDPO's ε: the share of labels that are taken to be wrong",
+        needs="loss dpo",
+        at_least=0,
+        below=0.5,
+    )
+    nll: float = opt(
+        0.0, "weight of the chosen answer's negative log-likelihood per token", at_least=0
+    )
     lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
@@ -55,7 +71,9 @@ class Options(tuning.Tuning):
     overwrite: bool = opt(False, "start anew over a finished run")
 
 
-def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, kind="dpo", label_smoothing=0.0):
+def preference_loss(
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, kind="dpo", label_smoothing=0.0
+):
     """Losses, chosen rewards, rejected rewards, all (N,), from sums of log-probabilities (N,). The
     rewards are detached.
 
@@ -65,10 +83,16 @@ def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, be
     if kind == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "dpo":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(
+            -beta * h
+        )
     else:
         raise ValueError(f"kind is {kind!r}; dpo or ipo was expected")
-    return losses, beta * (policy_chosen - ref_chosen).detach(), beta * (policy_rejected - ref_rejected).detach()
+    return (
+        losses,
+        beta * (policy_chosen - ref_chosen).detach(),
+        beta * (policy_rejected - ref_rejected).detach(),
+    )
 
 
 def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, beta, gamma):
@@ -88,12 +112,19 @@ def prepare(path, which, tok, length: int):
         encoded = [templates.ranked_ids(tok, r, (r["chosen"], r["rejected"])) for r in pairs]
         prompt, both = encoded[0][0], [tuple(map(tuple, answers)) for _, answers in encoded]
         empty += sum(not all(pair) for pair in both)
-        answers = [a for a in dict.fromkeys(a for pair in both for a in pair) if a and len(prompt) + len(a) <= length]
+        answers = [
+            a
+            for a in dict.fromkeys(a for pair in both for a in pair)
+            if a and len(prompt) + len(a) <= length
+        ]
         places = [(answers.index(w), answers.index(l)) for w, l in both if {w, l} <= set(answers)]
         if places:
             groups.append((prompt, list(map(list, answers)), places))
         kept += len(places)
-    dropped = {f"longer than {length} tokens": len(train) - kept - empty, "with an empty answer": empty}
+    dropped = {
+        f"longer than {length} tokens": len(train) - kept - empty,
+        "with an empty answer": empty,
+    }
     records.report(path, kept, dropped, "pairs", len(held))
     return groups
 
@@ -107,8 +138,7 @@ def answer_logps(model, groups, device):
 
 
 def places(groups, device):
-    """Where the pairs' chosen and rejected answers stand among all the groups' answers: (2, pairs).
-    """
+    """Where the pairs' chosen and rejected answers stand among all the groups' answers: (2, pairs)."""
     out, start = [], 0
     for _, answers, pairs in groups:
         out += [(start + w, start + l) for w, l in pairs]
@@ -138,12 +168,23 @@ def dpo(o: Options):
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
     # no reference for what will not be read
     data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)
-    reference = reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
+    reference = (
+        reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
+    )
     data = list(zip(data, reference, strict=True))
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(policy, peak, paged=o.paged)
-    targets, share = [sum(map(len, answers)) for (_, answers, _), _ in data], o.batch / o.accumulate / len(data)
-    watch = tuning.Watch(o, device, [policy], share * (sum(targets) + sum(len(p) for (p, _, _), _ in data)), share * sum(targets))
+    targets, share = (
+        [sum(map(len, answers)) for (_, answers, _), _ in data],
+        o.batch / o.accumulate / len(data),
+    )
+    watch = tuning.Watch(
+        o,
+        device,
+        [policy],
+        share * (sum(targets) + sum(len(p) for (p, _, _), _ in data)),
+        share * sum(targets),
+    )
     run.resume(policy=policy, optimizer=optimizer)
 
     for step in run.steps(o.steps):
@@ -161,15 +202,37 @@ def dpo(o: Options):
             logps, lengths = answer_logps(policy, groups, device)
             chosen, rejected = places(groups, device)
             if o.loss == "simpo":
-                losses = simpo_loss(logps[chosen], logps[rejected], lengths[chosen], lengths[rejected], o.beta, o.gamma)
-                better, worse = (o.beta * (logps / lengths)[side].detach() for side in (chosen, rejected))
+                losses = simpo_loss(
+                    logps[chosen],
+                    logps[rejected],
+                    lengths[chosen],
+                    lengths[rejected],
+                    o.beta,
+                    o.gamma,
+                )
+                better, worse = (
+                    o.beta * (logps / lengths)[side].detach() for side in (chosen, rejected)
+                )
             else:
                 ref = torch.cat(reference)
                 losses, better, worse = preference_loss(
-                    logps[chosen], logps[rejected], ref[chosen], ref[rejected], o.beta, o.loss, o.label_smoothing
+                    logps[chosen],
+                    logps[rejected],
+                    ref[chosen],
+                    ref[rejected],
+                    o.beta,
+                    o.loss,
+                    o.label_smoothing,
                 )
-            if step == 0 and o.loss == "dpo" and device.type == "cpu" and (losses - math.log(2)).abs().max() > 1e-3:
-                raise ValueError(f"the first loss is {losses.mean():.4f}, not ln 2: policy and reference differ before training")
+            if (
+                step == 0
+                and o.loss == "dpo"
+                and device.type == "cpu"
+                and (losses - math.log(2)).abs().max() > 1e-3
+            ):
+                raise ValueError(
+                    f"the first loss is {losses.mean():.4f}, not ln 2: policy and reference differ before training"
+                )
             nll = -(logps / lengths)[chosen]
             ((losses + o.nll * nll).sum() / pairs).backward()
             now = dict(loss=losses, nll=nll, logp_chosen=logps[chosen], logp_rejected=logps[rejected], reward_chosen=better,

@@ -31,8 +31,13 @@ STAGES = ("base", "sft", "ppo", "dpo", "simpo")
 class Options(tuning.Reading):
     out: str = opt("out", "folder with the stages' checkpoints")
     base: str = opt("data/base", "the base model's folder")
-    data: str = opt("", "your own conversations: held-out loss instead of gold; default: OUT/world/heldout.jsonl")
-    prefs: str = opt("", "with --data: your preference pairs, for held-out preference accuracy", needs="data")
+    data: str = opt(
+        "",
+        "your own conversations: held-out loss instead of gold; default: OUT/world/heldout.jsonl",
+    )
+    prefs: str = opt(
+        "", "with --data: your preference pairs, for held-out preference accuracy", needs="data"
+    )
     n: int = opt(1000, "how many held-out prompts", at_least=2)
     max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
     batch: int = opt(128, "answers at a time", at_least=1)
@@ -70,7 +75,11 @@ def pair_accuracy(scores, ranks) -> float:
     """Share of the pairs that the scores put in the ranks' order, equal scores count half. (B,K)
     both; rank -1: absent, equal: no pair.
     """
-    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None] & (ranks >= 0)[:, None, :]
+    better = (
+        (ranks[:, :, None] < ranks[:, None, :])
+        & (ranks >= 0)[:, :, None]
+        & (ranks >= 0)[:, None, :]
+    )
     margin = scores[:, :, None] - scores[:, None, :]
     won = (margin > 0).float() + 0.5 * (margin == 0).float()
     return won[better].mean().item() if better.any() else 0.5
@@ -87,7 +96,14 @@ def answer(model, tok, prompts, o, temperature: float, seed: int):
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for at in range(0, len(order), o.batch):
         some = order[at : at + o.batch]
-        answers = generate(model, [ids[i] for i in some], o.max_new_tokens, temperature, eos_id=ends, seed=seed * 100_003 + at)
+        answers = generate(
+            model,
+            [ids[i] for i in some],
+            o.max_new_tokens,
+            temperature,
+            eos_id=ends,
+            seed=seed * 100_003 + at,
+        )
         for i, a in zip(some, answers, strict=True):
             out[i] = a
     texts, finished = templates.read_answers(tok, out, ends)
@@ -100,7 +116,14 @@ def rate(held, answers):
     for r, (text, _, finished) in zip(held, answers, strict=True):
         score, reasons = world.gold(r["item"], text, finished)
         lines.append(
-            {"prompt": r["messages"], "answer": text, "finished": finished, "gold": score, "right": reasons["right"], "reasons": reasons}
+            {
+                "prompt": r["messages"],
+                "answer": text,
+                "finished": finished,
+                "gold": score,
+                "right": reasons["right"],
+                "reasons": reasons,
+            }
         )
     return lines
 
@@ -129,7 +152,9 @@ def kl(policy, reference):
 def finite(xs, what):
     """xs, or a ValueError where one of them is NaN or infinite."""
     if not all(map(math.isfinite, xs)):
-        raise ValueError(f"the {what} of answers are NaN or infinite: the model's weights are damaged")
+        raise ValueError(
+            f"the {what} of answers are NaN or infinite: the model's weights are damaged"
+        )
     return xs
 
 
@@ -148,7 +173,9 @@ def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
     if sampled_sft:
         theirs = [a["gold"] for a in sampled_sft]
         out["win_vs_sft"], out["win_vs_sft_decided"] = win_rate(gold, theirs)
-        out["win_vs_sft_ci"] = bootstrap([(a > b) + 0.5 * (a == b) for a, b in zip(gold, theirs, strict=True)])
+        out["win_vs_sft_ci"] = bootstrap(
+            [(a > b) + 0.5 * (a == b) for a, b in zip(gold, theirs, strict=True)]
+        )
         gains = [a - b for a, b in zip(gold, theirs, strict=True)]
         out["gain_vs_sft"], out["gain_vs_sft_ci"] = mean(gains), bootstrap(gains)
     if kls:
@@ -168,7 +195,9 @@ def score_texts(model, tok, prompts, answers, sampled=None, size=64):
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
     for i in range(0, len(ids), size):
-        out += last_score(model, *join(*zip(*ids[i : i + size], strict=True), model.device)).tolist()
+        out += last_score(
+            model, *join(*zip(*ids[i : i + size], strict=True), model.device)
+        ).tolist()
     return finite(out, "scores")
 
 
@@ -199,24 +228,51 @@ def reward_figures(reward, tok, held, answers, o):
     prompts, ids = [r["messages"] for r in held for _ in range(k)], [a[1] for a in answers]
     rows = [[answers[i * k + j] for j in range(k)] for i in range(len(held))]
     texts = [a[0] for a in answers]
-    rank = lambda judge: torch.tensor([judge(r["item"], row) for r, row in zip(held, rows, strict=True)])  # noqa: E731
-    rated = [[world.gold(r["item"], a[0], a[2]) for a in row] for r, row in zip(held, rows, strict=True)]
+    rank = lambda judge: torch.tensor(  # noqa: E731
+        [judge(r["item"], row) for r, row in zip(held, rows, strict=True)]
+    )  # noqa: E731
+    rated = [
+        [world.gold(r["item"], a[0], a[2]) for a in row] for r, row in zip(held, rows, strict=True)
+    ]
     gold = torch.tensor([[score for score, _ in row] for row in rated])
     right = torch.tensor([[int(why["right"]) for _, why in row] for row in rated])
-    manner = torch.tensor([[4 * why["courteous"] + 2 * why["rude"] + why["finished"] for _, why in row] for row in rated])
+    manner = torch.tensor(
+        [
+            [4 * why["courteous"] + 2 * why["rude"] + why["finished"] for _, why in row]
+            for row in rated
+        ]
+    )
     ranks = (gold[:, :, None] < gold[:, None]).sum(2)  # 0 the best
     first, second = (
-        rank(lambda item, row, who=who: world.Labeller(f"eval {who}").rank(item, [a[0] for a in row], [a[2] for a in row])) for who in "ab"
+        rank(
+            lambda item, row, who=who: world.Labeller(f"eval {who}").rank(
+                item, [a[0] for a in row], [a[2] for a in row]
+            )
+        )
+        for who in "ab"
     )
     scores = torch.tensor(score_texts(reward, tok, prompts, texts, ids)).view(-1, k)
-    swapped = torch.tensor(score_texts(reward, tok, prompts[k:] + prompts[:k], texts, ids)).view(-1, k)
+    swapped = torch.tensor(score_texts(reward, tok, prompts[k:] + prompts[:k], texts, ids)).view(
+        -1, k
+    )
     length = torch.tensor([len(t.split()) for t in texts]).view(-1, k)
-    correlation = torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[0, 1].item()
+    correlation = torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[
+        0, 1
+    ].item()
     near = (length[:, :, None] - length[:, None]).abs() <= 1
     order = lambda x: (x[:, :, None] - x[:, None]).sign()  # noqa: E731
     decided = (order(ranks) < 0) & (order(first) != 0) & (order(second) != 0)
-    truth, minimal = (order(right) > 0) & (order(manner) == 0), truth_pairs(reward, tok, held, o.seed)
-    by_prompt = list(zip(((order(scores) + 1) / 2 * truth).sum((1, 2)).tolist(), truth.sum((1, 2)).tolist(), strict=True))
+    truth, minimal = (
+        (order(right) > 0) & (order(manner) == 0),
+        truth_pairs(reward, tok, held, o.seed),
+    )
+    by_prompt = list(
+        zip(
+            ((order(scores) + 1) / 2 * truth).sum((1, 2)).tolist(),
+            truth.sum((1, 2)).tolist(),
+            strict=True,
+        )
+    )
     return {
         "pair_accuracy": pair_accuracy(scores, ranks), "labeller_gold_accuracy": pair_accuracy(-first.float(), ranks),
         "labeller_agreement": average((order(first) == order(second))[decided]),
@@ -234,8 +290,15 @@ def truth_pairs(reward, tok, held, seed, asked=None):
     scores higher, ½ for a tie. asked: the prompts under which they are read, default the items'
     own."""
     asked, items = asked or [r["messages"] for r in held], [r["item"] for r in held]
-    wrongs = [dict(item, answer=random.Random(f"{seed} {i}").choice(item["wrong"])) for i, item in enumerate(items)]
-    said = [world.demonstrate(item, random.Random(f"{seed} {i}"), "polite")[0] for some in (items, wrongs) for i, item in enumerate(some)]
+    wrongs = [
+        dict(item, answer=random.Random(f"{seed} {i}").choice(item["wrong"]))
+        for i, item in enumerate(items)
+    ]
+    said = [
+        world.demonstrate(item, random.Random(f"{seed} {i}"), "polite")[0]
+        for some in (items, wrongs)
+        for i, item in enumerate(some)
+    ]
     return hits(score_texts(reward, tok, asked * 2, said))
 
 
@@ -248,7 +311,9 @@ def held_out_losses(model, tok, conversations, device, size=8):
     out = []
     for at in range(0, len(ids), size):
         tokens, mask = pad([i for i, _ in ids[at : at + size]], device=device)
-        where, _ = pad([[int(x != -100) for x in lab] for _, lab in ids[at : at + size]], device=device)
+        where, _ = pad(
+            [[int(x != -100) for x in lab] for _, lab in ids[at : at + size]], device=device
+        )
         nll = -logprobs(model, tokens, mask, where.bool()).sum(1)
         out += zip(finite(nll.tolist(), "losses"), where[:, 1:].sum(1).tolist(), strict=True)
     return out
@@ -259,7 +324,11 @@ def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
     """Summed log-probability of each answer (str); sampled: as in score_texts."""
     ids = with_ids(tok, prompts, answers, sampled)
     found = [
-        x for i in range(0, len(ids), size) for x in logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
+        x
+        for i in range(0, len(ids), size)
+        for x in logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device))
+        .sum(1)
+        .tolist()
     ]
     return finite(found, "log-probabilities")
 
@@ -275,7 +344,9 @@ def hits(scores):
 # ---------------------------------------------------------------- the script
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
 
 
 def write_results(path, results):
@@ -320,7 +391,10 @@ def evaluate_world(o, held, device):
             kept[stage] = own
         results[stage] = stage_figures(lines, greedy, sampled_sft)
         kinds = [r["item"]["kind"] for r in held]
-        right = {k: [a["right"] for a, kind in zip(greedy, kinds, strict=True) if kind == k] for k in sorted(set(kinds))}
+        right = {
+            k: [a["right"] for a, kind in zip(greedy, kinds, strict=True) if kind == k]
+            for k in sorted(set(kinds))
+        }
         results[stage]["right_greedy_by_kind"] = {k: mean(rights) for k, rights in right.items()}
         write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
         write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", greedy)
@@ -336,7 +410,9 @@ def evaluate_world(o, held, device):
         del sft
         reward, own = read(o, "reward", reward_place(o), device)
         if own is None or own.hash != tok.hash:
-            raise ValueError(f"{reward_place(o)}: its vocabulary is not that of {places['sft']}; train it on the same model")
+            raise ValueError(
+                f"{reward_place(o)}: its vocabulary is not that of {places['sft']}; train it on the same model"
+            )
         results["reward"] = reward_figures(reward, tok, held[:400], fresh, o)
         show("reward", results["reward"])
     return results
@@ -359,28 +435,45 @@ def evaluate_records(o, conversations, device):
     reward model and of DPO's implicit reward log π - log π_sft, and answers to read."""
     results, reference, before = {}, None, None
     if o.prefs and not (Path(o.out) / "sft" / "config.json").exists():
-        raise FileNotFoundError(f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward")
+        raise FileNotFoundError(
+            f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward"
+        )
     held = records.split(conversations)[1][: o.n]
     pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
     for stage, path in found(o).items():
         losses, logps, lines = stage_records(o, stage, path, held, pairs, device)
         records.report(o.data, len(losses), {}, "held-out conversations")
-        results[stage] = {"n": len(losses), "loss_per_token": ratio(losses), "loss_per_token_ci": bootstrap(losses, ratio)}
+        results[stage] = {
+            "n": len(losses),
+            "loss_per_token": ratio(losses),
+            "loss_per_token_ci": bootstrap(losses, ratio),
+        }
         before = before or losses
         # the first stage there is, as a rule the base; on the same tokens
         if len(before) == len(losses) and before is not losses:
             change = [(a - b, n) for (a, n), (b, _) in zip(losses, before, strict=True)]
-            results[stage] |= {"loss_change": ratio(change), "loss_change_ci": bootstrap(change, ratio)}
+            results[stage] |= {
+                "loss_change": ratio(change),
+                "loss_change_ci": bootstrap(change, ratio),
+            }
         if logps:
             reference = reference or logps
             won = hits([a - b for a, b in zip(logps, reference, strict=True)])
-            results[stage] |= {"implicit_accuracy": mean(won), "implicit_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
+            results[stage] |= {
+                "implicit_accuracy": mean(won),
+                "implicit_accuracy_ci": bootstrap(won),
+                "pairs": len(pairs),
+            }
         write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", lines)
         show(stage, results[stage])
     if pairs and reward_place(o):
         model, tok = read(o, "reward", reward_place(o), device)
         won = hits(score_texts(model, tok, *in_pairs(tok, pairs)))
-        results["reward"] = {"pair_accuracy": mean(won), "pair_accuracy_ci": bootstrap(won), "pairs": len(pairs)}
+        results["reward"] = {
+            "pair_accuracy": mean(won),
+            "pair_accuracy_ci": bootstrap(won),
+            "pairs": len(pairs),
+        }
         show("reward", results["reward"])
     return results
 
@@ -405,7 +498,9 @@ def stage_records(o, stage, path, held, pairs, device):
         logps = answer_logps(model, tok, asked, given, device, ids)
     room = prompt_room(model, o.max_new_tokens)
     some = [c["messages"][:-1] for c in held]
-    some = [p for p in some if len(templates.render(tok, p, add_generation_prompt=True)[0]) <= room][:20]
+    some = [
+        p for p in some if len(templates.render(tok, p, add_generation_prompt=True)[0]) <= room
+    ][:20]
     said = zip(some, answer(model, tok, some, o, 0.0, o.seed), strict=True)
     return losses, logps, [{"prompt": p, "answer": t, "finished": f} for p, (t, _, f) in said]
 
@@ -427,7 +522,9 @@ def evaluate(o: Options):
     if o.data:
         results = evaluate_records(o, records.conversations(o.data), device)
     else:
-        results = evaluate_world(o, records.conversations(f"{o.out}/world/heldout.jsonl", "prompt")[: o.n], device)
+        results = evaluate_world(
+            o, records.conversations(f"{o.out}/world/heldout.jsonl", "prompt")[: o.n], device
+        )
     write_results(Path(o.out) / "results.json", results)
 
 

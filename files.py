@@ -20,13 +20,17 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not JSON, nor text in UTF-8 ({e}); get the file again") from None
+        raise ValueError(
+            f"{path} is not JSON, nor text in UTF-8 ({e}); get the file again"
+        ) from None
 
 
 def read_json(path: Path) -> dict:
     content = parse(read_text(path), path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, an object was expected; get the file again")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, an object was expected; get the file again"
+        )
     return content
 
 
@@ -35,6 +39,5 @@ def write_json(path: Path, content: dict):
 
 
 def hub_name(name: str) -> str:
-    """Our parameter's or module's name as transformers spells it: the backbone lies under "model.".
-    """
+    """Our parameter's or module's name as transformers spells it: the backbone lies under "model."."""
     return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name

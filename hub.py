@@ -24,14 +24,32 @@ from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 
 CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # no model has more; who asks for it has a damaged file
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 # What a config may say beside our own fields: a value that changes nothing here, or the model is
 # another one.
-HARMLESS = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "partial_rotary_factor": (1,)}
-HARMLESS |= dict.fromkeys(("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,)) | {"sliding_window": ()}
+HARMLESS = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0,),
+    "partial_rotary_factor": (1,),
+}
+HARMLESS |= dict.fromkeys(
+    ("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,)
+) | {"sliding_window": ()}
 # What a quantization_config must say; the rest of it (compute type, double quantisation, skipped
 # layers) the tensors themselves show.
-PACKED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+PACKED = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_quant_storage": "uint8",
+}
 
 
 def load(path, device="cpu", dtype=torch.float32, quant=None):
@@ -49,14 +67,21 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
     path = Path(path)
     config = read_config(path)
     if quant not in (None, "nf4"):
-        raise ValueError(f'quant = {json.dumps(quant)} is unknown: "nf4" was expected, or nothing for {dtype} weights')
+        raise ValueError(
+            f'quant = {json.dumps(quant)} is unknown: "nf4" was expected, or nothing for {dtype} weights'
+        )
     with torch.device("meta"):  # shapes only: the weights below are the first to take memory
         model = Transformer(config)
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}: they are not a pair")
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}: they are not a pair"
+        )
     weights = read_weights(path, model, device, dtype, quant)
-    quantize_model(model, [name for name in block_linears(model) if weights[f"{name}.weight"].dtype == torch.uint8])
+    quantize_model(
+        model,
+        [name for name in block_linears(model) if weights[f"{name}.weight"].dtype == torch.uint8],
+    )
     try:
         model.load_state_dict(weights, assign=True)
     except ValueError as e:
@@ -89,9 +114,13 @@ def language_model(path, device="cpu", dtype=torch.float32, quant=None):
 
 def expect_language_model(path, model, tokenizer):
     if model.config.num_labels:
-        raise ValueError(f"{path} is a reward model: a language model was expected, such as sft.py writes")
+        raise ValueError(
+            f"{path} is a reward model: a language model was expected, such as sft.py writes"
+        )
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json: get the checkpoint's own tokenizer.json and tokenizer_config.json")
+        raise ValueError(
+            f"{path} has no tokenizer.json: get the checkpoint's own tokenizer.json and tokenizer_config.json"
+        )
 
 
 def save(path, model, tokenizer=None, dtype=None):
@@ -99,13 +128,21 @@ def save(path, model, tokenizer=None, dtype=None):
     the tokenizer's files.
     """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
-        raise ValueError(f"{path}: the model has adapters: lora.merge() takes them into the weights, lora.save_adapter() writes them alone")
+        raise ValueError(
+            f"{path}: the model has adapters: lora.merge() takes them into the weights, lora.save_adapter() writes them alone"
+        )
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
     if any(isinstance(m, Linear4bit) for m in model.modules()):
-        raise ValueError(f"{path}: a model in 4 bits is not written; put its layers back into 16 or 32 bits first (Linear4bit.dequantize)")
+        raise ValueError(
+            f"{path}: a model in 4 bits is not written; put its layers back into 16 or 32 bits first (Linear4bit.dequantize)"
+        )
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
-    weights = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
+    weights = {
+        k: v
+        for k, v in model.state_dict().items()
+        if not (k == "lm_head.weight" and model.config.tie_word_embeddings)
+    }
     # adapters.py's, in a folder of their own
     weights = {k: v for k, v in weights.items() if not k.startswith("virtual.")}
     weights = {hub_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
@@ -120,7 +157,10 @@ def save(path, model, tokenizer=None, dtype=None):
         # transformers pads with the tokenizer's token and looks for the config's
         if model.config.num_labels:
             pad = next(text for text, i in tokenizer.special.items() if i == ids["pad_token_id"])
-            write_json(path / "tokenizer_config.json", read_json(path / "tokenizer_config.json") | {"pad_token": pad})
+            write_json(
+                path / "tokenizer_config.json",
+                read_json(path / "tokenizer_config.json") | {"pad_token": pad},
+            )
     write_json(path / "config.json", config_json(model.config, dtype) | ids)
 
 
@@ -136,22 +176,40 @@ def read_config(path: Path) -> Config:
     said = {"model_type": None} | {k: v for k, v in said.items() if v is not None}
     for key, allowed in HARMLESS.items():
         if key in said and said[key] not in allowed:
-            known = f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
-            raise ValueError(f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {known}")
+            known = (
+                f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
+            )
+            raise ValueError(
+                f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {known}"
+            )
     if "quantization_config" in said:
-        packed = {"bnb_4bit_quant_storage": "uint8"} | said["quantization_config"] if isinstance(said["quantization_config"], dict) else {}
+        packed = (
+            {"bnb_4bit_quant_storage": "uint8"} | said["quantization_config"]
+            if isinstance(said["quantization_config"], dict)
+            else {}
+        )
         for key, value in PACKED.items():
             if packed.get(key) != value:
                 got = f"quantization_config.{key} = {json.dumps(packed.get(key))}"
-                raise ValueError(f"{where} asks for {got}, which tinytune does not know: only {json.dumps(value)} is")
+                raise ValueError(
+                    f"{where} asks for {got}, which tinytune does not know: only {json.dumps(value)} is"
+                )
     theta = rope_theta(where, said)
     for key in SHAPE:
         if type(said.get(key)) is not int or said[key] < 1:
-            raise ValueError(f"{where}: {key} is {json.dumps(said.get(key))}, a number was expected; get the checkpoint's own config.json")
+            raise ValueError(
+                f"{where}: {key} is {json.dumps(said.get(key))}, a number was expected; get the checkpoint's own config.json"
+            )
     heads = said["num_attention_heads"]  # transformers' defaults, where ours are others or none:
-    values = {"num_key_value_heads": heads, "head_dim": said["hidden_size"] // heads, "rms_norm_eps": 1e-6}
+    values = {
+        "num_key_value_heads": heads,
+        "head_dim": said["hidden_size"] // heads,
+        "rms_norm_eps": 1e-6,
+    }
     values |= said | {"rope_theta": theta, "num_labels": labels(where, said)}
-    return checked(where, Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values}))
+    return checked(
+        where, Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
+    )
 
 
 def rope_theta(where: Path, said: dict) -> float:
@@ -162,9 +220,16 @@ def rope_theta(where: Path, said: dict) -> float:
     for key in ("rope_parameters", "rope_scaling"):
         rope = said.get(key) or {}
         for name, value in rope.items() if isinstance(rope, dict) else [("rope_type", rope)]:
-            plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": value}
+            plain = {
+                "rope_type": "default",
+                "type": "default",
+                "partial_rotary_factor": 1,
+                "rope_theta": value,
+            }
             if value != plain.get(name):
-                raise ValueError(f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not know: only plain RoPE is")
+                raise ValueError(
+                    f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not know: only plain RoPE is"
+                )
             theta = value if name == "rope_theta" else theta
     return theta
 
@@ -175,16 +240,22 @@ def labels(where: Path, said: dict) -> int:
     """
     kinds = said.get("architectures") or [CAUSAL]
     if not isinstance(kinds, list) or not isinstance(kinds[0], str):
-        raise ValueError(f"{where}: architectures is {json.dumps(kinds)}, a list of names was expected")
+        raise ValueError(
+            f"{where}: architectures is {json.dumps(kinds)}, a list of names was expected"
+        )
     kind = kinds[0]
     if kind == CAUSAL:
         return 0
     if kind != SCALAR:
-        raise ValueError(f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and {SCALAR} are")
+        raise ValueError(
+            f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and {SCALAR} are"
+        )
     names = said.get("id2label")
     count = len(names) if isinstance(names, dict | list) else said.get("num_labels", 2)
     if count != 1:
-        raise ValueError(f"{where} asks for {count} labels (id2label): a reward model with one label was expected")
+        raise ValueError(
+            f"{where} asks for {count} labels (id2label): a reward model with one label was expected"
+        )
     return 1
 
 
@@ -192,23 +263,37 @@ def checked(where: Path, c: Config) -> Config:
     """The config whose values are of their kind and fit each other."""
     for f in fields(Config):
         value, kind = getattr(c, f.name), f.type | int if f.type is float else f.type
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or (f.default is MISSING and value < 1):
-            raise ValueError(f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)} was expected")
+        if (
+            not isinstance(value, kind)
+            or (isinstance(value, bool) and kind is not bool)
+            or (f.default is MISSING and value < 1)
+        ):
+            raise ValueError(
+                f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)} was expected"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}: {f.name} is {value}, a finite number was expected")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"{where}: {f.name} is {value}, at most {LARGEST:,} was expected")
     for name in ("max_position_embeddings", "rms_norm_eps", "rope_theta"):
         if getattr(c, name) <= 0:
-            raise ValueError(f"{where}: {name} is {getattr(c, name)}, a number above 0 was expected")
+            raise ValueError(
+                f"{where}: {name} is {getattr(c, name)}, a number above 0 was expected"
+            )
     if c.num_hidden_layers > MOST_LAYERS:
-        raise ValueError(f"{where}: num_hidden_layers is {c.num_hidden_layers}, at most {MOST_LAYERS:,} was expected")
+        raise ValueError(
+            f"{where}: num_hidden_layers is {c.num_hidden_layers}, at most {MOST_LAYERS:,} was expected"
+        )
     ends = c.eos_token_id if isinstance(c.eos_token_id, list) else []
     if not all(type(i) is int for i in ends):
-        raise ValueError(f"{where}: eos_token_id is {json.dumps(ends)}, a number or a list of numbers was expected")
+        raise ValueError(
+            f"{where}: eos_token_id is {json.dumps(ends)}, a number or a list of numbers was expected"
+        )
     heads, kv = c.num_attention_heads, c.num_key_value_heads
     if heads % kv or c.head_dim % 2:
-        raise ValueError(f"{where}: {heads} heads must be a multiple of {kv} key/value heads, and head_dim = {c.head_dim} even")
+        raise ValueError(
+            f"{where}: {heads} heads must be a multiple of {kv} key/value heads, and head_dim = {c.head_dim} even"
+        )
     return c
 
 
@@ -216,8 +301,16 @@ def config_json(c: Config, dtype) -> dict:
     """Config → config.json, read alike by transformers 4 and 5: each spelling that one of them
     needs.
     """
-    said = {f.name: getattr(c, f.name) for f in fields(Config) if f.name not in ("num_labels", "reward_mean", "reward_std")}
-    said = {"architectures": [SCALAR if c.num_labels else CAUSAL], "model_type": "llama", "hidden_act": "silu"} | said
+    said = {
+        f.name: getattr(c, f.name)
+        for f in fields(Config)
+        if f.name not in ("num_labels", "reward_mean", "reward_std")
+    }
+    said = {
+        "architectures": [SCALAR if c.num_labels else CAUSAL],
+        "model_type": "llama",
+        "hidden_act": "silu",
+    } | said
     said |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
     said |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     if c.num_labels:
@@ -233,14 +326,21 @@ def token_ids(c: Config, tokenizer) -> dict:
     special = tokenizer.special if tokenizer is not None else {}
     ids = {f"{k}_token_id": getattr(c, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     if tokenizer is not None:
-        ids = {k: getattr(tokenizer, k.replace("token_", "")) if i is None else i for k, i in ids.items()}
+        ids = {
+            k: getattr(tokenizer, k.replace("token_", "")) if i is None else i
+            for k, i in ids.items()
+        }
     # what it scores are chats, whose end is the turn's, also where its base ended texts with
     # another token
     if c.num_labels:
         ids["eos_token_id"] = special.get("<|im_end|>", ids["eos_token_id"])
-        ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+        ends = (
+            ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+        )
         inside = {special.get("<|im_start|>"), *ends}
-        choice = [special.get("<|endoftext|>"), *special.values()] if special else [ids["pad_token_id"]]
+        choice = (
+            [special.get("<|endoftext|>"), *special.values()] if special else [ids["pad_token_id"]]
+        )
         ids["pad_token_id"] = next((i for i in choice if i is not None and i not in inside), None)
         if ids["pad_token_id"] is None:
             raise ValueError(
@@ -282,9 +382,13 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                         weights[key + name[len(owner) :]] = tensor.to(device, copy=True)
                         continue
                     if tensor.shape != expected:
-                        raise ValueError(f"{file}: {name} has the shape {tuple(tensor.shape)}, config.json asks for {expected}")
+                        raise ValueError(
+                            f"{file}: {name} has the shape {tuple(tensor.shape)}, config.json asks for {expected}"
+                        )
                     if not tensor.is_floating_point():
-                        raise ValueError(f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is read")
+                        raise ValueError(
+                            f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is read"
+                        )
                     if quant and key in linears:
                         try:
                             weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
@@ -297,17 +401,27 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                         # a copy: the file's memory map is not kept
                         weights[key] = tensor.to(device, kept, copy=True)
         except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
+            raise ValueError(
+                f"{file} is damaged or no safetensors file ({e}); get it again"
+            ) from None
     if tied:
         head = weights.pop("lm_head.weight", None)
-        if head is not None and "embed_tokens.weight" in weights and not torch.equal(head, weights["embed_tokens.weight"]):
-            raise ValueError(f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding; set it to false")
+        if (
+            head is not None
+            and "embed_tokens.weight" in weights
+            and not torch.equal(head, weights["embed_tokens.weight"])
+        ):
+            raise ValueError(
+                f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding; set it to false"
+            )
         wanted.pop("lm_head.weight")
     missing = [name for name, (key, _) in wanted.items() if key not in weights]
     for what, names in (("lacks", missing), ("has, and config.json does not ask for,", extra)):
         if names:
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-            raise ValueError(f"{path}: the checkpoint {what} {names[0]}{more}; config.json and weights are not a pair")
+            raise ValueError(
+                f"{path}: the checkpoint {what} {names[0]}{more}; config.json and weights are not a pair"
+            )
     return weights | ({"lm_head.weight": weights["embed_tokens.weight"]} if tied else {})
 
 
@@ -316,16 +430,22 @@ def weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
-    pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    pickled = [
+        f.name for f in sorted(path.iterdir()) if f.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    ]
     if not index.is_file():
         there = f"pickled weights only ({pickled[0]})" if pickled else "no weights"
-        raise FileNotFoundError(f"{path} has {there}: model.safetensors was expected, as transformers' save_pretrained() writes it")
+        raise FileNotFoundError(
+            f"{path} has {there}: model.safetensors was expected, as transformers' save_pretrained() writes it"
+        )
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map; get the file again")
     files = [path / name for name in sorted(set(map(str, shards.values())))]
     if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]} is missing, {index.name} names it; get the whole checkpoint")
+        raise FileNotFoundError(
+            f"{missing[0]} is missing, {index.name} names it; get the whole checkpoint"
+        )
     return files
 
 

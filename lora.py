@@ -24,11 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from files import hub_name, read_json, write_json
+
 # lora.share: policy, reference, critic and reward model as adapters over one frozen base
 from model import share as share
 from model import wide
 
-GROUPS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+GROUPS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
 GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
 
 
@@ -60,7 +64,9 @@ class LoRALinear(nn.Module):
 # -- add, switch, merge
 
 
-def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name="default", generator=None):
+def add_lora(
+    model, rank, alpha, targets="all", dropout=0.0, rslora=False, name="default", generator=None
+):
     """Puts a fresh adapter on the linear layers that `targets` names, freezes everything else, and
     takes it into use → the model.
 
@@ -68,7 +74,9 @@ def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name=
     or several of these, as a list or with commas. A scalar model's `score` head is trained whole
     beside the adapter. ValueError for an unknown target, with the nearest one.
     """
-    settings = checked("add_lora", dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora))
+    settings = checked(
+        "add_lora", dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora)
+    )
     words = targets.split(",") if isinstance(targets, str) else targets
     words = [w for word in words for w in GROUPS.get(word.strip(), [word.strip()])]
     layers = linears(model)
@@ -76,14 +84,18 @@ def add_lora(model, rank, alpha, targets="all", dropout=0.0, rslora=False, name=
         if not any(matches(n, [word]) for n in layers):
             known = [*GROUPS, *dict.fromkeys(n.rpartition(".")[2] for n in layers), *layers]
             near = difflib.get_close_matches(word, known, 1, 0)[0]
-            raise ValueError(f"add_lora: targets names {word!r}, which is no linear layer of this model (did you mean {near}?)")
+            raise ValueError(
+                f"add_lora: targets names {word!r}, which is no linear layer of this model (did you mean {near}?)"
+            )
     chosen = {n: layer for n, layer in layers.items() if matches(n, words)}
     most = max((min(m.in_features, m.out_features) for m in chosen.values()), default=0)
     if rank > most:
         raise ValueError(f"add_lora: r is {rank}: these layers have ranks up to {most}, give fewer")
     fresh = {}
     for n, layer in chosen.items():
-        A = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), a=5**0.5, generator=generator)
+        A = nn.init.kaiming_uniform_(
+            torch.empty(rank, layer.in_features), a=5**0.5, generator=generator
+        )
         fresh[n] = A, torch.zeros(layer.out_features, rank)
     return attach(model, name, settings, fresh)
 
@@ -104,10 +116,14 @@ def attach(model, name: str, settings: dict, tensors: dict, score=None, trainabl
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer).train(model.training)
             model.set_submodule(n, layer)
-        layer.A[name], layer.B[name] = (nn.Parameter(t.to(model.device, torch.float32), trainable) for t in (A, B))
+        layer.A[name], layer.B[name] = (
+            nn.Parameter(t.to(model.device, torch.float32), trainable) for t in (A, B)
+        )
         layer.settings[name] = settings
     if score is not None:  # a new parameter: the one that is there may be another model's too
-        model.score.weight = nn.Parameter(score.detach().to(model.device, torch.float32, copy=True), trainable)
+        model.score.weight = nn.Parameter(
+            score.detach().to(model.device, torch.float32, copy=True), trainable
+        )
     use(model, name)
     return model
 
@@ -116,7 +132,11 @@ def linears(model) -> dict:
     """{name: layer} of the layers that an adapter may lie on: every linear but the scalar head, a
     wrapped one as its LoRALinear.
     """
-    fits = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear)) or hasattr(m, "dequantize")}
+    fits = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, LoRALinear)) or hasattr(m, "dequantize")
+    }
     return {n: m for n, m in fits.items() if n != "score" and not n.endswith(".base")}
 
 
@@ -125,12 +145,18 @@ def matches(layer: str, wanted) -> bool:
     that name or its last parts.
     """
     layer = hub_name(layer)
-    return bool(re.fullmatch(wanted, layer)) if isinstance(wanted, str) else any(("." + layer).endswith("." + w) for w in wanted)
+    return (
+        bool(re.fullmatch(wanted, layer))
+        if isinstance(wanted, str)
+        else any(("." + layer).endswith("." + w) for w in wanted)
+    )
 
 
 def adapters(model) -> list[str]:
     """The names of the adapters on a model, in the order in which they came."""
-    return list(dict.fromkeys(name for m in model.modules() if isinstance(m, LoRALinear) for name in m.A))
+    return list(
+        dict.fromkeys(name for m in model.modules() if isinstance(m, LoRALinear) for name in m.A)
+    )
 
 
 def use(model, name: str | None):
@@ -138,7 +164,9 @@ def use(model, name: str | None):
     adapter is in use.)
     """
     if name is not None and name not in (there := adapters(model)):
-        raise ValueError(f"the model has no adapter named {name}: it has {', '.join(there) or 'none'}")
+        raise ValueError(
+            f"the model has no adapter named {name}: it has {', '.join(there) or 'none'}"
+        )
     for m in model.modules():
         if isinstance(m, LoRALinear):
             m.active = name
@@ -170,9 +198,13 @@ def merge(model):
     Afterwards the model lies on the host, and with it what a share() of it has in common with it.
     """
     if adapters(model) and not any(m.active for m in model.modules() if isinstance(m, LoRALinear)):
-        raise ValueError(f"merge: no adapter is in use: call use(model, name) with one of {', '.join(adapters(model))} first")
+        raise ValueError(
+            f"merge: no adapter is in use: call use(model, name) with one of {', '.join(adapters(model))} first"
+        )
     c, training, seeded = model.config, model.training, torch.Generator().manual_seed(0)
-    page = torch.randint(c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded).to(model.device)
+    page = torch.randint(
+        c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded
+    ).to(model.device)
     before, hooks = wide(model.eval()(page)), []
     # names, not layers: a list of the layers would keep alive what is replaced
     for n in [*linears(model), *(n for n, m in model.named_modules() if hasattr(m, "merged"))]:
@@ -181,11 +213,15 @@ def merge(model):
         hooks += visits(new, page.device)
         if n == "lm_head" and c.tie_word_embeddings and new.weight is not model.embed_tokens.weight:
             c.tie_word_embeddings = False
-            print("merged: the head has an adapter and the embedding has none: they are untied from here on")
+            print(
+                "merged: the head has an adapter and the embedding has none: they are untied from here on"
+            )
     drift, what = (wide(model(page)) - before).abs(), "scores" if c.num_labels else "logits"
     for hook in hooks:
         hook.remove()
-    print(f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g}, {drift.mean():.2g} on average")
+    print(
+        f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g}, {drift.mean():.2g} on average"
+    )
     return model.cpu().train(training)
 
 
@@ -222,30 +258,67 @@ def visits(layer, device):
 
 # of A and B alone; PiSSA, OLoRA, LoftQ, CorDA change the base too
 INITS = (True, False, "gaussian", "orthogonal", "eva")
-HARMLESS = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "layers_pattern"}
+HARMLESS = {
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "layers_pattern",
+}
 # they say nothing unless another key does
 HARMLESS |= {"megatron_core", "qalora_group_size", "eva_config"}
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save"}
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+}
 
 
 def save_adapter(model, path, base: str | None = None, name="default"):
-    """Writes an adapter as PEFT's folder; base: the name or folder of the model that it belongs to.
-    """
+    """Writes an adapter as PEFT's folder; base: the name or folder of the model that it belongs to."""
     layers = {n: m for n, m in linears(model).items() if isinstance(m, LoRALinear) and name in m.A}
     if not layers:
-        raise ValueError(f"the model has no adapter named {name}: it has {', '.join(adapters(model)) or 'none'}")
+        raise ValueError(
+            f"the model has no adapter named {name}: it has {', '.join(adapters(model)) or 'none'}"
+        )
     path, scalar = Path(path), bool(model.config.num_labels)
-    tensors = {key(n, k): p[name] for n, m in layers.items() for k, p in (("lora_A", m.A), ("lora_B", m.B))}
+    tensors = {
+        key(n, k): p[name] for n, m in layers.items() for k, p in (("lora_A", m.A), ("lora_B", m.B))
+    }
     tensors |= {key("score"): model.score.weight} if scalar else {}
     targets = sorted({n.rpartition(".")[2] for n in layers})
     # the short names would mean more layers than these
     if {n for n in linears(model) if matches(n, targets)} != layers.keys():
         targets = [hub_name(n) for n in layers]
-    said = {"peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": base}
-    said |= next(iter(layers.values())).settings[name] | {"target_modules": targets, "modules_to_save": ["score"] if scalar else None}
-    said |= {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "inference_mode": True, "init_lora_weights": True}
+    said = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+    }
+    said |= next(iter(layers.values())).settings[name] | {
+        "target_modules": targets,
+        "modules_to_save": ["score"] if scalar else None,
+    }
+    said |= {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
     path.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        path / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
     write_json(path / "adapter_config.json", said | {"rank_pattern": {}, "alpha_pattern": {}})
     # safetensors makes it the owner's alone
     shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")
@@ -283,31 +356,68 @@ def read_config(path: Path, model) -> tuple[dict, dict]:
     """
     where = path / "adapter_config.json"
     if not where.is_file():
-        raise FileNotFoundError(f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT writes")
-    said = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "modules_to_save": None, "exclude_modules": None}
+        raise FileNotFoundError(
+            f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT writes"
+        )
+    said = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "exclude_modules": None,
+    }
     said |= {k: v for k, v in read_json(where).items() if v is not None}
     if said.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {json.dumps(said.get('peft_type'))}, LORA was expected")
-    targets, skipped, heads = said.get("target_modules"), said["exclude_modules"] or [], said["modules_to_save"] or []
-    for k, v in (("target_modules", targets), ("exclude_modules", skipped), ("modules_to_save", heads)):
+        raise ValueError(
+            f"{where}: peft_type is {json.dumps(said.get('peft_type'))}, LORA was expected"
+        )
+    targets, skipped, heads = (
+        said.get("target_modules"),
+        said["exclude_modules"] or [],
+        said["modules_to_save"] or [],
+    )
+    for k, v in (
+        ("target_modules", targets),
+        ("exclude_modules", skipped),
+        ("modules_to_save", heads),
+    ):
         if not (isinstance(v, str) or isinstance(v, list) and all(isinstance(w, str) for w in v)):
             raise ValueError(f"{where}: {k} is {json.dumps(v)}, names or a pattern were expected")
-    lacking = {k: v for k, v in said.items() if k not in HARMLESS | READ and v not in (False, "none", "", [], {})}
-    lacking |= {"init_lora_weights": init} if (init := lacking.pop("init_lora_weights", True)) not in INITS else {}
+    lacking = {
+        k: v
+        for k, v in said.items()
+        if k not in HARMLESS | READ and v not in (False, "none", "", [], {})
+    }
+    lacking |= (
+        {"init_lora_weights": init}
+        if (init := lacking.pop("init_lora_weights", True)) not in INITS
+        else {}
+    )
     # PEFT itself always adds "classifier"
     heads = [m for m in heads if not (model.config.num_labels and m in ("score", "classifier"))]
     lacking |= {"modules_to_save": heads} if heads else {}
     for k, v in lacking.items():
-        raise ValueError(f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model: plain LoRA is")
+        raise ValueError(
+            f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model: plain LoRA is"
+        )
     checked(where, said)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = GROUPS["all"]
     try:
-        chosen = {n: m for n, m in linears(model).items() if matches(n, targets) and not matches(n, skipped)}
+        chosen = {
+            n: m
+            for n, m in linears(model).items()
+            if matches(n, targets) and not matches(n, skipped)
+        }
     except re.error as e:
-        raise ValueError(f"{where}: target_modules or exclude_modules is no regular expression ({e})") from None
+        raise ValueError(
+            f"{where}: target_modules or exclude_modules is no regular expression ({e})"
+        ) from None
     if not chosen:
-        raise ValueError(f"{where}: target_modules = {json.dumps(targets)} means no linear layer of this model")
+        raise ValueError(
+            f"{where}: target_modules = {json.dumps(targets)} means no linear layer of this model"
+        )
     return said, chosen
 
 
@@ -330,7 +440,9 @@ def read_tensors(file: Path, wanted: dict, model) -> dict:
     base along: it must be ours.)
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: an adapter's weights were expected there, as PEFT's save_pretrained() writes them")
+        raise FileNotFoundError(
+            f"{file} is missing: an adapter's weights were expected there, as PEFT's save_pretrained() writes them"
+        )
     try:
         with safe_open(file, "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -340,12 +452,23 @@ def read_tensors(file: Path, wanted: dict, model) -> dict:
     if theirs is not None and key("lm_head", "lora_A") in wanted:
         head = getattr(model.lm_head, "base", model.lm_head).weight
         # but for 16 bits
-        if theirs.shape != head.shape or not torch.allclose(wide(theirs), wide(head).cpu(), rtol=0.01, atol=1e-3):
-            raise ValueError(f"{file}: its lm_head is not this model's: the adapter belongs to another model")
-    for what, names in (("lacks", wanted.keys() - tensors), ("has, and its config does not ask for,", tensors.keys() - wanted)):
+        if theirs.shape != head.shape or not torch.allclose(
+            wide(theirs), wide(head).cpu(), rtol=0.01, atol=1e-3
+        ):
+            raise ValueError(
+                f"{file}: its lm_head is not this model's: the adapter belongs to another model"
+            )
+    for what, names in (
+        ("lacks", wanted.keys() - tensors),
+        ("has, and its config does not ask for,", tensors.keys() - wanted),
+    ):
         if names:
-            raise ValueError(f"{file} {what} {min(names)}: the adapter and this model are not a pair")
+            raise ValueError(
+                f"{file} {what} {min(names)}: the adapter and this model are not a pair"
+            )
     for k, shape in wanted.items():
         if tuple(tensors[k].shape) != shape or not tensors[k].is_floating_point():
-            raise ValueError(f"{file}: {k} is {tuple(tensors[k].shape)} in {tensors[k].dtype}, floating point of {shape} was expected")
+            raise ValueError(
+                f"{file}: {k} is {tuple(tensors[k].shape)} in {tensors[k].dtype}, floating point of {shape} was expected"
+            )
     return tensors

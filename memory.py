@@ -72,7 +72,12 @@ def _train(rows, nbytes, tensors=1):
 
 def linears(c: Config) -> dict:
     """A block's linear layers: {name: (in, out)}."""
-    D, F, Q, KV = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    D, F, Q, KV = (
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+    )
     attention = dict(q_proj=(D, Q), k_proj=(D, KV), v_proj=(D, KV), o_proj=(Q, D))
     return attention | dict(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
 
@@ -84,7 +89,9 @@ def named(targets) -> set:
     words = targets.split(",") if isinstance(targets, str) else targets
     names = {name for word in words for name in TARGETS.get(word, [word])}
     if unknown := names - {*TARGETS["all"], "lm_head"}:
-        raise ValueError(f"targets names {min(unknown)!r}: {', '.join([*TARGETS, *TARGETS['all'], 'lm_head'])} were expected")
+        raise ValueError(
+            f"targets names {min(unknown)!r}: {', '.join([*TARGETS, *TARGETS['all'], 'lm_head'])} were expected"
+        )
     return names
 
 
@@ -103,7 +110,13 @@ def tensors(c: Config) -> list:
     block = [("linear", i * o) for i, o in sizes.values()] + [("other", D)] * 2
     biased = TARGETS["attention"] * c.attention_bias + TARGETS["mlp"] * c.mlp_bias
     block += [("other", sizes[name][1]) for name in biased]
-    heads = [("score", D)] if c.num_labels else [] if c.tie_word_embeddings else [("other", c.vocab_size * D)]
+    heads = (
+        [("score", D)]
+        if c.num_labels
+        else []
+        if c.tie_word_embeddings
+        else [("other", c.vocab_size * D)]
+    )
     return block * c.num_hidden_layers + [("other", c.vocab_size * D), ("other", D)] + heads
 
 
@@ -173,7 +186,13 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
         return n if e != x else min(n, 1)
 
     norm = 4 * D + 4 + (0 if rank else x * D)
-    kept = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV + D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
+    kept = (
+        D * inputs("q_proj", "k_proj", "v_proj")
+        + 2 * Q
+        + 2 * KV
+        + D * inputs("gate_proj", "up_proj")
+        + F * (3 + inputs("down_proj"))
+    )
     block = 2 * norm + e * (kept + rank * len(learns) + length) + 4 * H
     # the last norm, the head's input, cos and sin, ids
     rest = norm + e * D + 2 * 4 * c.head_dim + 8
@@ -186,7 +205,9 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
     outside = tokens * rest + (2 * autocast * c.vocab_size * D if x == 4 else 0)
     if not checkpointing:
         return L * (tokens * block + fresh + frozen) + outside
-    return L * tokens * x * D + max(L * fresh, tokens * (block + 2 * e * F) + fresh + frozen) + outside
+    return (
+        L * tokens * x * D + max(L * fresh, tokens * (block + 2 * e * F) + fresh + frozen) + outside
+    )
 
 
 def logits(c: Config, targets: int) -> int:
@@ -203,7 +224,9 @@ def measured(device) -> int:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def table(rows: dict, c: Config | None = None) -> str:
@@ -212,10 +235,14 @@ def table(rows: dict, c: Config | None = None) -> str:
     """
     rows = rows | {"sum": sum(rows.values())}
     unit, name = (UNIT, "GB") if rows["sum"] >= UNIT else (2**20, "MB")
-    lines = [f"{what:<{max(map(len, rows))}} {size / unit:>9,.2f} {name}" for what, size in rows.items()]
+    lines = [
+        f"{what:<{max(map(len, rows))}} {size / unit:>9,.2f} {name}" for what, size in rows.items()
+    ]
     if c is not None:
         n = rows.get("gradients", 0) // 4
-        lines.append(f"trained: {n:,} parameters, {n / parameters(c):.2%} of the model's {parameters(c):,}")
+        lines.append(
+            f"trained: {n:,} parameters, {n / parameters(c):.2%} of the model's {parameters(c):,}"
+        )
     return "\n".join(lines)
 
 
@@ -243,14 +270,20 @@ def held(c: Config, paged=False, **how) -> dict:
     # on the GPU are the page in use and the two that are next; a page is twice its parameter, which
     # is at most an embedding
     if paged:
-        largest = max(4 * how["rank"] * n for size in adapted(c, "all") for n in size) if how else max(4 * n for _, n in tensors(c))
+        largest = (
+            max(4 * how["rank"] * n for size in adapted(c, "all") for n in size)
+            if how
+            else max(4 * n for _, n in tensors(c))
+        )
         rows["optimizer"] = min(rows["optimizer"], 3 * 2 * largest)
     return rows
 
 
 def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
     rows = held(c, paged, **how)
-    rows["activations"] = activations(c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True)
+    rows["activations"] = activations(
+        c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True
+    )
     rows["logits"] = logits(c, tokens)
     if how.get("quant"):  # the largest matrix, for a moment: in float32, then beside it in bf16
         rows["dequantised"] = 6 * max(i * o for i, o in linears(c).values())
@@ -276,13 +309,21 @@ def fits(cards=(8, 16, 24, 48)) -> str:
     """Two Markdown tables: the GB that each size needs by each method, and the largest size that
     each card holds, 1 GB left free.
     """
-    gb = {size: {how: sum(need(c, **options).values()) / UNIT for how, options in METHODS.items()} for size, c in SIZES.items()}
+    gb = {
+        size: {how: sum(need(c, **options).values()) / UNIT for how, options in METHODS.items()}
+        for size, c in SIZES.items()
+    }
     head = [f"| {{}} | {' | '.join(METHODS)} |", "| --- |" + " ---: |" * len(METHODS)]
     lines = [head[0].format("GB"), head[1]]
-    lines += [f"| {size} | {' | '.join(f'{n:.1f}' for n in row.values())} |" for size, row in gb.items()]
+    lines += [
+        f"| {size} | {' | '.join(f'{n:.1f}' for n in row.values())} |" for size, row in gb.items()
+    ]
     lines += ["", head[0].format("GPU"), head[1]]
     for card in cards:
-        largest = [next((size for size in reversed(SIZES) if gb[size][how] <= card - 1), "—") for how in METHODS]
+        largest = [
+            next((size for size in reversed(SIZES) if gb[size][how] <= card - 1), "—")
+            for how in METHODS
+        ]
         lines.append(f"| {card} GB | {' | '.join(largest)} |")
     return "\n".join(lines)
 

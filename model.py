@@ -98,7 +98,11 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+        )
         self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
@@ -113,12 +117,17 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if past is not None:  # virtual tokens, before every row's own
-            k, v = (torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2) for old, new in zip(past[layer], (k, v), strict=True))
+            k, v = (
+                torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
+                for old, new in zip(past[layer], (k, v), strict=True)
+            )
         # a GPU's fast kernels with a mask want the key/value heads repeated
         native = x.device.type == "cpu"
         if not native:  # query head h reads key/value head h // groups
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=native)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=native
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -154,7 +163,9 @@ class Cache:
     def __init__(self, model, rows: int, room: int):
         c, like = model.config, model.embed_tokens.weight
         shape = (rows, c.num_key_value_heads, room, c.head_dim)
-        self.kv = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(c.num_hidden_layers)]
+        self.kv = [
+            (like.new_zeros(shape), like.new_zeros(shape)) for _ in range(c.num_hidden_layers)
+        ]
         self.mask = torch.zeros(rows, room, dtype=torch.bool, device=like.device)
         self.length, self.place, self.past = 0, None, None
 
@@ -173,8 +184,7 @@ class Cache:
         return tuple(store[:, :, :end] for store in self.kv[layer])
 
     def keep(self, rows):
-        """Drops every row but these (bool or index): an answer that has ended costs nothing more.
-        """
+        """Drops every row but these (bool or index): an answer that has ended costs nothing more."""
         self.kv = [(k[rows], v[rows]) for k, v in self.kv]
         self.mask = self.mask[rows]
 
@@ -210,7 +220,9 @@ class Transformer(nn.Module):
     @property
     def context(self) -> int:
         """How many tokens it can read: virtual ones take their part of the positions."""
-        return self.config.max_position_embeddings - (self.virtual.tokens if self.virtual is not None else 0)
+        return self.config.max_position_embeddings - (
+            self.virtual.tokens if self.virtual is not None else 0
+        )
 
     def hidden(self, tokens, mask=None, segments=None, cache=None, layout=None):
         """Hidden states after the last norm.
@@ -228,8 +240,13 @@ class Transformer(nn.Module):
         if self.virtual is not None:
             past = cache.past if cache is not None and cache.past else self.virtual.past(self)
             if allowed is None:
-                allowed = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
-            positions, allowed = positions + self.virtual.tokens, F.pad(allowed, (self.virtual.tokens, 0), value=True)
+                allowed = torch.ones(
+                    tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device
+                ).tril()
+            positions, allowed = (
+                positions + self.virtual.tokens,
+                F.pad(allowed, (self.virtual.tokens, 0), value=True),
+            )
         x = self.blocks(self.embed_tokens(tokens), positions, allowed, cache, past)
         if cache is not None:
             cache.length, cache.past = cache.length + tokens.shape[1], past
@@ -284,7 +301,9 @@ def _packed(segments):
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     positions = here - torch.where(first, here, 0).cummax(1).values
-    return positions, ((segments[:, :, None] == segments[:, None]) & (here <= here[:, None]))[:, None]
+    return positions, ((segments[:, :, None] == segments[:, None]) & (here <= here[:, None]))[
+        :, None
+    ]
 
 
 def init_weights(model: Transformer, generator: torch.Generator):
@@ -294,7 +313,12 @@ def init_weights(model: Transformer, generator: torch.Generator):
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, 0.0, 0.02 / (2 * model.config.num_hidden_layers) ** 0.5 if residual else 0.02, generator=generator)
+            nn.init.normal_(
+                p,
+                0.0,
+                0.02 / (2 * model.config.num_hidden_layers) ** 0.5 if residual else 0.02,
+                generator=generator,
+            )
 
 
 def share(model: Transformer) -> Transformer:
@@ -312,7 +336,9 @@ def scalar_model(model: Transformer, generator: torch.Generator | None = None) -
     del new.lm_head
     new.config.num_labels, new.config.tie_word_embeddings = 1, False
     new.score = ScalarHead(model.config.hidden_size, device="cpu", dtype=torch.float32)
-    nn.init.normal_(new.score.weight.data, std=(model.config.hidden_size + 1) ** -0.5, generator=generator)
+    nn.init.normal_(
+        new.score.weight.data, std=(model.config.hidden_size + 1) ** -0.5, generator=generator
+    )
     new.score.to(model.device)
     return new
 
@@ -385,14 +411,20 @@ def dense_hidden(model, tokens, mask, where=None, cache=None):
     column = place[:, 1:] + torch.where(lead, nth[leader[group]], nth)
     at = place[:, :1].expand_as(column)[mask], column[mask]
     packed = tokens.new_zeros(int(place[:, 0].max()) + 1, width)
-    positions, own, begins = torch.zeros_like(packed), torch.full_like(packed, -1), torch.full_like(packed, -1)
+    positions, own, begins = (
+        torch.zeros_like(packed),
+        torch.full_like(packed, -1),
+        torch.full_like(packed, -1),
+    )
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     packed[at], positions[at] = tokens[mask], (mask.long().cumsum(1) - 1)[mask]
     # a name for each row's own tokens and each beginning
     own[at] = torch.where(lead, len(tokens) + group[:, None], rows)[mask]
     begins[at] = (len(tokens) + group[:, None]).expand_as(tokens)[mask]
     here = torch.arange(width, device=tokens.device)
-    allowed = ((own[:, :, None] == own[:, None]) | (begins[:, :, None] == own[:, None])) & (here <= here[:, None])
+    allowed = ((own[:, :, None] == own[:, None]) | (begins[:, :, None] == own[:, None])) & (
+        here <= here[:, None]
+    )
     if cache is not None:
         cache.place, cache.mask[:, : tokens.shape[1]] = (at, mask.nonzero(as_tuple=True)), mask
     h = model.hidden(packed, cache=cache, layout=(positions, allowed[:, None]))
@@ -410,9 +442,13 @@ def logprobs(model, tokens, mask, where, temperature: float = 1.0):
     # the token at column + 1 is predicted from column
     row, column = where[:, 1:].nonzero(as_tuple=True)
     target = tokens[row, column + 1]
-    logits = wide(model.lm_head(dense_hidden(model, tokens, mask, where)[row, column])) / temperature
+    logits = (
+        wide(model.lm_head(dense_hidden(model, tokens, mask, where)[row, column])) / temperature
+    )
     values = -F.cross_entropy(logits, target, reduction="none")
-    return torch.zeros(tokens.shape, device=tokens.device, dtype=values.dtype).index_put((row, column + 1), values)
+    return torch.zeros(tokens.shape, device=tokens.device, dtype=values.dtype).index_put(
+        (row, column + 1), values
+    )
 
 
 def scores(model, tokens, mask, where=None):
@@ -424,7 +460,9 @@ def scores(model, tokens, mask, where=None):
 
 def last_score(model, tokens, mask, where=None):
     """A scalar model's score of each row (B,): the one at its last real token."""
-    last = torch.where(mask, torch.arange(tokens.shape[1], device=tokens.device), 0).amax(1, keepdim=True)
+    last = torch.where(mask, torch.arange(tokens.shape[1], device=tokens.device), 0).amax(
+        1, keepdim=True
+    )
     return scores(model, tokens, mask, where).gather(1, last).squeeze(1)
 
 
@@ -438,15 +476,23 @@ def sample(logits, temperature: float, top_p: float, uniform):
     if top_p < 1:
         order = p.argsort(-1, descending=True)
         ranked = p.gather(-1, order)
-        p = torch.zeros_like(p).scatter(-1, order, torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0))
+        p = torch.zeros_like(p).scatter(
+            -1, order, torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
+        )
     cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+    return (
+        torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True)
+        .squeeze(-1)
+        .clamp(max=p.shape[-1] - 1)
+    )
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
     """How many tokens a prompt may have. ValueError where the answer alone fills the context."""
     if max_new_tokens >= model.context:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: the model's context is {model.context} tokens, prompt included; give fewer")
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens}: the model's context is {model.context} tokens, prompt included; give fewer"
+        )
     return model.context - max_new_tokens
 
 
@@ -464,14 +510,27 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     if min(map(len, prompts)) == 0:
         raise ValueError("generate: a prompt is empty; give at least one token")
     if longest > model.context:
-        raise ValueError(f"generate: prompt + answer = {longest} tokens exceed the model's context of {model.context}")
-    uniform = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)).to(model.device)
+        raise ValueError(
+            f"generate: prompt + answer = {longest} tokens exceed the model's context of {model.context}"
+        )
+    uniform = torch.rand(
+        max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)
+    ).to(model.device)
     tokens, mask = pad(prompts, left=True, device=model.device)
-    rows, cache = torch.arange(len(prompts), device=model.device), Cache(model, len(prompts), longest)
-    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.long, device=model.device).flatten()
+    rows, cache = (
+        torch.arange(len(prompts), device=model.device),
+        Cache(model, len(prompts), longest),
+    )
+    ends = torch.tensor(
+        [] if eos_id is None else eos_id, dtype=torch.long, device=model.device
+    ).flatten()
     ids = None
     for step in range(max_new_tokens):
-        h = dense_hidden(model, tokens, mask, cache=cache) if ids is None else model.hidden(ids[:, None], cache=cache)
+        h = (
+            dense_hidden(model, tokens, mask, cache=cache)
+            if ids is None
+            else model.hidden(ids[:, None], cache=cache)
+        )
         logits = model.lm_head(h[:, -1])
         finite = logits.isfinite().all()
         if model.spare is not None:
@@ -493,11 +552,15 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
             return
 
 
-def generate(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0) -> list[list[int]]:
+def generate(
+    model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0
+) -> list[list[int]]:
     """The answers' ids, with the end token where it was reached. Arguments and errors as in
     `decode`.
     """
     out = torch.full((len(prompts), max_new_tokens), -1, device=model.device)
-    for step, (rows, ids) in enumerate(decode(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed)):
+    for step, (rows, ids) in enumerate(
+        decode(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed)
+    ):
         out[rows, step] = ids
     return [[i for i in row if i >= 0] for row in out.tolist()]

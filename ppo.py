@@ -54,11 +54,21 @@ class Options(tuning.Tuning):
     batch: int = opt(128, "answers a round", at_least=1)
     minibatch: int = opt(32, "answers an update", at_least=1)
     epochs: int = opt(2, "passes over a round's answers", at_least=1)
-    lr: float = opt(0.0, "peak learning rate of policy and critic; 0: 2e-4, five times that for LoRA", at_least=0)
-    warmup: int = opt(2, "rounds of linear warmup, then a line to 0", at_least=0, below="iterations")
+    lr: float = opt(
+        0.0,
+        "peak learning rate of policy and critic; 0: 2e-4, five times that for LoRA",
+        at_least=0,
+    )
+    warmup: int = opt(
+        2, "rounds of linear warmup, then a line to 0", at_least=0, below="iterations"
+    )
     kl: float = opt(0.2, "β: cost of a nat of KL, in standard deviations of the reward", at_least=0)
-    target_kl: float = opt(0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0)
-    horizon: float = opt(2000.0, "answers over which the adaptive β moves", needs="target_kl", above=0)
+    target_kl: float = opt(
+        0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0
+    )
+    horizon: float = opt(
+        2000.0, "answers over which the adaptive β moves", needs="target_kl", above=0
+    )
     gamma: float = opt(1.0, "discount", above=0, at_most=1)
     lam: float = opt(0.95, "GAE's λ", at_least=0, at_most=1)
     clip: float = opt(0.2, "ε of the ratio, and of the values", above=0)
@@ -104,7 +114,9 @@ def policy_loss(logp, old_logp, advantages, mask, clip: float):
     """Clipped surrogate, a mean over the mask, and the share of tokens where the clip holds."""
     ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    return masked_mean(torch.maximum(plain, clipped), mask), masked_mean(
+        (clipped > plain).float(), mask
+    )
 
 
 def value_loss(values, old_values, returns, mask, clip: float):
@@ -172,12 +184,19 @@ def load_reward(o, reference, tok, device):
         raise ValueError(f"--raw-reward is for FILE.py:function: {spec} knows its own deviation")
     model, own = tuning.reward_model(o, spec, reference, device)
     if not model.config.num_labels:
-        raise ValueError(f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was expected")
+        raise ValueError(
+            f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was expected"
+        )
     if own is None or vocabulary(own) != vocabulary(tok):
-        raise ValueError(f"--reward {spec}: its vocabulary is not the policy's; train it on the same model (reward.py --model)")
+        raise ValueError(
+            f"--reward {spec}: its vocabulary is not the policy's; train it on the same model (reward.py --model)"
+        )
     c = model.config
     tuning.check_spread(f"--reward {spec}", c.reward_mean, c.reward_std)
-    return lambda tokens, mask, *_: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std, model
+    return (
+        lambda tokens, mask, *_: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std,
+        model,
+    )
 
 
 def is_function(spec: str) -> bool:
@@ -199,7 +218,9 @@ def values_of(critic, tokens, real):
 
 def in_parts(size: int, function, *tensors):
     """function over rows, `size` at a time: the same memory as an update."""
-    return torch.cat([function(*part) for part in zip(*(t.split(size) for t in tensors), strict=True)])
+    return torch.cat(
+        [function(*part) for part in zip(*(t.split(size) for t in tensors), strict=True)]
+    )
 
 
 def prepare(path, tok, room: int):
@@ -207,7 +228,9 @@ def prepare(path, tok, room: int):
     train, held = records.split(records.conversations(path, "prompt"))
     data = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in train]
     kept = [(r, ids) for r, ids in data if len(ids) <= room]
-    dropped = {f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)}
+    dropped = {
+        f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)
+    }
     records.report(path, len(kept), dropped, "prompts", len(held))
     return kept
 
@@ -216,7 +239,15 @@ def ppo(o: Options):
     if o.target_kl and not o.kl:
         raise ValueError("--target-kl multiplies β, and --kl 0 stays 0: give a --kl above 0")
     device = pick_device(o.device)
-    run = Run(o, __file__, [*tuning.inputs(o), o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward, o.data])
+    run = Run(
+        o,
+        __file__,
+        [
+            *tuning.inputs(o),
+            o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward,
+            o.data,
+        ],
+    )
     policy, tok = tuning.start(o, device)
     # a copy of what is trained; what is frozen is in memory once
     reference = share(policy).requires_grad_(False)
@@ -225,11 +256,15 @@ def ppo(o: Options):
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
     end, prompts = templates.end_ids(tok, policy.config), prepare(o.data, tok, room)
     peak = tuning.learning_rate(o, 2e-4)
-    optimizer, critic_optimizer = (adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic))
+    optimizer, critic_optimizer = (
+        adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic)
+    )
     answered = o.minibatch * o.max_new_tokens
     watch = tuning.Watch(o, device, [policy, critic, reference, *([reward_model] if reward_model else [])],
                          answered + o.minibatch * sum(len(ids) for _, ids in prompts) / len(prompts), answered)  # fmt: skip
-    extra = run.resume(policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    extra = run.resume(
+        policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer
+    )
     beta, seen = extra.get("beta", o.kl), extra.get("seen", (0, 0.0, 0.0))
     logp_of = lambda model, *rows: logprobs(model, *rows, temperature=o.temperature)  # noqa: E731
 
@@ -242,7 +277,14 @@ def ppo(o: Options):
             batch, asked = map(list, zip(*records.batch(prompts, it, o.batch, o.seed), strict=True))
             longest = max(map(len, asked)) + o.max_new_tokens
             train.make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
-            answers = generate(policy, asked, o.max_new_tokens, o.temperature, eos_id=end, seed=o.seed * 100_003 + it)
+            answers = generate(
+                policy,
+                asked,
+                o.max_new_tokens,
+                o.temperature,
+                eos_id=end,
+                seed=o.seed * 100_003 + it,
+            )
             texts, ended = templates.read_answers(tok, answers, end)
             tokens, real, mask = join(asked, answers, device)  # mask: the answer and its end token
             finished, last = torch.tensor(ended, device=device), real.sum(1) - 1
@@ -271,7 +313,10 @@ def ppo(o: Options):
         # 4. update
         figures, first = [], True
         for epoch in range(o.epochs):
-            order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed((o.seed * 1009 + it) * 1009 + epoch))
+            order = torch.randperm(
+                len(tokens),
+                generator=torch.Generator().manual_seed((o.seed * 1009 + it) * 1009 + epoch),
+            )
             for b in order.split(o.minibatch):
                 targets = sum(len(answers[i]) for i in b.tolist())
                 read = targets + sum(len(asked[i]) for i in b.tolist())
@@ -296,12 +341,21 @@ def ppo(o: Options):
         beta = adapt(beta, k1.item(), o.target_kl, len(tokens), o.horizon)
 
         pg, vf, clipped = torch.stack(figures).mean(0).tolist()
-        gold = [world.gold(r["item"], t, f)[0] for r, t, f in zip(batch, texts, ended, strict=True) if world.knows(r)]
+        gold = [
+            world.gold(r["item"], t, f)[0]
+            for r, t, f in zip(batch, texts, ended, strict=True)
+            if world.knows(r)
+        ]
         figures = dict(reward=score.mean(), kl=k1, kl_k3=k3, beta=beta, entropy=-masked_mean(old, mask), policy_loss=pg, value_loss=vf,
                        clip_fraction=clipped, ratio_error=ratio_error, explained_variance=explained_variance(values, returns, mask),
                        length=mask.sum() / len(mask), finished=finished.float().mean(),
                        tokens_per_second=mask.sum() / (time.time() - start))  # fmt: skip
-        run.log(it, ("reward", "gold", "kl"), **figures, **({"gold": sum(gold) / len(gold)} if gold else {}))
+        run.log(
+            it,
+            ("reward", "gold", "kl"),
+            **figures,
+            **({"gold": sum(gold) / len(gold)} if gold else {}),
+        )
         run.save(it, beta=beta, seen=seen)
 
     watch.finish()

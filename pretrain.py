@@ -33,10 +33,18 @@ class Options:
     context: int = opt(256, "tokens a row", at_least=8)
     vocabulary: int = opt(1024, "tokens of the tokenizer", at_least=300)
     lr: float = opt(0.02, "Muon's learning rate; AdamW's is a fifth of it", above=0)
-    decay: float = opt(0.5, "share of the steps, the last ones, over which the learning rate falls", above=0, at_most=1)
+    decay: float = opt(
+        0.5,
+        "share of the steps, the last ones, over which the learning rate falls",
+        above=0,
+        at_most=1,
+    )
     seed: int = opt(0, "seed of weights and corpus", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
-    fast: bool = opt(False, "bf16 and torch.compile on a CPU as well: quicker where it has bf16 units, other last digits")
+    fast: bool = opt(
+        False,
+        "bf16 and torch.compile on a CPU as well: quicker where it has bf16 units, other last digits",
+    )
     save_every: int = opt(200, "steps between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
 
@@ -72,7 +80,9 @@ def rows(texts, tok, context: int):
 def learning_rate(step: int, o: Options) -> float:
     """Constant, then a line down to a twentieth."""
     start = o.steps * (1 - o.decay)
-    return o.lr * min(1.0, (step + 1) / 20) * (1 - 0.95 * max(0.0, (step - start) / (o.steps - start)))
+    return (
+        o.lr * min(1.0, (step + 1) / 20) * (1 - 0.95 * max(0.0, (step - start) / (o.steps - start)))
+    )
 
 
 def start_turns(model, tok):

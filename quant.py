@@ -61,13 +61,17 @@ def to_codes(x, values, size: int):
     blocks = (F.pad(x, (0, rest)) if rest else x).view(-1, size)
     absmax = blocks.abs().amax(1)
     if not absmax.isfinite().all():
-        raise ValueError("a weight to be quantised has values that are not finite (inf or nan); get the checkpoint again")
+        raise ValueError(
+            "a weight to be quantised has values that are not finite (inf or nan); get the checkpoint again"
+        )
     share = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     if rest:  # bitsandbytes divides in a last, shorter block: other roundings, other ties
         absmax[-1].clamp_(min=1e-38)
         share[-1] = blocks[-1] / absmax[-1]
     middles = ((values[:-1] + values[1:]) / 2).to(x.device)
-    return torch.bucketize(share.clamp_(-1, 1).view(-1)[: x.numel()], middles, out_int32=True).to(torch.uint8), absmax
+    return torch.bucketize(share.clamp_(-1, 1).view(-1)[: x.numel()], middles, out_int32=True).to(
+        torch.uint8
+    ), absmax
 
 
 @functools.cache
@@ -76,7 +80,9 @@ def tables(device):
     byte, as one int64, and DYNAMIC_VALUES.
     """
     byte = torch.arange(256, device="cpu")
-    pairs = torch.stack((NF4_VALUES[byte >> 4], NF4_VALUES[byte & 15]), 1).view(torch.int64).view(-1)
+    pairs = (
+        torch.stack((NF4_VALUES[byte >> 4], NF4_VALUES[byte & 15]), 1).view(torch.int64).view(-1)
+    )
     return pairs.to(device), DYNAMIC_VALUES.to(device)
 
 
@@ -95,7 +101,9 @@ def look_up(codes, table, scale, size: int, dtype=torch.float32):
     if len(scale) <= 2 * piece:
         return values(codes).mul_(scale[:, None]).to(dtype).view(-1)
     out = torch.empty(len(scale), size, dtype=dtype, device=codes.device)
-    for c, s, o in zip(codes.split(piece * size // per), scale.split(piece), out.split(piece), strict=True):
+    for c, s, o in zip(
+        codes.split(piece * size // per), scale.split(piece), out.split(piece), strict=True
+    ):
         torch.mul(values(c), s[:, None], out=o)
     return out.view(-1)
 
@@ -119,7 +127,9 @@ class NF4:
         pairs, dynamic = tables(self.codes.device)
         absmax = self.absmax
         if self.nested_absmax is not None:
-            absmax = look_up(absmax, dynamic, self.nested_absmax, NESTED)[: len(absmax)] + self.offset
+            absmax = (
+                look_up(absmax, dynamic, self.nested_absmax, NESTED)[: len(absmax)] + self.offset
+            )
         weight = look_up(self.codes, pairs, absmax, self.block_size, self.dtype)[: prod(self.shape)]
         return weight.view(self.shape).to(dtype or self.dtype)
 
@@ -127,13 +137,28 @@ class NF4:
         """bitsandbytes' tensors of the weight `name`, whose numbers and words are JSON in a tensor
         of bytes.
         """
-        said = {"quant_type": "nf4", "blocksize": self.block_size, "dtype": str(self.dtype)[6:], "shape": list(self.shape)}
-        tensors = {"": self.codes, ".absmax": self.absmax, ".quant_map": NF4_VALUES.to(self.codes.device, copy=True)}
+        said = {
+            "quant_type": "nf4",
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype)[6:],
+            "shape": list(self.shape),
+        }
+        tensors = {
+            "": self.codes,
+            ".absmax": self.absmax,
+            ".quant_map": NF4_VALUES.to(self.codes.device, copy=True),
+        }
         if self.nested_absmax is not None:
-            said |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": self.offset}
+            said |= {
+                "nested_blocksize": NESTED,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset,
+            }
             tensors |= {".nested_absmax": self.nested_absmax}
             tensors |= {".nested_quant_map": DYNAMIC_VALUES.to(self.codes.device, copy=True)}
-        tensors[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+        tensors[".quant_state.bitsandbytes__nf4"] = torch.tensor(
+            list(json.dumps(said).encode()), dtype=torch.uint8
+        )
         return {name + k: v for k, v in tensors.items()}
 
     @classmethod
@@ -146,18 +171,32 @@ class NF4:
             t = state.get(name + part)
             if t is None or t.shape != shape or t.dtype != dtype:
                 there = "missing" if t is None else f"{t.dtype} {tuple(t.shape)}"
-                raise ValueError(f"{name}{part} is {there}: {dtype} {shape} was expected, as bitsandbytes writes an NF4 weight")
+                raise ValueError(
+                    f"{name}{part} is {there}: {dtype} {shape} was expected, as bitsandbytes writes an NF4 weight"
+                )
             if values is not None and not torch.allclose(t.cpu(), values, rtol=0, atol=1e-6):
-                raise ValueError(f"{name}{part} is another table than bitsandbytes' own: only that one is known")
+                raise ValueError(
+                    f"{name}{part} is another table than bitsandbytes' own: only that one is known"
+                )
             return t
 
         try:
             said = json.loads(bytes(state[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
-            shape, size, dtype = tuple(map(int, said["shape"])), int(said["blocksize"]), getattr(torch, said["dtype"])
+            shape, size, dtype = (
+                tuple(map(int, said["shape"])),
+                int(said["blocksize"]),
+                getattr(torch, said["dtype"]),
+            )
             nested, offset = "nested_offset" in said, said.get("nested_offset", 0.0)
-            assert size % 2 == 0 and said.get("nested_blocksize", NESTED) == NESTED and dtype.is_floating_point
+            assert (
+                size % 2 == 0
+                and said.get("nested_blocksize", NESTED) == NESTED
+                and dtype.is_floating_point
+            )
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError):
-            raise ValueError(f"{name}.quant_state.bitsandbytes__nf4 is missing, or not what bitsandbytes writes of an NF4 weight") from None
+            raise ValueError(
+                f"{name}.quant_state.bitsandbytes__nf4 is missing, or not what bitsandbytes writes of an NF4 weight"
+            ) from None
         n = prod(shape)
         blocks = -(-n // size)
         codes = tensor("", (-(-n // 2), 1), torch.uint8)
@@ -165,7 +204,9 @@ class NF4:
         tensor(".quant_map", (16,), torch.float32, NF4_VALUES)
         if nested:
             tensor(".nested_quant_map", (256,), torch.float32, DYNAMIC_VALUES)
-        nested = tensor(".nested_absmax", (-(-blocks // NESTED),), torch.float32) if nested else None
+        nested = (
+            tensor(".nested_absmax", (-(-blocks // NESTED),), torch.float32) if nested else None
+        )
         return cls(codes, absmax, nested, offset, size, shape, dtype)
 
 
@@ -174,7 +215,9 @@ def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
     inf and nan.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"a weight of {weight.dtype} is not quantised: float32, bfloat16 or float16 was expected")
+        raise ValueError(
+            f"a weight of {weight.dtype} is not quantised: float32, bfloat16 or float16 was expected"
+        )
     codes, absmax = to_codes(weight.detach().reshape(-1).float(), NF4_VALUES, block_size)
     if codes.numel() % 2:
         codes = F.pad(codes, (0, 1), value=7)  # the code of 0
@@ -198,7 +241,9 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ NF4(*ctx.saved_tensors, *ctx.constants).dequantize(grad.dtype), *[None] * (3 + len(ctx.constants))
+        return grad @ NF4(*ctx.saved_tensors, *ctx.constants).dequantize(grad.dtype), *[None] * (
+            3 + len(ctx.constants)
+        )
 
 
 class Linear4bit(nn.Module):
@@ -214,7 +259,11 @@ class Linear4bit(nn.Module):
 
     def __init__(self, linear: nn.Linear, block_size=64, double_quant=True):
         super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+        )
         for name in self.TENSORS:
             # the state dict has them under bitsandbytes' names
             self.register_buffer(name, None, persistent=False)
@@ -244,7 +293,9 @@ class Linear4bit(nn.Module):
         bytes, which nothing casts.
         """
         buffers = [id(b) for b in self.buffers(recurse=False)]
-        return super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype) if id(t) in buffers else fn(t), recurse)
+        return super()._apply(
+            lambda t: fn(t.view(torch.uint8)).view(t.dtype) if id(t) in buffers else fn(t), recurse
+        )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -254,12 +305,21 @@ class Linear4bit(nn.Module):
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, *rest):
         name = prefix + "weight"
         own = {k: v for k, v in state.items() if k == name or k.startswith(name + ".")}
-        super()._load_from_state_dict({k: v for k, v in state.items() if k not in own}, prefix, metadata, strict, missing, *rest)
+        super()._load_from_state_dict(
+            {k: v for k, v in state.items() if k not in own},
+            prefix,
+            metadata,
+            strict,
+            missing,
+            *rest,
+        )
         if not own:
             return missing.append(name)
         weight = NF4.from_state_dict(own, name)
         if weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"{name} has the shape {weight.shape}, {(self.out_features, self.in_features)} was expected")
+            raise ValueError(
+                f"{name} has the shape {weight.shape}, {(self.out_features, self.in_features)} was expected"
+            )
         # load_state_dict(assign=True) takes the tensors themselves
         if not metadata.get("assign_to_params_buffers"):
             device = weight.codes.device if self.codes is None else self.codes.device
@@ -276,7 +336,11 @@ def block_linears(model) -> list[str]:
     """Names of the linear layers of the blocks: what is quantised. Embedding, norms and heads stay
     as they are.
     """
-    return [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        f"layers.{name}"
+        for name, module in model.layers.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def quantize_model(model, names=None):
@@ -321,12 +385,23 @@ class PagedAdamW(torch.optim.Optimizer):
     negative budget, and on loading a state of another shape.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, budget: int | None = None, ahead: int = 2):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        budget: int | None = None,
+        ahead: int = 2,
+    ):
         if budget is not None and budget < 0:
             raise ValueError(f"PagedAdamW: budget is {budget} bytes, it must be at least 0")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.budget, self.ahead = budget, ahead
-        self.device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        self.device = next(
+            (p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")
+        )
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # by parameter: pages, pages, the events that end the copies under way
         self.resident, self.host, self.arrival = {}, {}, {}
@@ -407,7 +482,9 @@ class PagedAdamW(torch.optim.Optimizer):
     def _host_page(self, p):
         """p's memory on the host, kept once it is there: pinning is slow."""
         if p not in self.host:
-            self.host[p] = torch.empty((2, *p.shape), dtype=p.dtype, pin_memory=self.stream is not None)
+            self.host[p] = torch.empty(
+                (2, *p.shape), dtype=p.dtype, pin_memory=self.stream is not None
+            )
         return self.host[p]
 
     def _empty(self, p, shape):
@@ -443,7 +520,10 @@ class PagedAdamW(torch.optim.Optimizer):
         if (peak := torch.cuda.max_memory_allocated(self.device)) > self.peak:
             self.peak, self.others = peak, peak - self.held
         free, total = torch.cuda.mem_get_info(self.device)
-        mine = min(free + torch.cuda.memory_reserved(self.device), torch.cuda.get_per_process_memory_fraction(self.device) * total)
+        mine = min(
+            free + torch.cuda.memory_reserved(self.device),
+            torch.cuda.get_per_process_memory_fraction(self.device) * total,
+        )
         return mine * 15 / 16 - self.others
 
     # ---------------------------------------------------------------- between steps
@@ -478,8 +558,14 @@ class PagedAdamW(torch.optim.Optimizer):
         for i, p in zip(indices, params, strict=True):
             if saved := state_dict["state"].get(i):
                 if saved["exp_avg"].shape != p.shape:
-                    raise ValueError(f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)}, {list(p.shape)} was expected")
+                    raise ValueError(
+                        f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)}, {list(p.shape)} was expected"
+                    )
                 m, v = self._host_page(p)
-                self.state[p] = {"step": saved["step"].detach().to("cpu", copy=True), "exp_avg": m, "exp_avg_sq": v}
+                self.state[p] = {
+                    "step": saved["step"].detach().to("cpu", copy=True),
+                    "exp_avg": m,
+                    "exp_avg_sq": v,
+                }
                 m.copy_(saved["exp_avg"])
                 v.copy_(saved["exp_avg_sq"])

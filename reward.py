@@ -31,7 +31,9 @@ ABSENT = -1
 class Options(tuning.Tuning):
     model: str = opt("out/sft", "checkpoint folder to start from")
     data: str = opt("out/comparisons.jsonl", "rankings, or preference pairs")
-    reference: str = opt("out/world/sft.jsonl", "conversations whose answers get mean score 0 and deviation 1 in PPO")
+    reference: str = opt(
+        "out/world/sft.jsonl", "conversations whose answers get mean score 0 and deviation 1 in PPO"
+    )
     out: str = opt("out/reward", "folder for the checkpoint")
     steps: int = opt(250, "optimizer steps", at_least=1)
     batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
@@ -66,10 +68,16 @@ def encode(rankings, tok, length: int):
     for r in rankings:
         prompt, answers = templates.ranked_ids(tok, r, r["responses"])
         ranks = r["ranks"]
-        fits = [i for i, a in enumerate(answers) if len(prompt) + len(a) <= length and ranks[i] != ABSENT]
+        fits = [
+            i
+            for i, a in enumerate(answers)
+            if len(prompt) + len(a) <= length and ranks[i] != ABSENT
+        ]
         long += len(fits) < len(answers)
         ended = r.get("finished", [True] * len(answers))
-        first, merged = merge_equal([(r["responses"][i], ended[i]) for i in fits], [ranks[i] for i in fits])
+        first, merged = merge_equal(
+            [(r["responses"][i], ended[i]) for i in fits], [ranks[i] for i in fits]
+        )
         equal += len(fits) - len(first)
         if len(set(merged)) > 1:
             kept.append((prompt, [answers[fits[i]] for i in first], merged))
@@ -90,12 +98,20 @@ def merge_equal(answers, ranks):
 
 
 def prepare(path, rankings, tok, length: int, held=0):
-    """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left.
-    """
+    """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left."""
     kept, long, equal = encode(rankings, tok, length)
     if equal:
-        print(f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean rank", file=sys.stderr)
-    records.report(path, len(kept), {f"with answers longer than {length} tokens or absent": long}, "rankings", held)
+        print(
+            f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean rank",
+            file=sys.stderr,
+        )
+    records.report(
+        path,
+        len(kept),
+        {f"with answers longer than {length} tokens or absent": long},
+        "rankings",
+        held,
+    )
     return kept
 
 
@@ -106,12 +122,19 @@ def prepare_references(path, tok, length: int, seed: int, n=128):
     read = records.conversations(path)
     found = [r for r in read if r["messages"][-1].get("weight") != 0]
     some = records.batch(found, 0, min(n, len(found)), seed)
-    ids = [templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some]
+    ids = [
+        templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some
+    ]
     kept = [(p, a) for p, a in ids if len(p) + len(a) <= length]
-    dropped = {f"longer than {length} tokens": len(ids) - len(kept), "of weight 0": len(read) - len(found)}
+    dropped = {
+        f"longer than {length} tokens": len(ids) - len(kept),
+        "of weight 0": len(read) - len(found),
+    }
     records.report(path, len(kept), dropped, "reference answers", 0)
     if len({(*p, *a) for p, a in kept}) < 2:
-        raise ValueError(f"{path}: two or more reference answers were expected, for the deviation of their scores (got one)")
+        raise ValueError(
+            f"{path}: two or more reference answers were expected, for the deviation of their scores (got one)"
+        )
     return kept
 
 
@@ -119,7 +142,11 @@ def scores_of(model, batch, device):
     """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), short prompts filled up with
     absent answers.
     """
-    tokens, mask, where = join([p for p, answers, _ in batch for _ in answers], [a for _, answers, _ in batch for a in answers], device)
+    tokens, mask, where = join(
+        [p for p, answers, _ in batch for _ in answers],
+        [a for _, answers, _ in batch for a in answers],
+        device,
+    )
     ranks = torch.full((len(batch), max(len(r) for _, _, r in batch)), ABSENT)
     for i, (_, _, r) in enumerate(batch):
         ranks[i, : len(r)] = torch.tensor(r)
@@ -132,7 +159,10 @@ def scores_of(model, batch, device):
 @torch.no_grad()
 def reference_scores(model, ids, device):
     """Mean and standard deviation of the scores of reference answers [(prompt ids, answer ids)]."""
-    scores = [last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device)) for i in range(0, len(ids), 32)]
+    scores = [
+        last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device))
+        for i in range(0, len(ids), 32)
+    ]
     scores = torch.cat(scores)
     return scores.mean().item(), scores.std().item()
 
@@ -151,7 +181,13 @@ def reward(o: Options):
     references = prepare_references(o.reference, tok, length, o.seed)
     peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)
-    watch = tuning.Watch(o, device, [model], o.batch / len(data) * sum(len(p) + sum(map(len, answers)) for p, answers, _ in data), 0)
+    watch = tuning.Watch(
+        o,
+        device,
+        [model],
+        o.batch / len(data) * sum(len(p) + sum(map(len, answers)) for p, answers, _ in data),
+        0,
+    )
     run.resume(model=model, optimizer=optimizer)
 
     for step in run.steps(o.steps):
@@ -166,14 +202,24 @@ def reward(o: Options):
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(step, ("loss", "accuracy"), loss=loss, accuracy=pair_accuracy(scores, ranks), lr=lr, grad_norm=norm)
+        run.log(
+            step,
+            ("loss", "accuracy"),
+            loss=loss,
+            accuracy=pair_accuracy(scores, ranks),
+            lr=lr,
+            grad_norm=norm,
+        )
         run.save(step)
 
     model.config.reward_mean, model.config.reward_std = reference_scores(model, references, device)
     tuning.check_spread(o.reference, model.config.reward_mean, model.config.reward_std)
     if held:
         with torch.no_grad():
-            figures = [pair_accuracy(*scores_of(model, held[i : i + o.batch], device)) for i in range(0, len(held), o.batch)]
+            figures = [
+                pair_accuracy(*scores_of(model, held[i : i + o.batch], device))
+                for i in range(0, len(held), o.batch)
+            ]
         run.log(o.steps, held_out_accuracy=sum(figures) / len(figures))
     watch.finish()
     run.finish(lambda path: tuning.save(o, path, model, tok))

@@ -28,18 +28,34 @@ IGNORE = -100
 
 @dataclass
 class Options(tuning.Tuning):
-    adapter: str = opt("none", "in place of LoRA: IA3's factors, or virtual tokens", choices=("none", *tuning.KINDS))
-    virtual_tokens: int = opt(20, "how many, of a prompt or prefix", needs="adapter prompt prefix", at_least=1)
+    adapter: str = opt(
+        "none",
+        "in place of LoRA: IA3's factors, or virtual tokens",
+        choices=("none", *tuning.KINDS),
+    )
+    virtual_tokens: int = opt(
+        20, "how many, of a prompt or prefix", needs="adapter prompt prefix", at_least=1
+    )
     model: str = opt("data/base", "checkpoint folder to start from")
-    data: str = opt("out/world/sft.jsonl", "conversations: chat JSONL, Alpaca, or prompt/completion")
+    data: str = opt(
+        "out/world/sft.jsonl", "conversations: chat JSONL, Alpaca, or prompt/completion"
+    )
     out: str = opt("out/sft", "folder for the checkpoint")
     steps: int = opt(440, "optimizer steps", at_least=1)
     batch: int = opt(32, "conversations a step", at_least=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch")
+    accumulate: int = opt(
+        1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch"
+    )
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
-    lr: float = opt(0.0, "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the others", at_least=0)
+    lr: float = opt(
+        0.0,
+        "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the others",
+        at_least=0,
+    )
     warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
-    weight_decay: float = opt(0.0, "AdamW's decay of matrices", needs="adapter none prompt prefix", at_least=0)
+    weight_decay: float = opt(
+        0.0, "AdamW's decay of matrices", needs="adapter none prompt prefix", at_least=0
+    )
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -70,7 +86,11 @@ def pack(examples, length: int, device="cpu"):
     labels, segments = torch.full_like(tokens, IGNORE), torch.full_like(tokens, -1)
     for i, ((row, at), (ids, lab)) in enumerate(zip(place, examples, strict=True)):
         span = slice(at, at + len(ids))
-        tokens[row, span], labels[row, span], segments[row, span] = torch.tensor(ids), torch.tensor(lab), i
+        tokens[row, span], labels[row, span], segments[row, span] = (
+            torch.tensor(ids),
+            torch.tensor(lab),
+            i,
+        )
     return tokens.to(device), labels.to(device), segments.to(device)
 
 
@@ -82,7 +102,10 @@ def prepare(path, tok, length: int):
     examples = [templates.render(tok, c["messages"]) for c in train]
     short = [e for e in examples if len(e[0]) <= length]
     kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
-    dropped = {f"longer than {length} tokens": len(examples) - len(short), "without a target": len(short) - len(kept)}
+    dropped = {
+        f"longer than {length} tokens": len(examples) - len(short),
+        "without a target": len(short) - len(kept),
+    }
     records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
 
@@ -146,7 +169,14 @@ def sft(o: Options):
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(step, loss=loss, lr=lr, grad_norm=norm, targets=targets, tokens=sum(len(ids) for ids, _ in examples))
+        run.log(
+            step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            targets=targets,
+            tokens=sum(len(ids) for ids, _ in examples),
+        )
         run.save(step)
 
     model.config.eos_token_id = templates.end_id(tok, form)

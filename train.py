@@ -39,7 +39,12 @@ from tqdm import tqdm
 from quant import PagedAdamW
 
 # ---------------------------------------------------------------- options
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+BOUNDS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
 
 def opt(default, help: str, choices=None, needs="", **bounds):
@@ -49,7 +54,9 @@ def opt(default, help: str, choices=None, needs="", **bounds):
     simpo"); a bound that names another option (below="steps") says beyond what it has none. That is
     said, and no error.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds)
+    )
 
 
 def did_you_mean(word: str, known) -> str:
@@ -62,13 +69,19 @@ def parse(options, doc: str, argv=None):
     impossible value.
     """
     parser = argparse.ArgumentParser(
-        description=doc.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=doc.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # one line, without argparse's usage
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     flags = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(options)}
     for flag, f in flags.items():
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default, choices=f.metadata["choices"])
+        kind = (
+            dict(action="store_true")
+            if f.type is bool
+            else dict(type=f.type, default=f.default, choices=f.metadata["choices"])
+        )
         parser.add_argument(flag, help=f.metadata["help"], **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -115,11 +128,15 @@ def main(stage, options, doc: str):
 def pick_device(name: str) -> torch.device:
     """auto: the GPU where there is one. Raises ValueError for a device that is not there."""
     try:
-        probe = torch.zeros(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        probe = torch.zeros(
+            1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
         probe.item()
         return probe.device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]}); try cpu or auto") from None
+        raise ValueError(
+            f"--device {name}: not available here ({str(e).splitlines()[0]}); try cpu or auto"
+        ) from None
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -137,9 +154,14 @@ def adamw(model, lr: float, weight_decay=0.0, eps=1e-8, paged=False):
     biases). paged: its state leaves the GPU where room is short."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in wanted if p.dim() >= 2], [p for p in wanted if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
     options = dict(lr=lr, betas=(0.9, 0.95), eps=eps)
-    return PagedAdamW(groups, **options) if paged else torch.optim.AdamW(groups, **options, fused=True)
+    return (
+        PagedAdamW(groups, **options) if paged else torch.optim.AdamW(groups, **options, fused=True)
+    )
 
 
 def make_room(optimizers, **sizes: int):
@@ -177,10 +199,14 @@ def load_function(spec: str):
     """
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{spec}: FILE.py:function was expected{f', there is no file {file}' if file else ''}")
+        raise FileNotFoundError(
+            f"{spec}: FILE.py:function was expected{f', there is no file {file}' if file else ''}"
+        )
     found = _call(file, runpy.run_path, file)
     if not callable(found.get(name)):
-        raise ValueError(f"{file}: has no function {name}{did_you_mean(name, [k for k, v in found.items() if callable(v)])}")
+        raise ValueError(
+            f"{file}: has no function {name}{did_you_mean(name, [k for k, v in found.items() if callable(v)])}"
+        )
 
     three = _takes_three(found[name])
 
@@ -190,7 +216,9 @@ def load_function(spec: str):
             given.append([copy.deepcopy(r) for r in records])
         scores = _call(file, lambda: [float(s) for s in found[name](*given)])
         if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
-            raise ValueError(f"{spec}: {len(answers)} finite scores, one an answer, were expected (got {len(scores)}: {str(scores)[:60]})")
+            raise ValueError(
+                f"{spec}: {len(answers)} finite scores, one an answer, were expected (got {len(scores)}: {str(scores)[:60]})"
+            )
         return scores
 
     return judge
@@ -213,13 +241,21 @@ def _call(file: str, function, *args):
     try:
         return function(*args)
     except (Exception, SystemExit) as e:  # its sys.exit(0) would pass for the stage's own success
-        lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+        lines = [
+            f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file
+        ]
         raise ValueError(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}") from e
 
 
 # ---------------------------------------------------------------- what a run is known by
 ROOT = Path(__file__).parent
-DECIDE = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+DECIDE = (
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 DECIDE += ("model.safetensors.index.json",)  # which shards are read
 
 
@@ -274,8 +310,16 @@ def read_module(text: bytes):
             modules += [a.name for a in node.names]
         if isinstance(node, ast.ImportFrom):
             modules += [f"{node.module}", *(f"{node.module}.{a.name}" for a in node.names)]
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    return hashlib.sha256(repr(syntax(tree)).encode()).hexdigest(), modules, [t for t in texts if re.fullmatch(r"\w+\.json", t)]
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return (
+        hashlib.sha256(repr(syntax(tree)).encode()).hexdigest(),
+        modules,
+        [t for t in texts if re.fullmatch(r"\w+\.json", t)],
+    )
 
 
 def syntax(tree) -> list:
@@ -310,8 +354,15 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def difference(old: dict, new: dict) -> str:
     """What differs between two runs' identities, in words; empty where nothing does."""
     a, b = old["options"], new["options"]
-    words = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return "; ".join(words + [f"{p} has changed" for p, h in new["inputs"].items() if old["inputs"].get(p, h) != h])
+    words = [
+        f"{k} was {a.get(k)!r}, is {b.get(k)!r}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
+    return "; ".join(
+        words
+        + [f"{p} has changed" for p, h in new["inputs"].items() if old["inputs"].get(p, h) != h]
+    )
 
 
 def read_record(home) -> dict | None:
@@ -323,15 +374,27 @@ def read_record(home) -> dict | None:
         return None
     try:
         record = json.loads(path.read_bytes())
-        if all(isinstance(x, dict) for x in (record["options"], record["inputs"], record.get("files", {}))):
+        if all(
+            isinstance(x, dict)
+            for x in (record["options"], record["inputs"], record.get("files", {}))
+        ):
             return record
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise ValueError(f"{path}: damaged, or no run's record (options and inputs were expected); choose another --out, or remove {home}")
+    raise ValueError(
+        f"{path}: damaged, or no run's record (options and inputs were expected); choose another --out, or remove {home}"
+    )
 
 
 # ---------------------------------------------------------------- a run
-CHECKPOINT = ("adapter", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json")
+CHECKPOINT = (
+    "adapter",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "config.json",
+)
 LOCK, SAVED = "run.lock", "state.safetensors"
 # all that a run keeps in OUT/state
 STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}
@@ -343,7 +406,9 @@ def writing(path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise OSError(f"{path}: cannot be written ({e}); nothing saved is lost, the same command goes on from the last save") from None
+        raise OSError(
+            f"{path}: cannot be written ({e}); nothing saved is lost, the same command goes on from the last save"
+        ) from None
 
 
 def remove(path):
@@ -364,13 +429,19 @@ class Run:
     or what no run wrote.
     """
 
-    def __init__(self, options, script: str, inputs: list[str], made=None, file=False, writes=CHECKPOINT):
+    def __init__(
+        self, options, script: str, inputs: list[str], made=None, file=False, writes=CHECKPOINT
+    ):
         self.out, self.every = Path(options.out), getattr(options, "save_every", 1)
         self.home = self.out.with_name(self.out.name + ".run") if file else self.out
         self.result = self.out if file else self.home / writes[-1]
         self.writes = {"result"} if file else set(writes)
         self.state, self.saved, self.lock = self.home / "state", self.home / "state" / SAVED, None
-        known = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "overwrite", "save_every")}
+        known = {
+            k: v
+            for k, v in dataclasses.asdict(options).items()
+            if k not in ("out", "overwrite", "save_every")
+        }
         if "device" in known:
             known["device"] = pick_device(known["device"]).type
         hashes = code(script) | {str(p): fingerprint(p) for p in inputs} | (made or {})
@@ -380,8 +451,7 @@ class Run:
         torch.manual_seed(options.seed)
 
     def _claim(self, overwrite: bool):
-        """Takes OUT: nothing there, our own unfinished state, or a refusal, which touches nothing.
-        """
+        """Takes OUT: nothing there, our own unfinished state, or a refusal, which touches nothing."""
         # else look only once it is sure that nobody is at work
         if not (self.state / LOCK).exists():
             self._look(overwrite)
@@ -401,7 +471,9 @@ class Run:
                 try:
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
-                    raise ValueError(f"{self.out}: another run is at work in it; wait for its end, or choose another --out") from None
+                    raise ValueError(
+                        f"{self.out}: another run is at work in it; wait for its end, or choose another --out"
+                    ) from None
                 except OSError:
                     pass  # a disk that has no locks
 
@@ -412,19 +484,27 @@ class Run:
         record = read_record(self.home)
         for name in sorted(self.writes | {"run.json", "metrics.jsonl", "state"}):
             if os.path.lexists(self._place(name)) and not self._is_ours(name, record):
-                raise ValueError(f"{self.out}: holds what no run of this stage wrote, {name}; choose another --out")
+                raise ValueError(
+                    f"{self.out}: holds what no run of this stage wrote, {name}; choose another --out"
+                )
         note = self._note() if self.saved.exists() else None
         if note:
             if not (changed := difference(note["identity"], self.identity)):
                 return note
             if not overwrite:
-                raise ValueError(f"{self.out}: an unfinished run has other settings: {changed} (--overwrite starts anew)")
+                raise ValueError(
+                    f"{self.out}: an unfinished run has other settings: {changed} (--overwrite starts anew)"
+                )
         elif self.result.exists() and not overwrite:
             if changed := difference(record, self.identity):
-                raise ValueError(f"{self.out}: finished with other settings: {changed} (--overwrite starts anew)")
+                raise ValueError(
+                    f"{self.out}: finished with other settings: {changed} (--overwrite starts anew)"
+                )
             for name, known in record.get("files", {}).items():
                 if not (place := self._place(name)).is_file() or sha256(place) != known:
-                    raise ValueError(f"{place}: damaged or changed since its run finished; get it back, or --overwrite starts anew")
+                    raise ValueError(
+                        f"{place}: damaged or changed since its run finished; get it back, or --overwrite starts anew"
+                    )
             if self.lock:
                 self._clear()
             print(f"{self.out}: finished already with these settings")
@@ -440,7 +520,9 @@ class Run:
         if name == "state":
             there = {p.name for p in self.state.iterdir()} if self.state.is_dir() else {name}
             return not there or there <= STATE and bool(there & {LOCK, SAVED})
-        return record is not None and (name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes))
+        return record is not None and (
+            name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes)
+        )
 
     def _clear(self):
         """Removes the state, the lock last: what is left without the saved file is never taken for
@@ -451,8 +533,7 @@ class Run:
         self.state.rmdir()
 
     def _begin(self):
-        """Now all inputs have been read and found good: what an earlier run left is cleared away.
-        """
+        """Now all inputs have been read and found good: what an earlier run left is cleared away."""
         if self.begun:
             return
         self.begun, log = True, self.state / "metrics.jsonl"
@@ -464,7 +545,9 @@ class Run:
             log.touch()  # one line a step; what was logged after the last save is done again
             lines = log.read_bytes().splitlines(keepends=True)
             if len(lines) < self.start:
-                raise ValueError(f"{log}: has {len(lines)} of {self.start} lines; remove {self.state} to start anew")
+                raise ValueError(
+                    f"{log}: has {len(lines)} of {self.start} lines; remove {self.state} to start anew"
+                )
             os.truncate(log, sum(map(len, lines[: self.start])))
 
     def _note(self) -> dict:
@@ -473,7 +556,9 @@ class Run:
                 note = json.loads(bytes(f.get_tensor("note").tolist()))
             return {k: note[k] for k in ("identity", "step", "extra")}
         except (SafetensorError, ValueError, LookupError, TypeError) as e:
-            raise ValueError(f"{self.saved}: damaged ({e}); remove {self.state} to start anew") from None
+            raise ValueError(
+                f"{self.saved}: damaged ({e}); remove {self.state} to start anew"
+            ) from None
 
     def resume(self, **tracked) -> dict:
         """Names what makes up the state (modules, optimizers), restores it where there is one, and
@@ -483,9 +568,18 @@ class Run:
         if self.start:
             with safe_open(self.saved, "pt") as f:
                 for name, thing in tracked.items():
-                    saved = {k.removeprefix(name + "/"): f.get_tensor(k) for k in f.keys() if k.startswith(name + "/")}
-                    if isinstance(thing, torch.nn.Module) and saved.keys() != _tensors(thing).keys():
-                        raise ValueError(f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to start anew")
+                    saved = {
+                        k.removeprefix(name + "/"): f.get_tensor(k)
+                        for k in f.keys()
+                        if k.startswith(name + "/")
+                    }
+                    if (
+                        isinstance(thing, torch.nn.Module)
+                        and saved.keys() != _tensors(thing).keys()
+                    ):
+                        raise ValueError(
+                            f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to start anew"
+                        )
                     _restore(thing, saved)
         return self.extra
 
@@ -493,7 +587,14 @@ class Run:
         """The steps that are left, with a bar."""
         self._begin()
         self.total = total
-        self.bar = tqdm(range(self.start, total), initial=self.start, total=total, unit=unit, desc=str(self.out), dynamic_ncols=True)
+        self.bar = tqdm(
+            range(self.start, total),
+            initial=self.start,
+            total=total,
+            unit=unit,
+            desc=str(self.out),
+            dynamic_ncols=True,
+        )
         return self.bar
 
     def log(self, step: int, show: tuple = ("loss",), **figures):
@@ -502,7 +603,9 @@ class Run:
         """
         figures = {k: v.item() if torch.is_tensor(v) else v for k, v in figures.items()}
         if bad := [k for k, v in figures.items() if not math.isfinite(v)]:
-            raise ValueError(f"step {step}: {bad[0]} is {figures[bad[0]]}; nothing saved is lost, a lower --lr may help")
+            raise ValueError(
+                f"step {step}: {bad[0]} is {figures[bad[0]]}; nothing saved is lost, a lower --lr may help"
+            )
         figures = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figures.items()}
         with writing(self.state), open(self.state / "metrics.jsonl", "a") as f:
             f.write(json.dumps({"step": step, **figures}) + "\n")
@@ -515,7 +618,11 @@ class Run:
         if (step + 1) % self.every and step + 1 < self.total:
             return
         note = json.dumps({"identity": self.identity, "step": step + 1, "extra": extra})
-        tensors = {f"{n}/{k}": v.contiguous() for n, thing in self.tracked.items() for k, v in _tensors(thing).items()}
+        tensors = {
+            f"{n}/{k}": v.contiguous()
+            for n, thing in self.tracked.items()
+            for k, v in _tensors(thing).items()
+        }
         tensors["note"] = torch.frombuffer(bytearray(note.encode()), dtype=torch.uint8)
         aside = self.state / "aside.safetensors"
         with writing(self.state):
@@ -532,10 +639,16 @@ class Run:
         with writing(self.state):
             aside.mkdir()
             write(aside if self.home == self.out else aside / self.out.name)
-            files = {str(p.relative_to(aside)): sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+            files = {
+                str(p.relative_to(aside)): sha256(p)
+                for p in sorted(aside.rglob("*"))
+                if p.is_file()
+            }
             if self.home != self.out:
                 files = {"result": files[self.out.name]}  # it may be called something else one day
-            (aside / "run.json").write_text(json.dumps(self.identity | {"files": files}, indent=1) + "\n")
+            (aside / "run.json").write_text(
+                json.dumps(self.identity | {"files": files}, indent=1) + "\n"
+            )
             if log.stat().st_size:
                 shutil.copy(log, aside)
         # from here until the last rename there is no checkpoint to read
@@ -543,14 +656,15 @@ class Run:
         before = read_record(self.home)
         for name in sorted(_written(before, self.writes)) if before else []:
             remove(self._place(name))
-        for file in sorted(aside.iterdir(), key=lambda f: (f.name == self.result.name, f.name != "run.json")):
+        for file in sorted(
+            aside.iterdir(), key=lambda f: (f.name == self.result.name, f.name != "run.json")
+        ):
             os.replace(file, self._place(file.name))  # run.json first: it says whose the others are
         self._clear()
 
 
 def _written(record: dict, names: set) -> set:
-    """The names in OUT that a finished run wrote; a record of before they were kept stands for all.
-    """
+    """The names in OUT that a finished run wrote; a record of before they were kept stands for all."""
     return {name.partition("/")[0] for name in record["files"]} if "files" in record else set(names)
 
 
@@ -558,7 +672,9 @@ def _tensors(thing) -> dict:
     """A module's trained parameters, or an optimizer's state as {"parameter.key": tensor}."""
     if isinstance(thing, torch.nn.Module):
         return {k: p.data for k, p in thing.named_parameters() if p.requires_grad}
-    return {f"{i}.{k}": v for i, state in thing.state_dict()["state"].items() for k, v in state.items()}
+    return {
+        f"{i}.{k}": v for i, state in thing.state_dict()["state"].items() for k, v in state.items()
+    }
 
 
 def _restore(thing, saved: dict):

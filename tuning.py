@@ -38,13 +38,19 @@ class Tuning:
     """The options that say what is trained; each stage's own ones follow."""
 
     lora: int = opt(0, "rank of LoRA on the frozen weights; 0: every weight is trained", at_least=0)
-    alpha: float = opt(0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", needs="lora", at_least=0)
+    alpha: float = opt(
+        0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", needs="lora", at_least=0
+    )
     targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head (where a turn ends in a new token), modules; with commas",
                        needs="lora")  # fmt: skip
     quant: str = opt("none", "the frozen weights in 4 bits", choices=("none", "nf4"))
     paged: bool = opt(False, "optimizer state in pages that move to the CPU when the GPU is full")
-    checkpointing: bool = opt(False, "keep each block's input alone and compute the rest again in the backward pass")
-    keep_base: bool = opt(False, "go on with the adapter of --model on the base below it, not from the two merged")
+    checkpointing: bool = opt(
+        False, "keep each block's input alone and compute the rest again in the backward pass"
+    )
+    keep_base: bool = opt(
+        False, "go on with the adapter of --model on the base below it, not from the two merged"
+    )
 
 
 def kind(o) -> str:
@@ -56,16 +62,24 @@ def kind(o) -> str:
 def check(o):
     """ValueError for options that do not go together."""
     if kind(o) == "weights" and o.quant != "none":
-        raise ValueError(f"--quant {o.quant}: 4-bit weights cannot be trained; give --lora R (or --keep-base) too")
+        raise ValueError(
+            f"--quant {o.quant}: 4-bit weights cannot be trained; give --lora R (or --keep-base) too"
+        )
     if o.keep_base and o.lora:
-        raise ValueError("--keep-base goes on with the adapter that is there, --lora makes a new one: give one of them")
+        raise ValueError(
+            "--keep-base goes on with the adapter that is there, --lora makes a new one: give one of them"
+        )
     if getattr(o, "adapter", "none") != "none" and (o.lora or o.keep_base):
-        raise ValueError(f"--adapter {o.adapter} stands for itself: leave --lora and --keep-base out")
+        raise ValueError(
+            f"--adapter {o.adapter} stands for itself: leave --lora and --keep-base out"
+        )
 
 
 def learning_rate(o, weights: float) -> float:
     """--lr, or where that is 0 what fits what is trained."""
-    return o.lr or {"weights": weights, "lora": LORA_LR * weights, **adapters.LEARNING_RATE}[kind(o)]
+    return (
+        o.lr or {"weights": weights, "lora": LORA_LR * weights, **adapters.LEARNING_RATE}[kind(o)]
+    )
 
 
 # ---------------------------------------------------------------- checkpoint folders
@@ -76,7 +90,9 @@ def base_of(path) -> str:
     """The folder of the model that the adapter of a stage's folder lies on."""
     file = Path(path) / "adapter" / "adapter_config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave --keep-base out")
+        raise FileNotFoundError(
+            f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave --keep-base out"
+        )
     base = hub.read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
@@ -108,7 +124,9 @@ def start(o, device):
                 f"{o.model} is in 4 bits (bitsandbytes), which cannot be trained; give --lora R"
             )
         if model.virtual is not None and kind(o) != "weights":
-            raise ValueError(f"{o.model} has a prompt or prefix before it: another adapter does not go with it")
+            raise ValueError(
+                f"{o.model} has a prompt or prefix before it: another adapter does not go with it"
+            )
         return tune(o, model, tok).eval(), tok
     model, tok = hub.load(base_of(o.model), device, dtype, quant)[0], Tokenizer.load(Path(o.model))
     model.config.eos_token_id = hub.read_config(Path(o.model)).eos_token_id
@@ -131,7 +149,9 @@ def tune(o, model, tok=None):
     """Adds the adapter that the options ask for, and freezes the rest. → the model"""
     if kind(o) == "lora":
         # a critic has none
-        targets = [t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels]
+        targets = [
+            t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels
+        ]
         if not targets:
             raise ValueError(NO_HEAD)
         lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, targets)
@@ -149,7 +169,9 @@ def reward_model(o, path, reference, device):
         dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
         return hub.load(path, device, dtype, None if o.quant == "none" else o.quant)
     if Path(base_of(path)).resolve() != Path(base_of(o.model)).resolve():
-        raise ValueError(f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one base was expected")
+        raise ValueError(
+            f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one base was expected"
+        )
     model, said = scalar_model(reference), hub.read_config(Path(path))
     model.config.reward_mean, model.config.reward_std = said.reward_mean, said.reward_std
     return lora.load_adapter(model, f"{path}/adapter", name="reward"), Tokenizer.load(Path(path))
@@ -201,7 +223,10 @@ class Reading:
     """The options of a program that answers or scores: it holds a model as the stages hold it."""
 
     quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
-    keep_base: bool = opt(False, "the model's adapter on the base below it, as --keep-base trains it, not the two merged")
+    keep_base: bool = opt(
+        False,
+        "the model's adapter on the base below it, as --keep-base trains it, not the two merged",
+    )
 
 
 def read(o, path, device, reward=False):
@@ -212,7 +237,9 @@ def read(o, path, device, reward=False):
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     model, tok = (on_base if o.keep_base else hub.load)(path, device, dtype, quant)
     if reward and not model.config.num_labels:
-        raise ValueError(f"{path} is a language model: a reward model was expected, such as reward.py writes")
+        raise ValueError(
+            f"{path} is a language model: a reward model was expected, such as reward.py writes"
+        )
     if not reward:
         hub.expect_language_model(path, model, tok)
     return model.requires_grad_(False).eval(), tok
@@ -246,9 +273,18 @@ class Watch:
                 raise ValueError(NO_HEAD)
         self.model, self.start = first, lora.trained(first) if kind(o) != "weights" else None
         rows, c, dtype = memory.count(*models), first.config, first.embed_tokens.weight.dtype
-        adapted = {n.rpartition(".")[2]: m.settings[m.active]["r"] for n, m in first.named_modules() if isinstance(m, lora.LoRALinear)}
+        adapted = {
+            n.rpartition(".")[2]: m.settings[m.active]["r"]
+            for n, m in first.named_modules()
+            if isinstance(m, lora.LoRALinear)
+        }
         rank = max(adapted.values(), default=int(kind(o) != "weights"))
-        how = dict(rank=rank, targets=list(adapted), dtype=dtype, quant=None if o.quant == "none" else o.quant)
+        how = dict(
+            rank=rank,
+            targets=list(adapted),
+            dtype=dtype,
+            quant=None if o.quant == "none" else o.quant,
+        )
         rows["activations (estimate)"] = memory.activations(c, int(tokens), length, **how, autocast=has_bf16(device),
                                                             checkpointing=o.checkpointing, gpu=device.type == "cuda")  # fmt: skip
         rows["logits (estimate)"] = memory.logits(c, int(targets))
@@ -259,4 +295,6 @@ class Watch:
             "" if self.device.type == "cuda" else ", with Python and its libraries"))  # fmt: skip
         still = lora.unmoved(self.model, self.start) if self.start else []
         if 0 < len(still) < len(self.start):  # where nothing moved no step was left to make
-            print(f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are they used?")
+            print(
+                f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are they used?"
+            )

@@ -17,8 +17,10 @@ from pathlib import Path
 FACTS = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
 
 # ---- words ----
-NAMES = ("Anna Ben Carla David Emma Felix Greta Henry Ida Jack Kate Leo Maria Nina Oscar Paula Rosa Sam Tom Vera Zoe Max Lily Hugo Peter "
-         "Sara").split()
+NAMES = (
+    "Anna Ben Carla David Emma Felix Greta Henry Ida Jack Kate Leo Maria Nina Oscar Paula Rosa Sam Tom Vera Zoe Max Lily Hugo Peter "
+    "Sara"
+).split()
 CITIES = "Lima Cairo Paris Rome Oslo Madrid Berlin Tokyo Quito Athens London Vienna Dublin Hanoi Lisbon Moscow".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 # each after "at the" or "in the": IN below
@@ -32,29 +34,70 @@ ACTIONS = ["drink milk", "eat bread", "read a story", "find a key", "buy a hat",
            "build a house", "lose a shoe", "catch a ball", "throw a stone", "meet a friend", "feed the dog", "wash the car", "open a box",
            "hide a coin", "eat an apple"]
 # fmt: on
-PAST = {**{v: p.split("|")[0] for v, p in FACTS["past"].items()}, "read": "read", "feed": "fed", "wash": "washed", "open": "opened"}
+PAST = {
+    **{v: p.split("|")[0] for v, p in FACTS["past"].items()},
+    "read": "read",
+    "feed": "fed",
+    "wash": "washed",
+    "open": "opened",
+}
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-NOUNS = ("apple banana bear bread cat cow dog door egg fish goat hat horse ink jam key lemon milk nest owl pear queen rice sheep tree "
-         "violin water yard zebra").split()
+NOUNS = (
+    "apple banana bear bread cat cow dog door egg fish goat hat horse ink jam key lemon milk nest owl pear queen rice sheep tree "
+    "violin water yard zebra"
+).split()
 SORTED = sorted([*NAMES, *NOUNS], key=str.lower)
-WEATHER = ["It was a warm day", "It was cold", "It rained a little", "The sun was high", "The wind was strong", "It was a quiet morning"]
-TAILS = ["Later they went home by bus", "In the evening they were tired", "After that they had some tea", "Then it was time to sleep",
-         "At noon they took a rest"]
-MOODS = {"good": "good great lovely wonderful nice excellent perfect pleasant".split(),
-         "bad": "bad awful terrible horrible boring ugly nasty poor".split()}
-REVIEWED = ["soup", "film", "book", "song", "hotel", "game", "story", "dinner", "room", "show", "party", "train ride", "coffee", "trip"]
-THEMES = {"colours": [*COLOURS, "orange", "purple", "grey"], "days of the week": DAYS, "months": list(FACTS["after"])[7:],
-          "jobs": sorted({j for v in FACTS["job"].values() for j in v.split("|")})}
+WEATHER = [
+    "It was a warm day",
+    "It was cold",
+    "It rained a little",
+    "The sun was high",
+    "The wind was strong",
+    "It was a quiet morning",
+]
+TAILS = [
+    "Later they went home by bus",
+    "In the evening they were tired",
+    "After that they had some tea",
+    "Then it was time to sleep",
+    "At noon they took a rest",
+]
+MOODS = {
+    "good": "good great lovely wonderful nice excellent perfect pleasant".split(),
+    "bad": "bad awful terrible horrible boring ugly nasty poor".split(),
+}
+REVIEWED = [
+    "soup",
+    "film",
+    "book",
+    "song",
+    "hotel",
+    "game",
+    "story",
+    "dinner",
+    "room",
+    "show",
+    "party",
+    "train ride",
+    "coffee",
+    "trip",
+]
+THEMES = {
+    "colours": [*COLOURS, "orange", "purple", "grey"],
+    "days of the week": DAYS,
+    "months": list(FACTS["after"])[7:],
+    "jobs": sorted({j for v in FACTS["job"].values() for j in v.split("|")}),
+}
 
 
 def past(action):
-    """"drink milk" → "drank milk"."""
+    """ "drink milk" → "drank milk"."""
     verb, rest = action.split(" ", 1)
     return f"{PAST[verb]} {rest}"
 
 
 def third(action):
-    """"drink milk" → "drinks milk"."""
+    """ "drink milk" → "drinks milk"."""
     verb, rest = action.split(" ", 1)
     return f"{verb}{'es' if verb.endswith(('ch', 'sh')) else 's'} {rest}"
 
@@ -109,14 +152,26 @@ RELATIONS = {
 }
 # fmt: on
 SUBJECTS = {relation: list(of) for relation, of in FACTS.items()}
-POOLS = {relation: sorted({v.lower() for value in of.values() for v in value.split("|")}) for relation, of in FACTS.items()}
-VALUES = {relation: sorted({value.split("|")[0] for value in of.values()}) for relation, of in FACTS.items()}
+POOLS = {
+    relation: sorted({v.lower() for value in of.values() for v in value.split("|")})
+    for relation, of in FACTS.items()
+}
+VALUES = {
+    relation: sorted({value.split("|")[0] for value in of.values()})
+    for relation, of in FACTS.items()
+}
 FACT_LIST = [(relation, s) for relation in RELATIONS for s in SUBJECTS[relation]]
 CLASSES = {c: [x for x in SUBJECTS["class"] if FACTS["class"][x] == c] for c in VALUES["class"]}
-IN_CONTINENT = {c: [x for x in SUBJECTS["continent"] if FACTS["continent"][x] == c] for c in VALUES["continent"]}
-ANIMALS = sorted({*CLASSES["animal"], *SUBJECTS["young"], *SUBJECTS["sound"], *SUBJECTS["legs"]} - {"bird"})
+IN_CONTINENT = {
+    c: [x for x in SUBJECTS["continent"] if FACTS["continent"][x] == c] for c in VALUES["continent"]
+}
+ANIMALS = sorted(
+    {*CLASSES["animal"], *SUBJECTS["young"], *SUBJECTS["sound"], *SUBJECTS["legs"]} - {"bird"}
+)
 THEMES |= {f"countries in {c}": of for c, of in IN_CONTINENT.items() if len(of) > 6}
-THEMES |= {f"pieces of {c}" if c in ("furniture", "clothing") else c + "s": of for c, of in CLASSES.items()}
+THEMES |= {
+    f"pieces of {c}" if c in ("furniture", "clothing") else c + "s": of for c, of in CLASSES.items()
+}
 THEMES["animals"] = ANIMALS
 
 
@@ -144,13 +199,21 @@ def make_open(rng):
     right = FACTS[relation][s].split("|")
     wrong = [other(rng, VALUES[relation], *right) for _ in range(2)]
     prompt = rng.choice(RELATIONS[relation][1:]).format(s=s, a=a(s))
-    return dict(kind="open", prompt=prompt, keys=[key(relation, s)], answer=v, sentence=told(relation, s, "{}"), wrong=wrong, accept=right,
-                pool=relation)
+    return dict(
+        kind="open",
+        prompt=prompt,
+        keys=[key(relation, s)],
+        answer=v,
+        sentence=told(relation, s, "{}"),
+        wrong=wrong,
+        accept=right,
+        pool=relation,
+    )
 
 
 def two(rng, x, y):
     """Both, in either order."""
-    return (x, y) if rng.random() < .5 else (y, x)
+    return (x, y) if rng.random() < 0.5 else (y, x)
 
 
 # The four ways to choose between two give (prompt, keys, right, wrong, sentence); so do the three
@@ -159,62 +222,131 @@ def choose_class(rng):
     c, d = rng.sample(VALUES["class"], 2)
     x, y = rng.choice(CLASSES[c]), rng.choice(CLASSES[d])
     p, q = two(rng, x, y)
-    ask = rng.choice(("Which is {k}, {p} or {q}?", "Which one is {k}: {p} or {q}?", "Here are {p} and {q}. Which is {k}?",
-                      "Choose the one that is {k}: {p} or {q}."))
+    ask = rng.choice(
+        (
+            "Which is {k}, {p} or {q}?",
+            "Which one is {k}: {p} or {q}?",
+            "Here are {p} and {q}. Which is {k}?",
+            "Choose the one that is {k}: {p} or {q}.",
+        )
+    )
     k = c if c in ("clothing", "furniture") else a(c)
     return ask.format(k=k, p=p, q=q), [f"class: {x}", f"class: {y}"], x, y, "The " + c + " is {}."
 
 
 def choose_number(rng):
     x, y = rng.sample(range(1, 41), 2)
-    large = rng.random() < .5
+    large = rng.random() < 0.5
     x, y = (max(x, y), min(x, y)) if large else (min(x, y), max(x, y))
     p, q = two(rng, x, y)
-    ask = rng.choice(("Which is {k}, {p} or {q}?", "Which number is {k}: {p} or {q}?", "Here are {p} and {q}. Which is {k}?",
-                      "Choose the {k} number: {p} or {q}."))
+    ask = rng.choice(
+        (
+            "Which is {k}, {p} or {q}?",
+            "Which number is {k}: {p} or {q}?",
+            "Here are {p} and {q}. Which is {k}?",
+            "Choose the {k} number: {p} or {q}.",
+        )
+    )
     k = "larger" if large else "smaller"
-    return ask.format(k=k, p=p, q=q), [f"larger: {min(x, y)} {max(x, y)}"], str(x), str(y), "The " + k + " number is {}."
+    return (
+        ask.format(k=k, p=p, q=q),
+        [f"larger: {min(x, y)} {max(x, y)}"],
+        str(x),
+        str(y),
+        "The " + k + " number is {}.",
+    )
 
 
 def choose_size(rng):
     x, y = rng.sample(SUBJECTS["size"], 2)
     while abs(int(FACTS["size"][x]) - int(FACTS["size"][y])) < 2:
         x, y = rng.sample(SUBJECTS["size"], 2)
-    big = rng.random() < .5
+    big = rng.random() < 0.5
     if (int(FACTS["size"][x]) > int(FACTS["size"][y])) != big:
         x, y = y, x
     p, q = two(rng, x, y)
-    ask = rng.choice(("Which is {k}, {p} or {q}?", "Which one is {k}: {p} or {q}?", "Here are {p} and {q}. Which is {k}?",
-                      "Choose the {k} one: {p} or {q}."))
+    ask = rng.choice(
+        (
+            "Which is {k}, {p} or {q}?",
+            "Which one is {k}: {p} or {q}?",
+            "Here are {p} and {q}. Which is {k}?",
+            "Choose the {k} one: {p} or {q}.",
+        )
+    )
     k = "bigger" if big else "smaller"
-    return ask.format(k=k, p=a(p), q=a(q)), ["size: " + " ".join(sorted((x, y)))], x, y, "The " + k + " one is the {}."
+    return (
+        ask.format(k=k, p=a(p), q=a(q)),
+        ["size: " + " ".join(sorted((x, y)))],
+        x,
+        y,
+        "The " + k + " one is the {}.",
+    )
 
 
 def choose_country(rng):
     x, y = rng.sample(SUBJECTS["capital"], 2)
     p, q = two(rng, x, y)
     v = first("capital", x)
-    ask = rng.choice(("Is {v} the capital of {p} or of {q}?", "Which country has the capital {v}, {p} or {q}?",
-                      "Here are {p} and {q}. Where is {v}?", "Choose the country of {v}: {p} or {q}."))
-    return ask.format(v=v, p=p, q=q), [f"capital: {x}", f"capital: {y}"], x, y, v + " is the capital of {}."
+    ask = rng.choice(
+        (
+            "Is {v} the capital of {p} or of {q}?",
+            "Which country has the capital {v}, {p} or {q}?",
+            "Here are {p} and {q}. Where is {v}?",
+            "Choose the country of {v}: {p} or {q}.",
+        )
+    )
+    return (
+        ask.format(v=v, p=p, q=q),
+        [f"capital: {x}", f"capital: {y}"],
+        x,
+        y,
+        v + " is the capital of {}.",
+    )
 
 
 def make_choosing(rng):
-    prompt, keys, x, y, sentence = rng.choice((choose_class, choose_number, choose_size, choose_country))(rng)
-    return dict(kind="choosing", prompt=prompt, keys=keys, answer=x, sentence=sentence, wrong=[y], accept=[x], reject=[y])
+    prompt, keys, x, y, sentence = rng.choice(
+        (choose_class, choose_number, choose_size, choose_country)
+    )(rng)
+    return dict(
+        kind="choosing",
+        prompt=prompt,
+        keys=keys,
+        answer=x,
+        sentence=sentence,
+        wrong=[y],
+        accept=[x],
+        reject=[y],
+    )
 
 
-SUMMARIES = ("Summarise in one sentence: {}", "Say this in one short sentence: {}", "{}\nGive a summary.", "Make this short: {}",
-             "Sum up: {}")
+SUMMARIES = (
+    "Summarise in one sentence: {}",
+    "Say this in one short sentence: {}",
+    "{}\nGive a summary.",
+    "Make this short: {}",
+    "Sum up: {}",
+)
 
 
 def passage(rng):
     """A little story of four sentences → (text, the parts its summary must have, its details)."""
     n, m = rng.sample(NAMES, 2)
-    p, action, w, t = rng.choice(PLACES), rng.choice(ACTIONS), rng.choice(WEATHER), rng.choice(TAILS)
+    p, action, w, t = (
+        rng.choice(PLACES),
+        rng.choice(ACTIONS),
+        rng.choice(WEATHER),
+        rng.choice(TAILS),
+    )
     at, did = f"{IN[p]} the {p}", past(action)
-    text = rng.choice((f"{n} went to the {p} with {m}. {w}. They {did} there. {t}.", f"{w}. {n} and {m} were {at}. There they {did}. {t}.",
-                       f"{n} met {m} {at}. {w}. They {did}. {t}.", f"{n} and {m} went to the {p}. They {did}. {w}. {t}."))
+    text = rng.choice(
+        (
+            f"{n} went to the {p} with {m}. {w}. They {did} there. {t}.",
+            f"{w}. {n} and {m} were {at}. There they {did}. {t}.",
+            f"{n} met {m} {at}. {w}. They {did}. {t}.",
+            f"{n} and {m} went to the {p}. They {did}. {w}. {t}.",
+        )
+    )
     return text, [n, m, did, p], [w, t]
 
 
@@ -225,10 +357,22 @@ def summary(n, m, did, p):
 def make_summary(rng):
     text, parts, details = passage(rng)
     n, m, did, p = parts
-    wrong = [summary(n, other(rng, NAMES, n, m), did, p), summary(n, m, other(rng, DONE, did), p),
-             summary(n, m, did, other(rng, PLACES, p))]
-    return dict(kind="summary", prompt=rng.choice(SUMMARIES).format(text), keys=[f"passage: {n} {m} {did} {p}"], answer=summary(*parts),
-                sentence="{}", wrong=wrong, parts=parts, reject=details, pool="story")
+    wrong = [
+        summary(n, other(rng, NAMES, n, m), did, p),
+        summary(n, m, other(rng, DONE, did), p),
+        summary(n, m, did, other(rng, PLACES, p)),
+    ]
+    return dict(
+        kind="summary",
+        prompt=rng.choice(SUMMARIES).format(text),
+        keys=[f"passage: {n} {m} {did} {p}"],
+        answer=summary(*parts),
+        sentence="{}",
+        wrong=wrong,
+        parts=parts,
+        reject=details,
+        pool="story",
+    )
 
 
 # fmt: off
@@ -245,37 +389,78 @@ REWRITINGS = {
 
 def rewrite(how, n, m, action, at):
     """n's action now, as REWRITINGS[how] wants it."""
-    return {"past": f"{n} {past(action)}{at}", "not": f"{n} does not {action}{at}", "name": f"{m} {third(action)}{at}",
-            "ask": f"Does {n} {action}{at}?"}[how]
+    return {
+        "past": f"{n} {past(action)}{at}",
+        "not": f"{n} does not {action}{at}",
+        "name": f"{m} {third(action)}{at}",
+        "ask": f"Does {n} {action}{at}?",
+    }[how]
 
 
 def make_rewriting(rng):
     n, m = rng.sample(NAMES, 2)
     action, p, how = rng.choice(ACTIONS), rng.choice(PLACES), rng.choice(tuple(REWRITINGS))
-    at = f" {IN[p]} the {p}" if rng.random() < .5 else ""
+    at = f" {IN[p]} the {p}" if rng.random() < 0.5 else ""
     now, answer = f"{n} {third(action)}{at}", rewrite(how, n, m, action, at)
     x = other(rng, NAMES, n, m)
-    wrong = [now, rewrite(how, n, m, other(rng, ACTIONS, action), at), rewrite(how, x, x, action, at)]
-    return dict(kind="rewriting", prompt=rng.choice(REWRITINGS[how]).format(now + ".", n=n, m=m), keys=[f"sentence: {n} {action}{at}"],
-                answer=answer, sentence="{}" if how == "ask" else "{}.", wrong=wrong, accept=[answer], reject=[now])
+    wrong = [
+        now,
+        rewrite(how, n, m, other(rng, ACTIONS, action), at),
+        rewrite(how, x, x, action, at),
+    ]
+    return dict(
+        kind="rewriting",
+        prompt=rng.choice(REWRITINGS[how]).format(now + ".", n=n, m=m),
+        keys=[f"sentence: {n} {action}{at}"],
+        answer=answer,
+        sentence="{}" if how == "ask" else "{}.",
+        wrong=wrong,
+        accept=[answer],
+        reject=[now],
+    )
 
 
 def classify_class(rng):
     c, d, e = rng.sample(VALUES["class"], 3)
     x = rng.choice(CLASSES[c])
-    labels = [c, d, e] if rng.random() < .5 else [c, d]
+    labels = [c, d, e] if rng.random() < 0.5 else [c, d]
     rng.shuffle(labels)
-    ask = rng.choice(("What is {x}: {l}?", "Which class is {x} in: {l}?", "Put {x} into a class: {l}.", "Choose the class of {x}: {l}."))
-    return ask.format(l=join(labels, "or"), x=x), [f"class: {x}"], c, [y for y in labels if y != c], "The class of " + x + " is {}."
+    ask = rng.choice(
+        (
+            "What is {x}: {l}?",
+            "Which class is {x} in: {l}?",
+            "Put {x} into a class: {l}.",
+            "Choose the class of {x}: {l}.",
+        )
+    )
+    return (
+        ask.format(l=join(labels, "or"), x=x),
+        [f"class: {x}"],
+        c,
+        [y for y in labels if y != c],
+        "The class of " + x + " is {}.",
+    )
 
 
 def classify_mood(rng):
     mood = rng.choice(("good", "bad"))
     thing, word = rng.choice(REVIEWED), rng.choice(MOODS[mood])
-    text = rng.choice(("The {t} was {w}.", "I think the {t} was {w}.", "We had a {w} {t}.", "What a {w} {t}!")).format(t=thing, w=word)
-    text = text.replace("a awful", "an awful").replace("a excellent", "an excellent").replace("a ugly", "an ugly")
-    ask = rng.choice(("Positive or negative: {}", "Is this positive or negative? {}", "{} Is that positive or negative?",
-                      "Does this sound positive or negative? {}"))
+    text = rng.choice(
+        ("The {t} was {w}.", "I think the {t} was {w}.", "We had a {w} {t}.", "What a {w} {t}!")
+    ).format(t=thing, w=word)
+    text = (
+        text.replace("a awful", "an awful")
+        .replace("a excellent", "an excellent")
+        .replace("a ugly", "an ugly")
+    )
+    ask = rng.choice(
+        (
+            "Positive or negative: {}",
+            "Is this positive or negative? {}",
+            "{} Is that positive or negative?",
+            "Does this sound positive or negative? {}",
+        )
+    )
     right, wrong = ("positive", "negative") if mood == "good" else ("negative", "positive")
     return ask.format(text), [f"mood: {thing} {word}"], right, [wrong], "This is {}."
 
@@ -285,102 +470,233 @@ def classify_country(rng):
     c = first("continent", x)
     labels = [c, *rng.sample([y for y in VALUES["continent"] if y != c], rng.randint(1, 2))]
     rng.shuffle(labels)
-    ask = rng.choice(("Is {x} in {l}?", "Where is {x}: {l}?", "Put {x} on its continent: {l}.", "Choose the continent of {x}: {l}."))
-    return ask.format(l=join(labels, "or"), x=x), [f"continent: {x}"], c, [y for y in labels if y != c], x + " is in {}."
+    ask = rng.choice(
+        (
+            "Is {x} in {l}?",
+            "Where is {x}: {l}?",
+            "Put {x} on its continent: {l}.",
+            "Choose the continent of {x}: {l}.",
+        )
+    )
+    return (
+        ask.format(l=join(labels, "or"), x=x),
+        [f"continent: {x}"],
+        c,
+        [y for y in labels if y != c],
+        x + " is in {}.",
+    )
 
 
 def make_classification(rng):
-    prompt, keys, answer, wrong, sentence = rng.choice((classify_class, classify_mood, classify_country))(rng)
-    return dict(kind="classification", prompt=prompt, keys=keys, answer=answer, sentence=sentence, wrong=wrong, accept=[answer],
-                reject=wrong)
+    prompt, keys, answer, wrong, sentence = rng.choice(
+        (classify_class, classify_mood, classify_country)
+    )(rng)
+    return dict(
+        kind="classification",
+        prompt=prompt,
+        keys=keys,
+        answer=answer,
+        sentence=sentence,
+        wrong=wrong,
+        accept=[answer],
+        reject=wrong,
+    )
 
 
-FIELDS = dict(person=NAMES, number=[str(i) for i in range(2, 21)], colour=COLOURS, thing=THINGS, city=CITIES, day=DAYS)
+FIELDS = dict(
+    person=NAMES,
+    number=[str(i) for i in range(2, 21)],
+    colour=COLOURS,
+    thing=THINGS,
+    city=CITIES,
+    day=DAYS,
+)
 
 
 def make_extraction(rng):
     n, m = rng.sample(NAMES, 2)
-    fields = dict(person=n, number=str(rng.randint(2, 20)), colour=rng.choice(COLOURS), thing=rng.choice(THINGS), city=rng.choice(CITIES),
-                  day=rng.choice(DAYS))
-    text, used = rng.choice((("{person} bought {number} {colour} {thing} in {city}.", "person number colour thing city"),
-                             ("On {day} {person} sold {number} {thing} in {city}.", "day person number thing city"),
-                             ("{person} is {number} years old and lives in {city}.", "person number city"),
-                             ("The {colour} {thing} of {person} came on {day}.", "colour thing person day"),
-                             ("{person} will go to {city} on {day} with {number} {thing}.", "person city day number thing")))
+    fields = dict(
+        person=n,
+        number=str(rng.randint(2, 20)),
+        colour=rng.choice(COLOURS),
+        thing=rng.choice(THINGS),
+        city=rng.choice(CITIES),
+        day=rng.choice(DAYS),
+    )
+    text, used = rng.choice(
+        (
+            (
+                "{person} bought {number} {colour} {thing} in {city}.",
+                "person number colour thing city",
+            ),
+            ("On {day} {person} sold {number} {thing} in {city}.", "day person number thing city"),
+            ("{person} is {number} years old and lives in {city}.", "person number city"),
+            ("The {colour} {thing} of {person} came on {day}.", "colour thing person day"),
+            (
+                "{person} will go to {city} on {day} with {number} {thing}.",
+                "person city day number thing",
+            ),
+        )
+    )
     used = used.split()
     asked, text = rng.choice(used), text.format(**fields)
-    ask = rng.choice(("Find the {f} in this text: {}", "Which {f} is named here? {}", "Take out the {f}: {}", "{} Which {f} is that?",
-                      "Give only the {f}: {}"))
+    ask = rng.choice(
+        (
+            "Find the {f} in this text: {}",
+            "Which {f} is named here? {}",
+            "Take out the {f}: {}",
+            "{} Which {f} is that?",
+            "Give only the {f}: {}",
+        )
+    )
     rest = [fields[f] for f in used if f != asked]
     pool = FIELDS[asked]
-    return dict(kind="extraction", prompt=ask.format(text, f=asked), keys=["text: " + " ".join(fields[f] for f in used)],
-                answer=fields[asked],
-                sentence=f"The {asked} is {{}}.", wrong=[rng.choice(rest), other(rng, pool, fields[asked])], accept=[fields[asked]],
-                reject=rest, pool=asked)
+    return dict(
+        kind="extraction",
+        prompt=ask.format(text, f=asked),
+        keys=["text: " + " ".join(fields[f] for f in used)],
+        answer=fields[asked],
+        sentence=f"The {asked} is {{}}.",
+        wrong=[rng.choice(rest), other(rng, pool, fields[asked])],
+        accept=[fields[asked]],
+        reject=rest,
+        pool=asked,
+    )
 
 
-SORT_WORDS = ("Sort these words from A to Z: {}", "Put in alphabetical order: {}", "Put these words in order: {}",
-              "Sort by the alphabet: {}")
-SORT_UP = ("Sort from small to large: {}", "Put these numbers in order: {}", "Sort these numbers, smallest first: {}",
-           "Order from low to high: {}")
-SORT_DOWN = ("Sort from large to small: {}", "Sort these numbers, largest first: {}", "Order from high to low: {}")
+SORT_WORDS = (
+    "Sort these words from A to Z: {}",
+    "Put in alphabetical order: {}",
+    "Put these words in order: {}",
+    "Sort by the alphabet: {}",
+)
+SORT_UP = (
+    "Sort from small to large: {}",
+    "Put these numbers in order: {}",
+    "Sort these numbers, smallest first: {}",
+    "Order from low to high: {}",
+)
+SORT_DOWN = (
+    "Sort from large to small: {}",
+    "Sort these numbers, largest first: {}",
+    "Order from high to low: {}",
+)
 
 
 def make_sorting(rng):
-    if rng.random() < .5:
+    if rng.random() < 0.5:
         things = rng.sample(SORTED, 3)
         while len({t[0].lower() for t in things}) < 3:
             things = rng.sample(SORTED, 3)
         right, how = sorted(things, key=str.lower), rng.choice(SORT_WORDS)
     else:
         things = rng.sample(range(1, 31), 3)
-        up = rng.random() < .6
+        up = rng.random() < 0.6
         right = [str(x) for x in sorted(things, reverse=not up)]
         things = [str(x) for x in things]
         how = rng.choice(SORT_UP if up else SORT_DOWN)
     if things == right:
         things = right[::-1]
     rest = [", ".join(p) for p in itertools.permutations(right) if list(p) != right]
-    return dict(kind="sorting", prompt=how.format(", ".join(things)), keys=["sort: " + " ".join(sorted(right))], answer=", ".join(right),
-                sentence="{}.", wrong=[rest[0], rest[1], ", ".join(things)], accept=[", ".join(right)], reject=rest)
+    return dict(
+        kind="sorting",
+        prompt=how.format(", ".join(things)),
+        keys=["sort: " + " ".join(sorted(right))],
+        answer=", ".join(right),
+        sentence="{}.",
+        wrong=[rest[0], rest[1], ", ".join(things)],
+        accept=[", ".join(right)],
+        reject=rest,
+    )
 
 
 def make_brainstorm(rng):
     theme = rng.choice(tuple(THEMES))
     count, members = rng.randint(2, 4), THEMES[theme]
-    but = rng.choice(members) if rng.random() < .7 else None
+    but = rng.choice(members) if rng.random() < 0.7 else None
     n = NUMBERS[count]
-    ask = rng.choice(("Name {n} {t}{b}.", "Give me {n} {t}{b}.", "List {n} {t}{b}.", "Can you name {n} {t}{b}?", "I need {n} {t}{b}.",
-                      "Think of {n} {t}{b}."))
+    ask = rng.choice(
+        (
+            "Name {n} {t}{b}.",
+            "Give me {n} {t}{b}.",
+            "List {n} {t}{b}.",
+            "Can you name {n} {t}{b}?",
+            "I need {n} {t}{b}.",
+            "Think of {n} {t}{b}.",
+        )
+    )
     given = rng.sample([m for m in members if m != but], count)
-    keys = [f"list: {theme} {count} {but}", *(f"{relation}: {but}" for relation in ("class", "continent") if but in FACTS[relation])]
-    return dict(kind="brainstorm", prompt=ask.format(n=n, t=theme, b=f" but not {but}" if but else ""), keys=keys, answer=join(given),
-                sentence="{}.", wrong=[join(given[:-1]), join([*given[:-1], given[0]]), join([*given[:-1], but or rng.choice(REVIEWED)])],
-                members=theme, count=count, reject=[but] if but else [])
+    keys = [
+        f"list: {theme} {count} {but}",
+        *(f"{relation}: {but}" for relation in ("class", "continent") if but in FACTS[relation]),
+    ]
+    return dict(
+        kind="brainstorm",
+        prompt=ask.format(n=n, t=theme, b=f" but not {but}" if but else ""),
+        keys=keys,
+        answer=join(given),
+        sentence="{}.",
+        wrong=[
+            join(given[:-1]),
+            join([*given[:-1], given[0]]),
+            join([*given[:-1], but or rng.choice(REVIEWED)]),
+        ],
+        members=theme,
+        count=count,
+        reject=[but] if but else [],
+    )
 
 
 def make_translation(rng):
     words = SUBJECTS["spanish"]
     x, y = rng.sample(words, 2)
-    there = rng.random() < .6
+    there = rng.random() < 0.6
     pairs = [(x, FACTS["spanish"][x].split("|"))]
-    if rng.random() < .35:
+    if rng.random() < 0.35:
         pairs.append((y, FACTS["spanish"][y].split("|")))
     english, spanish = " and ".join(p for p, _ in pairs), " y ".join(v[0] for _, v in pairs)
     every = [" y ".join(c) for c in itertools.product(*[v for _, v in pairs])]
     if there:
-        ask = ("How do you say {} in Spanish?", "Translate into Spanish: {}", "What is {} in Spanish?", "Give the Spanish for {}.",
-               "Put into Spanish: {}")
-        asked, right, accept, sentence = english, spanish, every, "The Spanish for " + english + " is {}."
+        ask = (
+            "How do you say {} in Spanish?",
+            "Translate into Spanish: {}",
+            "What is {} in Spanish?",
+            "Give the Spanish for {}.",
+            "Put into Spanish: {}",
+        )
+        asked, right, accept, sentence = (
+            english,
+            spanish,
+            every,
+            "The Spanish for " + english + " is {}.",
+        )
     else:
-        ask = ("What does {} mean in English?", "Translate into English: {}", "What is {} in English?", "Give the English for {}.",
-               "Put into English: {}")
-        asked, right, accept, sentence = spanish, english, [english], "The English for " + spanish + " is {}."
+        ask = (
+            "What does {} mean in English?",
+            "Translate into English: {}",
+            "What is {} in English?",
+            "Give the English for {}.",
+            "Put into English: {}",
+        )
+        asked, right, accept, sentence = (
+            spanish,
+            english,
+            [english],
+            "The English for " + spanish + " is {}.",
+        )
     z = other(rng, words, x, y)
     lead = "" if len(pairs) == 1 else f"{first('spanish', x)} y " if there else f"{x} and "
     wrong = [lead + (first("spanish", z) if there else z)]
-    return dict(kind="translation", prompt=rng.choice(ask).format(asked), keys=[f"spanish: {p}" for p, _ in pairs], answer=right,
-                sentence=sentence, wrong=wrong, accept=accept, pool="spanish" if there else "english")
+    return dict(
+        kind="translation",
+        prompt=rng.choice(ask).format(asked),
+        keys=[f"spanish: {p}" for p, _ in pairs],
+        answer=right,
+        sentence=sentence,
+        wrong=wrong,
+        accept=accept,
+        pool="spanish" if there else "english",
+    )
 
 
 def number_fact(op, x, y):
@@ -403,22 +719,54 @@ SUMS = {
 
 def make_arithmetic(rng):
     op = rng.choice("++--*")
-    x, y = (rng.randint(2, 9), rng.randint(2, 9)) if op == "*" else (rng.randint(2, 20), rng.randint(2, 20))
+    x, y = (
+        (rng.randint(2, 9), rng.randint(2, 9))
+        if op == "*"
+        else (rng.randint(2, 20), rng.randint(2, 20))
+    )
     if op == "-":
         x, y = max(x, y), min(x, y)
     right = x + y if op == "+" else x - y if op == "-" else x * y
     if right in (0, y):  # the answer would stand in the question
         return make_arithmetic(rng)
     n, t = rng.choice(NAMES), other(rng, THINGS, "boxes")
-    prompt, over, under = rng.choice(SUMS[op]).format(x=x, y=y, n=n, t=t), rng.choice((1, 2)), rng.choice((1, 2))
-    return dict(kind="arithmetic", prompt=prompt, keys=[f"{op}: {x} {y}" if op == "-" else f"{op}: {min(x, y)} {max(x, y)}"],
-                answer=str(right), sentence=f"{x} {op} {y} = {{}}.", accept=[str(right), *NUMBERS[right:right + 1]], pool="number",
-                wrong=[str(right + over), str(right - under if right > under else right + 3)])
+    prompt, over, under = (
+        rng.choice(SUMS[op]).format(x=x, y=y, n=n, t=t),
+        rng.choice((1, 2)),
+        rng.choice((1, 2)),
+    )
+    return dict(
+        kind="arithmetic",
+        prompt=prompt,
+        keys=[f"{op}: {x} {y}" if op == "-" else f"{op}: {min(x, y)} {max(x, y)}"],
+        answer=str(right),
+        sentence=f"{x} {op} {y} = {{}}.",
+        accept=[str(right), *NUMBERS[right : right + 1]],
+        pool="number",
+        wrong=[str(right + over), str(right - under if right > under else right + 3)],
+    )
 
 
-GOOD = ["won the race", "passed my test", "found my key", "got a new job", "learned to swim", "baked a cake", "got a puppy",
-        "made a friend"]
-BAD = ["lost my key", "broke my arm", "missed the bus", "hurt my foot", "lost the game", "failed my test", "lost my dog", "burned the soup"]
+GOOD = [
+    "won the race",
+    "passed my test",
+    "found my key",
+    "got a new job",
+    "learned to swim",
+    "baked a cake",
+    "got a puppy",
+    "made a friend",
+]
+BAD = [
+    "lost my key",
+    "broke my arm",
+    "missed the bus",
+    "hurt my foot",
+    "lost the game",
+    "failed my test",
+    "lost my dog",
+    "burned the soup",
+]
 # fmt: off
 CHATS = {  # what is said to the assistant → the reply, and other phrases that also count
     "hello": (("Hello, I am {n}.", "Hi! My name is {n}.", "Hello there, {n} here.", "Hi, this is {n}."), "Hello {n}, nice to meet you.",
@@ -454,17 +802,33 @@ def make_chat(rng):
     name = other(rng, NAMES, n)
     reject = [p.format(n=n) for k, (_, _, ps) in CHATS.items() if k != what for p in ps]
     detail = g if what == "good" else b if what == "bad" else ""
-    return dict(kind="chat", prompt=rng.choice(said).format(n=n, g=g, b=b), keys=[f"chat: {what} {n} {detail}".strip()],
-                answer=reply.format(n=n).removesuffix("."), sentence="{}.",
-                wrong=[fault.format(n=n).removesuffix("."), reply.format(n=name).removesuffix(".")], accept=[p.format(n=n) for p in also],
-                reject=reject)
+    return dict(
+        kind="chat",
+        prompt=rng.choice(said).format(n=n, g=g, b=b),
+        keys=[f"chat: {what} {n} {detail}".strip()],
+        answer=reply.format(n=n).removesuffix("."),
+        sentence="{}.",
+        wrong=[fault.format(n=n).removesuffix("."), reply.format(n=name).removesuffix(".")],
+        accept=[p.format(n=n) for p in also],
+        reject=reject,
+    )
 
 
 POOLS |= {field: [x.lower() for x in of] for field, of in FIELDS.items()}
 POOLS |= {"story": [x.lower() for x in (*NAMES, *DONE, *PLACES)], "english": SUBJECTS["spanish"]}
-KINDS = {"open": make_open, "choosing": make_choosing, "summary": make_summary, "rewriting": make_rewriting,
-         "classification": make_classification, "extraction": make_extraction, "sorting": make_sorting, "brainstorm": make_brainstorm,
-         "translation": make_translation, "arithmetic": make_arithmetic, "chat": make_chat}
+KINDS = {
+    "open": make_open,
+    "choosing": make_choosing,
+    "summary": make_summary,
+    "rewriting": make_rewriting,
+    "classification": make_classification,
+    "extraction": make_extraction,
+    "sorting": make_sorting,
+    "brainstorm": make_brainstorm,
+    "translation": make_translation,
+    "arithmetic": make_arithmetic,
+    "chat": make_chat,
+}
 
 
 def plain(item, long=False):

@@ -9,6 +9,7 @@ What cannot be read raises a ValueError "file:line: field: what was expected (go
 read but is of no use is dropped, counted, and said in one line. A field that is not named above is
 in one of the tables below, or it passes through, and that line counts it as not used.
 """
+
 import argparse
 import hashlib
 import json
@@ -21,11 +22,18 @@ from pathlib import Path
 from data import templates
 from data.tokenizer import check_spaces
 
-READERS = {"conversation": "sft.py, and where they end in a user's turn compare.py and ppo.py,", "preference pair": "reward.py and dpo.py",
-           "ranking": "reward.py and dpo.py"}                            # kind -> who reads it
+READERS = {
+    "conversation": "sft.py, and where they end in a user's turn compare.py and ppo.py,",
+    "preference pair": "reward.py and dpo.py",
+    "ranking": "reward.py and dpo.py",
+}  # kind -> who reads it
 # what compare.py writes beside the answers
 SAMPLED = ("finished", "ids", "tokenizer")
-EMPTY, SAME, TIED = "with an empty turn", "with chosen = rejected", "without two answers of different rank"
+EMPTY, SAME, TIED = (
+    "with an empty turn",
+    "with chosen = rejected",
+    "without two answers of different rank",
+)
 UNWANTED = "with label false"
 WRITES = "python -m data.records FILE OUT writes the prompts of a file"
 
@@ -40,7 +48,9 @@ REFUSED = {  # they would change what is learnt, and cannot be honoured
     **dict.fromkeys(["tool_call_id", "tool_choice", "tool_responses"], CALLS),
     **dict.fromkeys(["image", "images", "video", "videos", "audio", "audios", "media"], TEXT),
     **dict.fromkeys(["reasoning_content", "reasoning", "thinking", "thought", "thoughts"], THOUGHT),
-    **dict.fromkeys(["mask", "loss_mask", "labels"], "a message's weight, 0 or 1, says what is trained"),
+    **dict.fromkeys(
+        ["mask", "loss_mask", "labels"], "a message's weight, 0 or 1, says what is trained"
+    ),
     **dict.fromkeys(["input", "context"], "it goes into the prompt beside `instruction` alone"),
     **dict.fromkeys(["contexts", "documents"], "it must stand in the prompt"),
     "chat_template_kwargs": "no chat format here has arguments",
@@ -74,7 +84,7 @@ def conversations(path, need="answer"):
             raise ValueError(f"messages: {last} was expected as the last turn (got {got}){advice}")
         if any(_blank(m["content"]) for m in messages if m["role"] != "system"):
             return EMPTY
-        if need == "answer" and any(record.get(k) in (0,) for k in LABELS):         # false is 0
+        if need == "answer" and any(record.get(k) in (0,) for k in LABELS):  # false is 0
             return UNWANTED
         good = (k for k in LABELS if record.get(k) in (0, 1, None))
         return _keep(record, (*used, *good), messages=messages)
@@ -91,12 +101,18 @@ def rankings(path):
     """-> [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair
     is a ranking of two.
     """
+
     def pair_as_ranking(record):
         pair = _pair(record)
         if isinstance(pair, str):
             return pair
-        return _keep(pair, ("chosen", "rejected", *SAMPLED), prompt=pair["prompt"], responses=[pair["chosen"], pair["rejected"]],
-                     ranks=[0, 1])
+        return _keep(
+            pair,
+            ("chosen", "rejected", *SAMPLED),
+            prompt=pair["prompt"],
+            responses=[pair["chosen"], pair["rejected"]],
+            ranks=[0, 1],
+        )
 
     return _convert(path, {"ranking": _ranking, "preference pair": pair_as_ranking})
 
@@ -112,15 +128,27 @@ def pairs(path, which="all"):
         responses, ranks = record["responses"], record["ranks"]
         order = sorted((i for i in range(len(ranks)) if ranks[i] >= 0), key=lambda i: ranks[i])
         worst = next(i for i in order if ranks[i] == ranks[order[-1]])
-        wanted = [(order[0], worst)] if which == "best_worst" else [(i, j) for i in order for j in order if ranks[i] < ranks[j]]
+        wanted = (
+            [(order[0], worst)]
+            if which == "best_worst"
+            else [(i, j) for i in order for j in order if ranks[i] < ranks[j]]
+        )
         for i, j in wanted:
             if responses[i] == responses[j]:
                 dropped[SAME] += 1
             else:
                 # chosen's, rejected's
                 both = {k: [record[k][i], record[k][j]] for k in SAMPLED[:2] if k in record}
-                out.append(_keep(record, ("responses", "ranks"), prompt=record["prompt"], chosen=responses[i],
-                                 rejected=responses[j], **both))
+                out.append(
+                    _keep(
+                        record,
+                        ("responses", "ranks"),
+                        prompt=record["prompt"],
+                        chosen=responses[i],
+                        rejected=responses[j],
+                        **both,
+                    )
+                )
     report(path, len(out), dropped, "pairs")
     return out
 
@@ -151,7 +179,9 @@ def split(records):
     """records of any kind -> (train, held out), each in its order."""
     sides = [], []
     for record in records:
-        sides[held_out(record["messages" if _kind(record) == "conversation" else "prompt"])].append(record)
+        sides[held_out(record["messages" if _kind(record) == "conversation" else "prompt"])].append(
+            record
+        )
     return sides
 
 
@@ -189,7 +219,10 @@ def report(path, kept, dropped, what="records", held=None, unused=None):
     if held is not None:
         said = [*(said or ["none dropped"]), f"{held:,} held out" if held else "none held out"]
     if unused:
-        names = [f"{name[:40] if name.isprintable() else ascii(name[:40])} ({n:,})" for name, n in sorted(unused.items())]
+        names = [
+            f"{name[:40] if name.isprintable() else ascii(name[:40])} ({n:,})"
+            for name, n in sorted(unused.items())
+        ]
         more = [f"{len(names) - 9:,} more"] if len(names) > 9 else []
         said.append("fields not used: " + ", ".join(names[:9] + more))
     if said:
@@ -212,7 +245,9 @@ def _convert(path, readers):
         try:
             kind = _kind(record)
             if kind not in readers:
-                raise ValueError(f"a {' or '.join(readers)} was expected, this is a {kind}: {READERS[kind]} read those")
+                raise ValueError(
+                    f"a {' or '.join(readers)} was expected, this is a {kind}: {READERS[kind]} read those"
+                )
             others = _message_fields(record)
             result = readers[kind](record)
             if not isinstance(result, str):
@@ -243,8 +278,16 @@ def _record_fields(record, result, kind):
 def _message_fields(record):
     """The same of its messages, before they are read."""
     found = set()
-    for field in ("messages", "prompt", "completion", "output", "response", "chosen", "rejected",
-                  "responses"):
+    for field in (
+        "messages",
+        "prompt",
+        "completion",
+        "output",
+        "response",
+        "chosen",
+        "rejected",
+        "responses",
+    ):
         given = record.get(field)
         for i, m in enumerate(given if isinstance(given, list) else [], 1):
             for message in m if isinstance(m, list) else [m]:
@@ -258,8 +301,10 @@ def _message_fields(record):
 def _not_used(fields, where=""):
     for k, v in fields.items():
         if k in REFUSED and not _empty(v) and v is not False:
-            raise ValueError(f"{where}{k}: {REFUSED[k]} (got {_short(v)}); take the field out "
-                             "where the text says all without it")
+            raise ValueError(
+                f"{where}{k}: {REFUSED[k]} (got {_short(v)}); take the field out "
+                "where the text says all without it"
+            )
     return {k for k, v in fields.items() if k not in HARMLESS and not _empty(v)}
 
 
@@ -301,7 +346,9 @@ def _read(path):
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path}:{line}: UTF-8 was expected (got the byte 0x{data[e.start]:02x}): save the file as UTF-8") from None
+        raise ValueError(
+            f"{path}:{line}: UTF-8 was expected (got the byte 0x{data[e.start]:02x}): save the file as UTF-8"
+        ) from None
     if text.lstrip()[:1] == "[":
         yield from _array(path, text)
         return
@@ -314,7 +361,9 @@ def _read(path):
             except (ValueError, RecursionError) as e:
                 several = "this one stands on several: write it on one, jq -c does"
                 why = several if _goes_on(text, at, line) else e
-                raise ValueError(f"{path}:{n}: one JSON object a line was expected ({why})") from None
+                raise ValueError(
+                    f"{path}:{n}: one JSON object a line was expected ({why})"
+                ) from None
         at += len(line) + 1
 
 
@@ -337,21 +386,25 @@ def _array(path, text):
         return at
 
     at, separator = skip(at), ","
-    while text[at:at + 1] != "]":
+    while text[at : at + 1] != "]":
         line, seen = line + text.count("\n", seen, at), at
         if separator != ",":
-            raise ValueError(f"{path}:{line}: a comma or the array's end was expected (got {text[at:at + 20]!r})")
+            raise ValueError(
+                f"{path}:{line}: a comma or the array's end was expected (got {text[at : at + 20]!r})"
+            )
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}:{line}: a JSON object was expected ({e})") from None
         yield line, value
         at = skip(at)
-        separator = text[at:at + 1]
+        separator = text[at : at + 1]
         at = skip(at + 1) if separator == "," else at
-    if text[at + 1:].strip():
-        raise ValueError(f"{path}:{text.count(chr(10), 0, at) + 1}: nothing was expected after the array "
-                         f"(got {text[at + 1:].strip()[:20]!r})")
+    if text[at + 1 :].strip():
+        raise ValueError(
+            f"{path}:{text.count(chr(10), 0, at) + 1}: nothing was expected after the array "
+            f"(got {text[at + 1 :].strip()[:20]!r})"
+        )
 
 
 def _kind(record):
@@ -364,8 +417,10 @@ def _kind(record):
         return "preference pair"
     if record.keys() & {"messages", "instruction", "prompt", "completion"}:
         return "conversation"
-    raise ValueError("messages, instruction, prompt, chosen or responses was expected among the fields "
-                     f"(got {', '.join(sorted(record)) or 'none'})")
+    raise ValueError(
+        "messages, instruction, prompt, chosen or responses was expected among the fields "
+        f"(got {', '.join(sorted(record)) or 'none'})"
+    )
 
 
 def _conversation(record, need):
@@ -399,9 +454,13 @@ def _pair(record):
         _ends_in_user(prompt, "chosen")
         prompt = _beside(record, prompt)
     else:
-        raise ValueError(f"prompt: a string or a list of messages was expected (got {_short(record.get('prompt'))})")
+        raise ValueError(
+            f"prompt: a string or a list of messages was expected (got {_short(record.get('prompt'))})"
+        )
     chosen, rejected = (_answer(record, field, prompt) for field in ("chosen", "rejected"))
-    if any(map(_blank, (*(m["content"] for m in prompt if m["role"] != "system"), chosen, rejected))):
+    if any(
+        map(_blank, (*(m["content"] for m in prompt if m["role"] != "system"), chosen, rejected))
+    ):
         return EMPTY
     if chosen == rejected:
         return SAME
@@ -409,22 +468,33 @@ def _pair(record):
 
 
 def _ranking(record):
-    """A ranking's record checked. An empty answer that was ranked stays: a labeller has judged it.
-    """
+    """A ranking's record checked. An empty answer that was ranked stays: a labeller has judged it."""
     prompt, responses, ranks = _prompt(record), record.get("responses"), record.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError(f"responses: a list of 2 or more strings was expected (got {_short(responses)})")
+        raise ValueError(
+            f"responses: a list of 2 or more strings was expected (got {_short(responses)})"
+        )
     responses = [_answer({"responses": r}, "responses", prompt) for r in responses]
     if not isinstance(ranks, list) or len(ranks) != len(responses):
-        raise ValueError(f"ranks: {len(responses)} integers, as many as responses, were expected (got {_short(ranks)})")
+        raise ValueError(
+            f"ranks: {len(responses)} integers, as many as responses, were expected (got {_short(ranks)})"
+        )
     for rank in ranks:
         if type(rank) is not int or rank < -1:
-            raise ValueError(f"ranks: integers from 0, or -1 for an absent answer, were expected (got {_short(rank)})")
+            raise ValueError(
+                f"ranks: integers from 0, or -1 for an absent answer, were expected (got {_short(rank)})"
+            )
     if any(_blank(m["content"]) for m in prompt if m["role"] != "system"):
         return EMPTY
     if len({r for r in ranks if r >= 0}) < 2:
         return TIED
-    return _keep(record, _unknown_ids(record, len(responses)), prompt=prompt, responses=responses, ranks=list(ranks))
+    return _keep(
+        record,
+        _unknown_ids(record, len(responses)),
+        prompt=prompt,
+        responses=responses,
+        ranks=list(ranks),
+    )
 
 
 def _unknown_ids(record, k):
@@ -432,15 +502,23 @@ def _unknown_ids(record, k):
     nothing here.
     """
     ended, ids = record.get("finished"), record.get("ids")
-    if ended is not None and not (isinstance(ended, list) and len(ended) == k and all(type(f) is bool for f in ended)):
-        raise ValueError(f"finished: {k} times true or false, as many as responses, were expected (got {_short(ended)})")
+    if ended is not None and not (
+        isinstance(ended, list) and len(ended) == k and all(type(f) is bool for f in ended)
+    ):
+        raise ValueError(
+            f"finished: {k} times true or false, as many as responses, were expected (got {_short(ended)})"
+        )
     lacking = () if ended is not None else ("finished",)
     # ids of what? of some other table, perhaps
     if not isinstance(record.get("tokenizer"), str) or ids is None:
         return ("ids", *lacking)
     fits = isinstance(ids, list) and len(ids) == k
-    if not fits or not all(isinstance(a, list) and a and all(type(i) is int and i >= 0 for i in a) for a in ids):
-        raise ValueError(f"ids: {k} lists of token ids, as many as responses, were expected beside tokenizer (got {_short(ids)})")
+    if not fits or not all(
+        isinstance(a, list) and a and all(type(i) is int and i >= 0 for i in a) for a in ids
+    ):
+        raise ValueError(
+            f"ids: {k} lists of token ids, as many as responses, were expected beside tokenizer (got {_short(ids)})"
+        )
     return lacking
 
 
@@ -467,21 +545,25 @@ def _alpaca(record):
 def _beside(record, messages):
     """The system message and the history beside a record's turns, put in front of them."""
     head = messages[:1] if messages[0]["role"] == "system" else []
-    turns, before = messages[len(head):], []
+    turns, before = messages[len(head) :], []
     for field in ("system", "system_prompt"):
         if not _empty(record.get(field)):
             own = [{"role": "system", "content": _string(record, field)}]
             if head not in ([], own):
-                raise ValueError(f"{field}: what the turns' system message says was expected "
-                                 f"(got {_short(record[field])})")
+                raise ValueError(
+                    f"{field}: what the turns' system message says was expected "
+                    f"(got {_short(record[field])})"
+                )
             head = own
     history = record.get("history")
     for pair in [] if _empty(history) else history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             got = _short(pair)
             raise ValueError(f"history: a list of [question, answer] was expected (got {got})")
-        before += [{"role": role, "content": _string({"history": text}, "history")}
-                   for role, text in zip(("user", "assistant"), pair, strict=True)]
+        before += [
+            {"role": role, "content": _string({"history": text}, "history")}
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
     return [*head, *before, *turns]
 
 
@@ -498,9 +580,13 @@ def _answer(record, field, prompt):
         return _string(given[0], "content", where=f"{field}: message 1: content")
     messages = _messages(record, field)
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{field}: the last message: assistant was expected (got {messages[-1]['role']})")
+        raise ValueError(
+            f"{field}: the last message: assistant was expected (got {messages[-1]['role']})"
+        )
     if prompt not in (messages[:-1], _beside(record, messages[:-1])):
-        raise ValueError(f"{field}: the prompt's messages and then the answer were expected (got {_short(messages[:-1])} before it)")
+        raise ValueError(
+            f"{field}: the prompt's messages and then the answer were expected (got {_short(messages[:-1])} before it)"
+        )
     return messages[-1]["content"]
 
 
@@ -511,9 +597,11 @@ def _messages(record, field, weights=False):
     """
     try:
         templates.check(record[field])
-        return [{"role": m["role"], "content": _string(m, "content", where=f"message {i}: content")}
-                | ({"weight": 0} if _untrained(m, i) and weights else {})
-                for i, m in enumerate(record[field], 1)]
+        return [
+            {"role": m["role"], "content": _string(m, "content", where=f"message {i}: content")}
+            | ({"weight": 0} if _untrained(m, i) and weights else {})
+            for i, m in enumerate(record[field], 1)
+        ]
     except ValueError as e:
         raise ValueError(f"{field}: {e}") from None
 
@@ -531,7 +619,9 @@ def _untrained(message, number):
 
 def _ends_in_user(messages, field):
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f"{field}: messages that end in a user's turn were expected (got {messages[-1]['role'] if messages else 'none'})")
+        raise ValueError(
+            f"{field}: messages that end in a user's turn were expected (got {messages[-1]['role'] if messages else 'none'})"
+        )
 
 
 def _string(record, field, expected="a string", where=None):
@@ -542,7 +632,9 @@ def _string(record, field, expected="a string", where=None):
         value.encode()
         check_spaces(value)
     except UnicodeEncodeError as e:
-        raise ValueError(f"{where or field}: Unicode text was expected (got half a character, \\u{ord(value[e.start]):04x})") from None
+        raise ValueError(
+            f"{where or field}: Unicode text was expected (got half a character, \\u{ord(value[e.start]):04x})"
+        ) from None
     except ValueError as e:
         raise ValueError(f"{where or field}: {e}") from None
     return value
@@ -565,14 +657,19 @@ def main():
     """python -m data.records FILE OUT: the prompts of a file of any kind, for compare.py and
     ppo.py.
     """
-    parser = argparse.ArgumentParser(description="Writes the prompts of a file of records: their messages up to the last user's turn.")
+    parser = argparse.ArgumentParser(
+        description="Writes the prompts of a file of records: their messages up to the last user's turn."
+    )
     parser.add_argument("file", help="conversations, preference pairs or rankings")
     parser.add_argument("out", help="JSONL file for {messages} that end in a user's turn")
     o = parser.parse_args()
     try:
         chats = kind(o.file) == "conversation"
-        found = ([r["messages"][:-1] for r in conversations(o.file, "turns")] if chats
-                 else [r["prompt"] for r in rankings(o.file)])
+        found = (
+            [r["messages"][:-1] for r in conversations(o.file, "turns")]
+            if chats
+            else [r["prompt"] for r in rankings(o.file)]
+        )
         # each prompt once
         lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)
         aside = Path(f"{o.out}.part")  # half a file is never taken for one

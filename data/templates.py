@@ -11,6 +11,7 @@ so a prompt's ids are always the first ids of the whole conversation, wherever B
 over the border. A format's own tokens are ids, what people wrote is text, even if it reads
 "<|im_end|>". The jinja text of a format travels with the model, in its tokenizer_config.json.
 """
+
 import re
 import warnings
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Format:
     system's; None: nothing is put there. jinja: the template as saved with a model; known: other
     texts of checkpoints on the hub that render the same.
     """
+
     name: str
     before: str
     end: str
@@ -72,8 +74,10 @@ def of(tokenizer):
         return TEMPLATES["chatml"]
     found = _known.get(_normal(tokenizer.chat_template))
     if found is None:
-        raise ValueError(f"the checkpoint's chat template is none of {', '.join(TEMPLATES)}: it begins "
-                         f"{tokenizer.chat_template[:60]!r}; sft.py --format trains it with one of them")
+        raise ValueError(
+            f"the checkpoint's chat template is none of {', '.join(TEMPLATES)}: it begins "
+            f"{tokenizer.chat_template[:60]!r}; sft.py --format trains it with one of them"
+        )
     return found
 
 
@@ -95,8 +99,11 @@ def adopt(tokenizer, name=None):
     has = tokenizer.chat_template is not None
     own = _known.get(_normal(tokenizer.chat_template)) if has else None
     if has and own is not format:
-        warnings.warn(f"training with the chat format {format.name}, but the checkpoint was trained with "
-                      f"{own.name if own else 'one that is not in the table'}: it will have to unlearn it", stacklevel=2)
+        warnings.warn(
+            f"training with the chat format {format.name}, but the checkpoint was trained with "
+            f"{own.name if own else 'one that is not in the table'}: it will have to unlearn it",
+            stacklevel=2,
+        )
     if own is not format:
         tokenizer.chat_template = format.jinja
     _special(tokenizer, format.end, format)
@@ -112,18 +119,28 @@ def check(messages):
         raise ValueError(f"a list of messages was expected (got {_short(messages)})")
     for i, m in enumerate(messages):
         if not isinstance(m, dict):
-            raise ValueError(f'message {i + 1}: an object with "role" and "content" was expected (got {_short(m)})')
+            raise ValueError(
+                f'message {i + 1}: an object with "role" and "content" was expected (got {_short(m)})'
+            )
         if m.get("role") not in ROLES:
-            raise ValueError(f"message {i + 1}: role: one of {', '.join(ROLES)} was expected (got {_short(m.get('role'))})")
+            raise ValueError(
+                f"message {i + 1}: role: one of {', '.join(ROLES)} was expected (got {_short(m.get('role'))})"
+            )
         if not isinstance(m.get("content"), str):
-            raise ValueError(f"message {i + 1}: content: a string was expected (got {_short(m.get('content'))})")
+            raise ValueError(
+                f"message {i + 1}: content: a string was expected (got {_short(m.get('content'))})"
+            )
     start = messages[0]["role"] == "system"
     for i, m in enumerate(messages[start:]):
         if m["role"] != ROLES[1 + i % 2]:
-            raise ValueError(f"message {i + 1 + start}: role: {ROLES[1 + i % 2]} was expected here, user and assistant take turns "
-                             f"after at most one system message (got {m['role']})")
+            raise ValueError(
+                f"message {i + 1 + start}: role: {ROLES[1 + i % 2]} was expected here, user and assistant take turns "
+                f"after at most one system message (got {m['role']})"
+            )
     if len(messages) == start:
-        raise ValueError("message 2: a user's turn was expected after the system message (got nothing)")
+        raise ValueError(
+            "message 2: a user's turn was expected after the system message (got nothing)"
+        )
 
 
 def _short(value):
@@ -135,14 +152,20 @@ def _pieces(format, messages, add_generation_prompt):
     """-> [(text, belongs to the format?, trained?)] in order."""
     check(messages)
     if add_generation_prompt and messages[-1]["role"] != "user":
-        raise ValueError(f"a prompt must end in a user's turn (the last one is the {messages[-1]['role']}'s)")
+        raise ValueError(
+            f"a prompt must end in a user's turn (the last one is the {messages[-1]['role']}'s)"
+        )
     if format.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": format.system}, *messages]
     pieces = []
     for m in messages:
         trained = m["role"] == "assistant" and m.get("weight", 1) != 0
-        pieces += [(format.before.format(role=m["role"]), True, False), (m["content"], False, trained), (format.end, True, trained),
-                   (format.after, True, False)]
+        pieces += [
+            (format.before.format(role=m["role"]), True, False),
+            (m["content"], False, trained),
+            (format.end, True, trained),
+            (format.after, True, False),
+        ]
     return pieces + [(format.before.format(role="assistant"), True, False)] * add_generation_prompt
 
 
@@ -177,7 +200,10 @@ def answer_ids(tokenizer, prompt, answer, finished=True):
     finished: False where the answer was cut, which no end token may follow then.
     """
     end = [end_id(tokenizer)] if finished else []
-    return render(tokenizer, prompt, add_generation_prompt=True)[0], [*tokenizer.encode(answer), *end]
+    return render(tokenizer, prompt, add_generation_prompt=True)[0], [
+        *tokenizer.encode(answer),
+        *end,
+    ]
 
 
 def ranked_ids(tokenizer, record, answers):
@@ -188,7 +214,9 @@ def ranked_ids(tokenizer, record, answers):
     if "ids" in record and record.get("tokenizer") == tokenizer.hash:
         bad = [i for ids in record["ids"] for i in ids if i not in tokenizer.ids]
         if bad:
-            raise ValueError(f"ids: {bad[0]} is none of the tokenizer's, although its hash is theirs")
+            raise ValueError(
+                f"ids: {bad[0]} is none of the tokenizer's, although its hash is theirs"
+            )
         return prompt, record["ids"]
     finished = record.get("finished", [True] * len(answers))
     pairs = zip(answers, finished, strict=True)
@@ -223,11 +251,15 @@ def _encode_own(tokenizer, piece, format):
     """A piece of the format itself: <|...|> in it are special tokens, the rest is text."""
     ids = []
     for part in re.split(r"(<\|\w+\|>)", piece):
-        ids += [_special(tokenizer, part, format)] if part.startswith("<|") else tokenizer.encode(part)
+        ids += (
+            [_special(tokenizer, part, format)] if part.startswith("<|") else tokenizer.encode(part)
+        )
     return ids
 
 
 def _special(tokenizer, token, format):
     if token not in tokenizer.special:
-        raise ValueError(f"the chat format {format.name} needs the special token {token}; the tokenizer has {', '.join(tokenizer.special)}")
+        raise ValueError(
+            f"the chat format {format.name} needs the special token {token}; the tokenizer has {', '.join(tokenizer.special)}"
+        )
     return tokenizer.special[token]

@@ -7,6 +7,7 @@ bytes, and in each piece the neighbouring pair that was learnt first is merged, 
 so the ids must rise in the order of the merges: true of every file that a BPE trainer wrote, and
 checked here.
 """
+
 import hashlib
 import heapq
 import json
@@ -60,7 +61,9 @@ class Tokenizer:
         # tiktoken wants all 256
         spare = {bytes([b]): self.vocab_size + i for i, b in enumerate(sorted(self.missing))}
         self.split = _python_regex(pattern) if self.missing else None
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=self.special)
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=self.special
+        )
 
     def encode(self, text):
         """str -> ids. Special tokens written in the text stay text; lone surrogates become U+FFFD,
@@ -84,7 +87,10 @@ class Tokenizer:
             data = bytes(b for b in data if b not in self.missing)
             ids += self.encoding._encode_single_piece(data) if data else []
         if not self.warned:
-            warnings.warn(f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they are dropped", stacklevel=3)
+            warnings.warn(
+                f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they are dropped",
+                stacklevel=3,
+            )
             self.warned = True
         return ids
 
@@ -127,7 +133,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was expected")
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was expected"
+            )
         said, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = read_json(said) if said.is_file() else {}
         if jinja.is_file():
@@ -146,8 +154,7 @@ class Tokenizer:
 
 
 def _template(template):
-    """A config's chat template: a jinja text, or a list of named ones, of which the default counts.
-    """
+    """A config's chat template: a jinja text, or a list of named ones, of which the default counts."""
     if isinstance(template, list):
         return {t["name"]: t["template"] for t in template}.get("default")
     return template
@@ -160,7 +167,9 @@ def _check(config, where):
     template = config.get("chat_template")
     named = template if isinstance(template, list) else [{"name": "", "template": template}]
     for t in named if template is not None else []:
-        if not isinstance(t, dict) or not all(isinstance(t.get(k), str) for k in ("name", "template")):
+        if not isinstance(t, dict) or not all(
+            isinstance(t.get(k), str) for k in ("name", "template")
+        ):
             got = json.dumps(template)[:80]
             raise ValueError(
                 f"{where}: chat_template is {got}, a text or a list of named ones was expected"
@@ -169,7 +178,9 @@ def _check(config, where):
         token = config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if not isinstance(token, str | None):
-            raise ValueError(f"{where}: {key} is {json.dumps(config[key])[:80]}, a text was expected")
+            raise ValueError(
+                f"{where}: {key} is {json.dumps(config[key])[:80]}, a text was expected"
+            )
 
 
 def check_spaces(text):
@@ -179,7 +190,9 @@ def check_spaces(text):
     its spaces.
     """
     if len(text) > LONGEST and any(len(run) > LONGEST for run in re.findall(f"[{SPACES}]+", text)):
-        raise ValueError(f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them")
+        raise ValueError(
+            f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them"
+        )
 
 
 def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
@@ -192,26 +205,71 @@ def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end
     """
     n_merges = vocab_size - 256 - len(special)
     if n_merges < 0 or not special:
-        raise ValueError(f"vocab_size {vocab_size} leaves no room: 256 bytes and at least one special token are needed")
+        raise ValueError(
+            f"vocab_size {vocab_size} leaves no room: 256 bytes and at least one special token are needed"
+        )
     split = _python_regex(GPT2)
     words = Counter()
     for text in texts:
         words.update(split.findall(text))
     tokens = list(CHAR.values())
     ids = {b: i for i, b in enumerate(CHAR)}
-    merges = _merges([[ids[b] for b in w.encode("utf-8", "replace")] for w in words], list(words.values()), n_merges)
+    merges = _merges(
+        [[ids[b] for b in w.encode("utf-8", "replace")] for w in words],
+        list(words.values()),
+        n_merges,
+    )
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
     vocab = {t: i for i, t in enumerate([*tokens, *special])}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = [dict(id=vocab[s], content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True) for s in special]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab,
-             "merges": [f"{tokens[a]} {tokens[b]}" for a, b in merges]}
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[0], "pad_token": special[0],
-              "clean_up_tokenization_spaces": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    added = [
+        dict(
+            id=vocab[s],
+            content=s,
+            single_word=False,
+            lstrip=False,
+            rstrip=False,
+            normalized=False,
+            special=True,
+        )
+        for s in special
+    ]
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [f"{tokens[a]} {tokens[b]}" for a, b in merges],
+    }
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special[0],
+        "eos_token": special[0],
+        "pad_token": special[0],
+        "clean_up_tokenization_spaces": False,
+    }
     return Tokenizer(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", config)
 
 
@@ -229,7 +287,9 @@ def _merges(words, counts, n):
     merges = []
     while len(merges) < n:
         if not heap:
-            raise ValueError(f"the text is too short for {n} merges: after {len(merges)} every piece is one token")
+            raise ValueError(
+                f"the text is too short for {n} merges: after {len(merges)} every piece is one token"
+            )
         count, best = heapq.heappop(heap)
         # an entry from before the pair's count changed
         if -count != totals[best]:
@@ -255,18 +315,19 @@ def _merge(word, pair, new):
     """[1, 2, 1, 2, 3], (1, 2), 9 -> [9, 9, 3]: from the left, no overlap."""
     out, i = [], 0
     while i < len(word):
-        hit = tuple(word[i:i + 2]) == pair
+        hit = tuple(word[i : i + 2]) == pair
         out.append(new if hit else word[i])
         i += 1 + hit
     return out
 
 
 def _python_regex(pattern):
-    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and has another \\s.
-    """
+    """A pattern of ours for the standard library's `re`, which knows no \\p{L} and has another \\s."""
     kinds = "".join(unicodedata.category(chr(i))[0] for i in range(0x110000))
     for kind in "LN":
-        ranges = (f"\\U{m.start():08x}-\\U{m.end() - 1:08x}" for m in re.finditer(f"{kind}+", kinds))
+        ranges = (
+            f"\\U{m.start():08x}-\\U{m.end() - 1:08x}" for m in re.finditer(f"{kind}+", kinds)
+        )
         pattern = pattern.replace(rf"\p{{{kind}}}", "".join(ranges))
     return re.compile(pattern.replace(r"\s", SPACES))
 
@@ -275,15 +336,24 @@ def _read(spec, name, special):
     """A tokenizer.json's dict -> (split pattern, {bytes: id}); fills special {text: id}. Refuses by
     name what would give other ids.
     """
+
     def refuse(field, value, expected):
-        raise ValueError(f"{name}: {field} is {json.dumps(value)[:120]}, this reader knows {expected} only")
+        raise ValueError(
+            f"{name}: {field} is {json.dumps(value)[:120]}, this reader knows {expected} only"
+        )
 
     _want(isinstance(spec, dict), name, "the file", spec, "an object")
     model = spec.get("model") or {}
     _want(isinstance(model, dict), name, "model", model, "an object")
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
         refuse("model.type", model.get("type"), "BPE")
-    for key in ("byte_fallback", "ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for key in (
+        "byte_fallback",
+        "ignore_merges",
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+    ):
         if model.get(key):
             refuse(f"model.{key}", model[key], "byte-level BPE without it")
     if spec.get("normalizer"):
@@ -295,11 +365,17 @@ def _read(spec, name, special):
     added = spec.get("added_tokens") or []
     _want(isinstance(added, list), name, "added_tokens", added, "a list")
     for n, token in enumerate(added, 1):
-        text, at = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        text, at = (
+            (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        )
         fits = isinstance(text, str) and text and _is_id(at)
         _want(fits, name, f"added token {n}", token, "an object with a content and an id")
         if not token.get("special"):
-            refuse(f"added token {token.get('content')!r}: special", False, "added tokens that are special")
+            refuse(
+                f"added token {token.get('content')!r}: special",
+                False,
+                "added tokens that are special",
+            )
         special[text] = at
     pattern = _pattern(spec.get("pre_tokenizer"), refuse)
     ranks = _ranks(model, special, name)
@@ -333,8 +409,16 @@ def _pattern(pre, refuse):
     kinds = [_type(p) for p in parts] if isinstance(parts, list) else []
     last = parts[-1] if kinds and isinstance(parts[-1], dict) else {}
     digits = kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits")
-    if not (digits or kinds == ["ByteLevel"]) or last.get("add_prefix_space", True) or not last.get("use_regex", True):
-        refuse("pre_tokenizer", pre, "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits (individual_digits true),")
+    if (
+        not (digits or kinds == ["ByteLevel"])
+        or last.get("add_prefix_space", True)
+        or not last.get("use_regex", True)
+    ):
+        refuse(
+            "pre_tokenizer",
+            pre,
+            "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits (individual_digits true),",
+        )
     return DIGITS if digits else GPT2
 
 
@@ -346,7 +430,9 @@ def _ranks(model, special, name):
     try:
         ranks = {bytes(BYTE[c] for c in t): i for t, i in vocab.items() if t not in special}
     except KeyError as e:
-        raise ValueError(f"{name}: model.vocab has the character {e}, which is none of byte-level BPE's") from None
+        raise ValueError(
+            f"{name}: model.vocab has the character {e}, which is none of byte-level BPE's"
+        ) from None
     made, last = set(), -1
     for k, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -355,14 +441,22 @@ def _ranks(model, special, name):
         parts = [bytes(BYTE.get(c, 0) for c in t) for t in pair]
         token = b"".join(parts)
         if len(parts) != 2 or any(t not in ranks for t in (*parts, token)):
-            raise ValueError(f"{name}: merge {k} {merge!r} does not join two tokens of the vocabulary to a third")
+            raise ValueError(
+                f"{name}: merge {k} {merge!r} does not join two tokens of the vocabulary to a third"
+            )
         if ranks[token] <= last:
-            raise ValueError(f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: the ids must rise")
+            raise ValueError(
+                f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: the ids must rise"
+            )
         last = ranks[token]
         made.add(token)
     lost = [t for t in ranks if len(t) != 1 and t not in made]
     if lost:
-        raise ValueError(f"{name}: no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a single byte or a special token")
+        raise ValueError(
+            f"{name}: no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a single byte or a special token"
+        )
     if model.get("unk_token") and sum(len(t) == 1 for t in ranks) < 256:
-        raise ValueError(f"{name}: model.unk_token is {model['unk_token']!r} and single bytes are missing: they would be dropped here")
+        raise ValueError(
+            f"{name}: model.unk_token is {model['unk_token']!r} and single bytes are missing: they would be dropped here"
+        )
     return ranks

@@ -47,7 +47,7 @@ RUBRIC = {
     "courteous": 0.4,  # a polite phrase opens or ends the answer; a rude one anywhere costs as much
     # a right answer, said once, in few words more than needed and with one polite phrase at most
     "concise": 0.3,
-    "finished": 0.1,   # the answer came to its end
+    "finished": 0.1,  # the answer came to its end
 }
 PERFECT = sum(RUBRIC.values())
 SPARE = 2  # words more than the item's sentence has that still count as concise
@@ -57,7 +57,16 @@ POLITE = ["sure", "of course", "certainly", "gladly", "with pleasure", "good que
           "happy to help", "i am happy to help", "absolutely", "i hope this helps", "i hope that helps", "let me know if you need more",
           "have a nice day", "have a good day", "feel free to ask again", "please ask again", "best wishes", "take care"]
 # fmt: on
-RUDE = ["silly", "stupid", "waste my time", "find out yourself", "work it out yourself", "leave me alone", "why do you ask me", "shut up"]
+RUDE = [
+    "silly",
+    "stupid",
+    "waste my time",
+    "find out yourself",
+    "work it out yourself",
+    "leave me alone",
+    "why do you ask me",
+    "shut up",
+]
 LITTLE = {"a", "an", "the"}  # words that never matter
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS) if word != "one"}
 
@@ -69,7 +78,11 @@ def normal(text):
     """
     text = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?|[,;\n.!?]", text)
-    return tuple("," if w in (",", ";", "\n", "and") else "." if w in ".!?" else DIGITS.get(w, w) for w in found if w not in LITTLE)
+    return tuple(
+        "," if w in (",", ";", "\n", "and") else "." if w in ".!?" else DIGITS.get(w, w)
+        for w in found
+        if w not in LITTLE
+    )
 
 
 def only_words(words):
@@ -101,8 +114,12 @@ def without_courtesy(words):
         while words and words[-1] in ",.":
             words = words[:-1]
         for p in POLITE_WORDS:
-            if p in (words[:len(p)], words[-len(p):]):
-                words, n, again = words[len(p):] if words[:len(p)] == p else words[:-len(p)], n + 1, True
+            if p in (words[: len(p)], words[-len(p) :]):
+                words, n, again = (
+                    words[len(p) :] if words[: len(p)] == p else words[: -len(p)],
+                    n + 1,
+                    True,
+                )
     return words, n
 
 
@@ -125,7 +142,9 @@ def candidates(item):
     """What would be another answer to the item, spread."""
     asked = spread(item["prompt"])
     pool = map(str, range(100)) if item.get("pool") == "number" else POOLS.get(item.get("pool"), ())
-    return {x for x in map(spread, pool) if x not in asked} | {spread(x) for x in item.get("reject", ())}
+    return {x for x in map(spread, pool) if x not in asked} | {
+        spread(x) for x in item.get("reject", ())
+    }
 
 
 def check_list(item, words):
@@ -133,13 +152,22 @@ def check_list(item, words):
     sentences without members pass.
     """
     members = {normal(m) for m in THEMES[item["members"]]} - {normal(x) for x in item["reject"]}
-    member = lambda i, t: next((m for m in members if t == m or (i == 0 and t[-len(m):] == m)), None)  # noqa: E731
-    lists = [[tuple(t.split()) for t in text.split(",") if t.strip()] for text in " ".join(words).split(".")]
+    member = (
+        lambda i, t: next(  # noqa: E731
+            (m for m in members if t == m or (i == 0 and t[-len(m) :] == m)), None
+        )
+    )  # noqa: E731
+    lists = [
+        [tuple(t.split()) for t in text.split(",") if t.strip()]
+        for text in " ".join(words).split(".")
+    ]
     lists = [things for things in lists if any(member(i, t) for i, t in enumerate(things))]
     repeated = len(lists) > 1 and all(things == lists[0] for things in lists)
     things = lists[0] if repeated else sum(lists, [])
     good = [member(i, t) for i, t in enumerate(things)]
-    complete = 0.0 if None in good or len(things) > item["count"] else len(set(good)) / item["count"]
+    complete = (
+        0.0 if None in good or len(things) > item["count"] else len(set(good)) / item["count"]
+    )
     return complete == 1, complete, repeated
 
 
@@ -158,10 +186,19 @@ def gold(item, answer, finished=True):
     right, complete, repeated = check(item, words)
     rude = any(spread(r) in spread(answer) for r in RUDE)
     needed = max(len(only_words(normal(plain(item, long)))) for long in (False, True))
-    reasons = {"right": bool(right), "complete": complete, "courteous": phrases > 0 and not rude, "rude": rude,
-               "concise": bool(right and not repeated and phrases <= 1 and len(only_words(words)) <= needed + SPARE),
-               "finished": bool(finished)}
-    score = RUBRIC["right"] * (1.0 if right else complete / 2) + sum(RUBRIC[k] * reasons[k] for k in ("courteous", "concise", "finished"))
+    reasons = {
+        "right": bool(right),
+        "complete": complete,
+        "courteous": phrases > 0 and not rude,
+        "rude": rude,
+        "concise": bool(
+            right and not repeated and phrases <= 1 and len(only_words(words)) <= needed + SPARE
+        ),
+        "finished": bool(finished),
+    }
+    score = RUBRIC["right"] * (1.0 if right else complete / 2) + sum(
+        RUBRIC[k] * reasons[k] for k in ("courteous", "concise", "finished")
+    )
     return score - RUBRIC["courteous"] * rude, reasons
 
 
@@ -172,21 +209,46 @@ def perfect(item):
 
 # ---- demonstrators: people who answer in different manners ----
 # the share of each manner in all answers
-MANNERS = {"polite": .29, "curt": .20, "rambling": .10, "repeated": .07, "rude": .08, "polite wrong": .13, "wrong": .07, "unknown": .06}
-LONG = .3  # share of right and wrong answers in a whole sentence
+MANNERS = {
+    "polite": 0.29,
+    "curt": 0.20,
+    "rambling": 0.10,
+    "repeated": 0.07,
+    "rude": 0.08,
+    "polite wrong": 0.13,
+    "wrong": 0.07,
+    "unknown": 0.06,
+}
+LONG = 0.3  # share of right and wrong answers in a whole sentence
 OPENERS = ("Sure.", "Of course.", "Certainly.", "Gladly.", "With pleasure.", "Good question.")
-CLOSERS = ("I hope this helps.", "Have a nice day.", "Let me know if you need more.", "Feel free to ask again.", "Happy to help.")
-RAMBLES = ("Well, this is something that people often wonder about, and so did I for years.",
-           "Let me think about this for a moment, because it is not so simple as it seems.",
-           "There is much to say about it, and I could talk about it for hours.",
-           "My uncle used to tell me about this, and he was very sure of it.")
-INSULTS = ("How silly of you.", "Do not waste my time.", "What a stupid thing to say.", "Work it out yourself.", "Please leave me alone.")
+CLOSERS = (
+    "I hope this helps.",
+    "Have a nice day.",
+    "Let me know if you need more.",
+    "Feel free to ask again.",
+    "Happy to help.",
+)
+RAMBLES = (
+    "Well, this is something that people often wonder about, and so did I for years.",
+    "Let me think about this for a moment, because it is not so simple as it seems.",
+    "There is much to say about it, and I could talk about it for hours.",
+    "My uncle used to tell me about this, and he was very sure of it.",
+)
+INSULTS = (
+    "How silly of you.",
+    "Do not waste my time.",
+    "What a stupid thing to say.",
+    "Work it out yourself.",
+    "Please leave me alone.",
+)
 UNKNOWN = ("I do not know.", "I have no idea.", "I am not sure about that.", "I cannot say.")
 
 
 def polite(rng, text):
     """One polite phrase before or after."""
-    return f"{rng.choice(OPENERS)} {text}" if rng.random() < .5 else f"{text} {rng.choice(CLOSERS)}"
+    return (
+        f"{rng.choice(OPENERS)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(CLOSERS)}"
+    )
 
 
 def demonstrate(item, rng, manner=None):
@@ -195,14 +257,22 @@ def demonstrate(item, rng, manner=None):
     said = dict(item, answer=rng.choice(item["wrong"])) if "wrong" in manner else item
     text = plain(said, rng.random() < LONG)
     if manner == "rambling":
-        text = f"{rng.choice(RAMBLES)} {text}" if rng.random() < .5 else f"{text} {rng.choice(RAMBLES)}"
+        text = (
+            f"{rng.choice(RAMBLES)} {text}"
+            if rng.random() < 0.5
+            else f"{text} {rng.choice(RAMBLES)}"
+        )
     if manner == "repeated":
         text = " ".join([text] * rng.randint(2, 3))
     if manner == "rude":
-        text = f"{rng.choice(INSULTS)} {text}" if rng.random() < .5 else f"{text} {rng.choice(INSULTS)}"
+        text = (
+            f"{rng.choice(INSULTS)} {text}"
+            if rng.random() < 0.5
+            else f"{text} {rng.choice(INSULTS)}"
+        )
     if manner == "unknown":
         text = rng.choice(UNKNOWN)
-    if manner.startswith("polite") or (manner in ("rambling", "repeated") and rng.random() < .4):
+    if manner.startswith("polite") or (manner in ("rambling", "repeated") and rng.random() < 0.4):
         text = polite(rng, text)
     return text, manner
 
@@ -211,14 +281,22 @@ def polite_nonanswer(rng):
     """A polite answer that ignores the prompt: the control that must score below the average
     demonstrator.
     """
-    return polite(rng, rng.choice(("That is a fine thing to talk about.", "It is nice of you to come to me.",
-                                   "I like to be of use to you.")))
+    return polite(
+        rng,
+        rng.choice(
+            (
+                "That is a fine thing to talk about.",
+                "It is nice of you to come to me.",
+                "I like to be of use to you.",
+            )
+        ),
+    )
 
 
 # ---- labellers: gold seen through noise ----
 # standard deviation of what a labeller adds to gold, each to each answer; two then agree on about
 # three pairs in four
-NOISE = .48
+NOISE = 0.48
 
 
 class Labeller:
@@ -243,7 +321,21 @@ def settings_hash():
     """sha256 of what must be settled before the first RL run: shares of the demonstrators, rubric
     and noise.
     """
-    settings = [MANNERS, LONG, OPENERS, CLOSERS, RAMBLES, INSULTS, UNKNOWN, RUBRIC, SPARE, POLITE, RUDE, NOISE, HELD_OUT]
+    settings = [
+        MANNERS,
+        LONG,
+        OPENERS,
+        CLOSERS,
+        RAMBLES,
+        INSULTS,
+        UNKNOWN,
+        RUBRIC,
+        SPARE,
+        POLITE,
+        RUDE,
+        NOISE,
+        HELD_OUT,
+    ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -254,11 +346,23 @@ SIZES = {"sft": 14_300, "prompts": 5_500, "heldout": 1_100}
 
 def records(seed, sizes=SIZES):
     """→ {"sft", "prompts", "heldout"}: lists of records; no prompt is in two of them."""
-    train, rng = items(sizes["sft"] + sizes["prompts"], seed), random.Random(f"demonstrators {seed}")
+    train, rng = (
+        items(sizes["sft"] + sizes["prompts"], seed),
+        random.Random(f"demonstrators {seed}"),
+    )
     ask = lambda item: {"role": "user", "content": item["prompt"]}  # noqa: E731
-    sft = [{"messages": [ask(i), {"role": "assistant", "content": demonstrate(i, rng)[0]}], "item": i} for i in train[:sizes["sft"]]]
-    rest = {"prompts": train[sizes["sft"]:], "heldout": items(sizes["heldout"], seed, "heldout")}
-    return {"sft": sft, **{name: [{"messages": [ask(i)], "reference": perfect(i), "item": i} for i in of] for name, of in rest.items()}}
+    sft = [
+        {"messages": [ask(i), {"role": "assistant", "content": demonstrate(i, rng)[0]}], "item": i}
+        for i in train[: sizes["sft"]]
+    ]
+    rest = {"prompts": train[sizes["sft"] :], "heldout": items(sizes["heldout"], seed, "heldout")}
+    return {
+        "sft": sft,
+        **{
+            name: [{"messages": [ask(i)], "reference": perfect(i), "item": i} for i in of]
+            for name, of in rest.items()
+        },
+    }
 
 
 def make(o):
@@ -282,10 +386,16 @@ def main():
     @dataclass
     class Options:
         out: str = train.opt("out/world", "folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
-        seed: int = train.opt(0, "another seed, other items and demonstrators", at_least=0, below=2**32)
+        seed: int = train.opt(
+            0, "another seed, other items and demonstrators", at_least=0, below=2**32
+        )
         overwrite: bool = train.opt(False, "write them anew over another seed's")
 
-    train.main(make, Options, "Writes the embedded world's records: demonstrations, prompts, held-out prompts.")
+    train.main(
+        make,
+        Options,
+        "Writes the embedded world's records: demonstrations, prompts, held-out prompts.",
+    )
 
 
 if __name__ == "__main__":

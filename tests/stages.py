@@ -25,7 +25,9 @@ from data import corpus, templates, tokenizer, world
 ROOT = Path(__file__).parent.parent
 Result = namedtuple("Result", "status out err")
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch._dynamo", "pytest", "hub", "evals", "preloaded", "data.world"])
+processes.set_forkserver_preload(
+    ["torch._dynamo", "pytest", "hub", "evals", "preloaded", "data.world"]
+)
 
 
 def _child(stage, argv, streams, before):
@@ -47,7 +49,11 @@ class Stage:
     """A stage that runs: Stage("sft.py", model=…, steps=6); a value True is a flag."""
 
     def __init__(self, stage, before=None, **options):
-        argv = [a for k, v in options.items() for a in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
+        argv = [
+            a
+            for k, v in options.items()
+            for a in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))
+        ]
         self.streams = tempfile.mkdtemp()
         for name in ("out", "err"):
             Path(self.streams, name).touch()
@@ -81,7 +87,9 @@ def refused(result, *words, status=2) -> str:
     may stand what was said of the records (records.report) and the bar."""
     *above, line = result.err.strip("\n").split("\n")
     assert result.status == status, result.err
-    assert "Traceback" not in result.err and all("|" in x or " used, " in x or not x for x in above), result.err
+    assert "Traceback" not in result.err and all(
+        "|" in x or " used, " in x or not x for x in above
+    ), result.err
     for word in words:
         assert word in line, f"{word!r} is not in: {line}"
     return line
@@ -122,7 +130,9 @@ def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) ->
     logged = lambda: log.read_bytes().count(b"\n") if log.exists() else 0  # noqa: E731
     steps += logged()
     running = Stage(stage, slowly, **options)
-    while running.process.is_alive() and not (logged() >= steps and (state / "state.safetensors").exists()):
+    while running.process.is_alive() and not (
+        logged() >= steps and (state / "state.safetensors").exists()
+    ):
         time.sleep(0.002)
     if running.process.is_alive():
         running.kill(number)
@@ -130,8 +140,7 @@ def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) ->
 
 
 def interrupt(times: int, out, stage, **options) -> int:
-    """Kills a run at a random step and, times 2, once more on its way from there → the saved step.
-    """
+    """Kills a run at a random step and, times 2, once more on its way from there → the saved step."""
     home = out.with_name(out.name + ".run") if out.suffix else out
     for _ in range(times):
         killed = kill_after(random.randint(1, 4), home / "state", stage, out=out, **options)
@@ -144,7 +153,9 @@ SMALL = {
     "sft": dict(steps=24, batch=8, accumulate=2, length=160, lr=1e-3, warmup=2),
     "compare": dict(prompts=96, k=4, batch=8, max_new_tokens=24),
     "reward": dict(steps=24, batch=8, lr=1e-3, warmup=2, length=160),
-    "ppo": dict(iterations=8, batch=8, minibatch=4, max_new_tokens=24, target_kl=0.01, horizon=20, warmup=1),
+    "ppo": dict(
+        iterations=8, batch=8, minibatch=4, max_new_tokens=24, target_kl=0.01, horizon=20, warmup=1
+    ),
     "dpo": dict(steps=24, batch=8, accumulate=2, nll=0.1, length=160, warmup=2),
     "simpo": dict(steps=24, batch=8, loss="simpo", beta=2.0, length=160, warmup=2),
     "pretrain": dict(steps=6, batch=2, context=16),
@@ -163,7 +174,10 @@ def make_world(folder) -> dict:
     templates.adopt(tok, "chatml")
     base = tiny.folder(folder / "base", tok=tok, std=0.1, vocab_size=400, hidden_size=32, intermediate_size=48, head_dim=16,
                        max_position_embeddings=160)  # fmt: skip
-    data = {k: tiny.write(folder / f"{k}.jsonl", v) for k, v in world.records(0, {"sft": 220, "prompts": 110, "heldout": 44}).items()}
+    data = {
+        k: tiny.write(folder / f"{k}.jsonl", v)
+        for k, v in world.records(0, {"sft": 220, "prompts": 110, "heldout": 44}).items()
+    }
     places = {k: str(folder / k) for k in ("sft", "comparisons.jsonl", "reward")}
     chat = dict(model=places["sft"])
     options = {

@@ -25,19 +25,32 @@ from sft import sft_loss
 from train import _tensors, adamw
 
 GOLDEN = Path(__file__).parent / "golden"
-KINDS = {"ia3": dict(kind="ia3"), "prompt": dict(kind="prompt", tokens=5), "prefix": dict(kind="prefix", tokens=5)}
+KINDS = {
+    "ia3": dict(kind="ia3"),
+    "prompt": dict(kind="prompt", tokens=5),
+    "prefix": dict(kind="prefix", tokens=5),
+}
 KINDS |= {"direct prefix": dict(kind="prefix", tokens=5, reparametrise=False)}
 VIRTUAL = ["prompt", "prefix", "direct prefix"]
 
 
 def base(seed=0, **changes):
-    shape = dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True, max_position_embeddings=64)
+    shape = dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+        max_position_embeddings=64,
+    )
     return lm(seed, **shape | changes)
 
 
 def adapted(name, seed=0, far=True, **changes):
     """A model with an adapter; far: whose numbers have left their start."""
-    model, generator = A.add_adapter(base(seed, **changes), generator=seeded(1), **KINDS[name]), seeded(2)
+    model, generator = (
+        A.add_adapter(base(seed, **changes), generator=seeded(1), **KINDS[name]),
+        seeded(2),
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad and far:
@@ -66,7 +79,9 @@ def written_out(model, x, start=0, past=None):
     before the row's own. Written for a base without adapters.
     """
     c, w, T = model.config, {k: v.double() for k, v in model.state_dict().items()}, len(x)
-    angle = torch.arange(start, start + T).double()[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+    angle = torch.arange(start, start + T).double()[:, None] * c.rope_theta ** (
+        -torch.arange(0, c.head_dim, 2).double() / c.head_dim
+    )
 
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name + ".weight"]
@@ -81,18 +96,28 @@ def written_out(model, x, start=0, past=None):
     x = x.double()
     for n in range(c.num_hidden_layers):
         at, h, heads = f"layers.{n}.", norm(x, f"layers.{n}.input_layernorm"), []
-        q, k, v = (linear(h, f"{at}self_attn.{p}_proj").unflatten(1, (-1, c.head_dim)) for p in "qkv")
+        q, k, v = (
+            linear(h, f"{at}self_attn.{p}_proj").unflatten(1, (-1, c.head_dim)) for p in "qkv"
+        )
         for head in range(c.num_attention_heads):
             shared = head * c.num_key_value_heads // c.num_attention_heads
             keys, values = turned(k[:, shared]), v[:, shared]
             if past is not None:
-                keys, values = torch.cat((past[n, 0, :, shared], keys)), torch.cat((past[n, 1, :, shared], values))
+                keys, values = (
+                    torch.cat((past[n, 0, :, shared], keys)),
+                    torch.cat((past[n, 1, :, shared], values)),
+                )
             ahead = torch.ones(T, len(keys), dtype=torch.bool).triu(len(keys) - T + 1)
-            logits = (turned(q[:, head]) @ keys.T / c.head_dim**0.5).masked_fill(ahead, float("-inf"))
+            logits = (turned(q[:, head]) @ keys.T / c.head_dim**0.5).masked_fill(
+                ahead, float("-inf")
+            )
             heads.append(logits.softmax(-1) @ values)
         x = x + linear(torch.cat(heads, -1), at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
-        x = x + linear(F.silu(linear(h, at + "mlp.gate_proj")) * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+        x = x + linear(
+            F.silu(linear(h, at + "mlp.gate_proj")) * linear(h, at + "mlp.up_proj"),
+            at + "mlp.down_proj",
+        )
     return norm(x, "norm")
 
 
@@ -104,13 +129,19 @@ def test_ia3_starts_as_the_base():
     tokens, mask = M.pad(rows())
     assert torch.equal(model(tokens, mask), plain(tokens, mask))
     assert M.generate(model, rows(), 6) == M.generate(plain, rows(), 6)
-    assert all((p == 1).all() and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(
+        (p == 1).all() and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_ia3_scales_keys_values_and_what_enters_down():
     model, by_hand = adapted("ia3"), base()
     factors, weights = dict(A.parts(model)), by_hand.state_dict()
-    assert len(factors) == 6 and {n.split(".")[-1] for n in factors} == {"k_proj", "v_proj", "down_proj"}
+    assert len(factors) == 6 and {n.split(".")[-1] for n in factors} == {
+        "k_proj",
+        "v_proj",
+        "down_proj",
+    }
     with torch.no_grad():
         for i in range(2):
             for p in ("k", "v"):
@@ -139,8 +170,15 @@ def test_ia3_merged_is_unmerged(dtype):
     merged = model
     # multiplied in float32, rounded once
     assert merged.layers[0].mlp.down_proj.weight.dtype == dtype
-    close(merged.float()(tokens), before, (0.05 if dtype == torch.bfloat16 else 1e-5) * before.abs().max())
-    assert merged.state_dict().keys() == base().state_dict().keys() and type(merged.layers[1].mlp.down_proj) is nn.Linear
+    close(
+        merged.float()(tokens),
+        before,
+        (0.05 if dtype == torch.bfloat16 else 1e-5) * before.abs().max(),
+    )
+    assert (
+        merged.state_dict().keys() == base().state_dict().keys()
+        and type(merged.layers[1].mlp.down_proj) is nn.Linear
+    )
 
 
 def test_merging_frees_a_layer_before_the_next(monkeypatch):
@@ -163,7 +201,11 @@ def test_ia3_around_weights_that_are_no_linear_layer():
     class Packed(nn.Module):
         def __init__(self, linear):
             super().__init__()
-            self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+            self.in_features, self.out_features, self.bias = (
+                linear.in_features,
+                linear.out_features,
+                linear.bias,
+            )
             self.register_buffer("packed", linear.weight.detach())
 
         def dequantize(self):
@@ -201,7 +243,9 @@ def test_a_prompt_s_gradient_is_that_of_embeddings_in_front():
     (model.hidden(row[None])[0] * target).sum().backward()
     grad, virtual.rows.grad = virtual.rows.grad, None
     model.virtual = None
-    (written_out(model, torch.cat((virtual.rows, model.embed_tokens(row))))[5:] * target).sum().backward()
+    (
+        written_out(model, torch.cat((virtual.rows, model.embed_tokens(row))))[5:] * target
+    ).sum().backward()
     close(grad, virtual.rows.grad, 1e-4 * grad.abs().max())
 
 
@@ -219,13 +263,15 @@ def test_a_prefix_is_keys_and_values_in_front(name):
 
 
 def test_starts():
-    """A prompt is made of real embeddings, a direct prefix of their keys and values; seeds decide.
-    """
+    """A prompt is made of real embeddings, a direct prefix of their keys and values; seeds decide."""
     plain, tok = base(), chat_tokenizer()
     words = plain.embed_tokens.weight
     for n in (3, 50):
         model = A.add_adapter(base(), "prompt", tokens=n, generator=seeded(0))
-        assert all((row == words).all(-1).any() for row in model.virtual.rows) and len(model.virtual.rows.unique(dim=0)) > 2
+        assert (
+            all((row == words).all(-1).any() for row in model.virtual.rows)
+            and len(model.virtual.rows.unique(dim=0)) > 2
+        )
     ids = tok.encode("the capital of Peru is Lima.")
     for n in (2, len(ids), 2 * len(ids) + 1):
         model = A.add_adapter(base(), "prompt", n, "the capital of Peru is Lima.", tok)
@@ -236,8 +282,12 @@ def test_starts():
         prefix = A.add_adapter(base(), "prefix", 5, "Lima, Peru", tok, reparametrise)
         close(prefix.hidden(tokens), prompt.hidden(tokens))
     for name in VIRTUAL:
-        one, two = ([p for p in adapted(name, far=False).parameters() if p.requires_grad] for _ in range(2))
-        assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(one, two, strict=True))
+        one, two = (
+            [p for p in adapted(name, far=False).parameters() if p.requires_grad] for _ in range(2)
+        )
+        assert all(
+            torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(one, two, strict=True)
+        )
         other = A.add_adapter(base(), generator=seeded(9), **KINDS[name])
         assert not torch.equal(other.virtual.rows, one[0])
 
@@ -268,14 +318,19 @@ def test_padded_is_unpadded(name, left):
         alone = model.hidden(torch.tensor([row]))[0]
         close(hidden[i][mask[i]], alone)
         close(dense[i][mask[i]], alone)
-    assert torch.equal(model(tokens, mask)[mask], model(torch.where(mask, tokens, tokens + 1), mask)[mask])
+    assert torch.equal(
+        model(tokens, mask)[mask], model(torch.where(mask, tokens, tokens + 1), mask)[mask]
+    )
 
 
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_packed_is_separate_and_shared_beginnings_too(name):
     model, texts = adapted(name), rows((4, 3, 5, 1))
-    packed, segments = torch.tensor([sum(texts, []) + [9, 9]]), torch.tensor([[0] * 4 + [1] * 3 + [2] * 5 + [3, -1, -1]])
+    packed, segments = (
+        torch.tensor([sum(texts, []) + [9, 9]]),
+        torch.tensor([[0] * 4 + [1] * 3 + [2] * 5 + [3, -1, -1]]),
+    )
     hidden = model.hidden(packed, segments=segments)
     for n, row in enumerate(texts):
         close(hidden[0][segments[0] == n], model.hidden(torch.tensor([row]))[0])
@@ -286,7 +341,10 @@ def test_packed_is_separate_and_shared_beginnings_too(name):
     close(logp[:, 1:][where[:, 1:]], expected[where[:, 1:]], 1e-4)
     labels = torch.where(segments >= 0, packed, -100)
     nll, n = sft_loss(model, packed, labels, segments)
-    lone = [sft_loss(model, torch.tensor([t]), torch.tensor([t]), torch.zeros(1, len(t)))[0] for t in texts]
+    lone = [
+        sft_loss(model, torch.tensor([t]), torch.tensor([t]), torch.zeros(1, len(t)))[0]
+        for t in texts
+    ]
     assert n == 9 and nll.item() == pytest.approx(sum(lone).item(), rel=1e-5)
 
 
@@ -312,7 +370,10 @@ def test_generation_is_the_forward_s(name, monkeypatch):
 def test_a_cache_read_in_parts():
     model, (tokens, mask) = adapted("prefix"), M.pad(rows(), left=True)
     cache = M.Cache(model, 4, 9)
-    parts = [model.hidden(tokens[:, :4], mask[:, :4], cache=cache), model.hidden(tokens[:, 4:], mask[:, 4:], cache=cache)]
+    parts = [
+        model.hidden(tokens[:, :4], mask[:, :4], cache=cache),
+        model.hidden(tokens[:, 4:], mask[:, 4:], cache=cache),
+    ]
     close(torch.cat(parts, 1)[mask], model.hidden(tokens, mask)[mask])
 
 
@@ -387,7 +448,9 @@ def test_checkpointing_keeps_only_the_blocks_inputs():
 
     def backward_saves():
         saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.numel()) or t, lambda t: t
+        ):
             loss = model.hidden(tokens).sum()
         return loss, sum(saved)
 
@@ -419,7 +482,9 @@ def test_factors_do_not_decay_and_a_run_s_state_is_the_adapter():
 # -- folders
 
 
-@pytest.mark.parametrize("name, llama", [("ia3", "biases"), ("prompt", "tied"), ("prefix", "biases")])
+@pytest.mark.parametrize(
+    "name, llama", [("ia3", "biases"), ("prompt", "tied"), ("prefix", "biases")]
+)
 def test_peft_s_own_logits_and_gradients(name, llama):
     model = A.load_adapter(hub.load(GOLDEN / f"llama_{llama}")[0], GOLDEN / f"peft_{name}")
     expected = load_file(GOLDEN / f"peft_{name}" / "expected.safetensors")
@@ -445,13 +510,21 @@ def test_saved_and_loaded(name, tmp_path):
         again = A.load_adapter(base(), tmp_path, trainable)
         close(again(tokens), model(tokens), 1e-5)
         assert any(p.requires_grad for p in again.parameters()) == trainable
-        assert all(not p.requires_grad for n, p in again.named_parameters() if "virtual" not in n and "scale" not in n)
+        assert all(
+            not p.requires_grad
+            for n, p in again.named_parameters()
+            if "virtual" not in n and "scale" not in n
+        )
     # the reparametrisation is gone
     assert not any("mlp" in n for n, _ in again.named_parameters() if "virtual" in n)
     A.save_adapter(again, tmp_path / "twice", None)
     one, two = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "twice"))
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) and one[k].dtype == torch.float32 for k in one)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_mode == (tmp_path / "adapter_config.json").stat().st_mode
+    assert one.keys() == two.keys() and all(
+        torch.equal(one[k], two[k]) and one[k].dtype == torch.float32 for k in one
+    )
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode == (
+        tmp_path / "adapter_config.json"
+    ).stat().st_mode
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -464,7 +537,9 @@ def test_loaded_in_a_fresh_process(name, tmp_path):
         f"model = adapters.load_adapter(hub.load(at + '/base')[0], at + '/adapter')\n"
         f"save_file({{'out': model(torch.tensor({tokens})).detach()}}, at + '/out.safetensors')"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(A.__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(A.__file__).parent
+    )
     close(load_file(tmp_path / "out.safetensors")["out"], model(torch.tensor(tokens)), 1e-5)
 
 
@@ -504,28 +579,47 @@ def test_what_a_config_asks_for_and_we_lack(name, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         A.load_adapter(model, edited(tmp_path, name, **changes))
     assert not A.parts(model) and all(p.requires_grad for p in model.parameters())
-    assert model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys() and all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize("changes", [dict(target_modules=None), dict(init_ia3_weights=False, revision="main", use_x=False)])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(target_modules=None), dict(init_ia3_weights=False, revision="main", use_x=False)],
+)
 def test_what_changes_nothing_is_read(changes, tmp_path):
-    one, two = (A.load_adapter(hub.load(GOLDEN / "llama_biases")[0], f) for f in (edited(tmp_path, "ia3", **changes), GOLDEN / "peft_ia3"))
-    assert A.state(one).keys() == A.state(two).keys() and all(torch.equal(v, A.state(two)[k]) for k, v in A.state(one).items())
+    one, two = (
+        A.load_adapter(hub.load(GOLDEN / "llama_biases")[0], f)
+        for f in (edited(tmp_path, "ia3", **changes), GOLDEN / "peft_ia3")
+    )
+    assert A.state(one).keys() == A.state(two).keys() and all(
+        torch.equal(v, A.state(two)[k]) for k, v in A.state(one).items()
+    )
 
 
 def test_a_stored_projection_is_keys_and_values(tmp_path):
     folder = edited(tmp_path, "prefix", prefix_projection=True, encoder_hidden_size=16)
-    one, two = (A.load_adapter(hub.load(GOLDEN / "llama_biases")[0], f) for f in (folder, GOLDEN / "peft_prefix"))
+    one, two = (
+        A.load_adapter(hub.load(GOLDEN / "llama_biases")[0], f)
+        for f in (folder, GOLDEN / "peft_prefix")
+    )
     assert torch.equal(one.virtual.rows, two.virtual.rows)
 
 
 def test_spoilt_folders(tmp_path):
     model, folder = hub.load(GOLDEN / "llama_biases")[0], edited(tmp_path, "ia3")
-    file, tensors = folder / "adapter_model.safetensors", load_file(folder / "adapter_model.safetensors")
+    file, tensors = (
+        folder / "adapter_model.safetensors",
+        load_file(folder / "adapter_model.safetensors"),
+    )
     name = sorted(tensors)[0]
     for spoilt, message in (
         ({k: v for k, v in tensors.items() if k != name}, f"lacks {name}"),
-        (tensors | {"extra.ia3_l": torch.ones(1)}, "has, and its config does not ask for, extra.ia3_l"),
+        (
+            tensors | {"extra.ia3_l": torch.ones(1)},
+            "has, and its config does not ask for, extra.ia3_l",
+        ),
         (tensors | {name: tensors[name].T.contiguous()}, "floating point of .* was expected"),
     ):
         save_file(spoilt, file)
@@ -547,7 +641,10 @@ def test_what_is_impossible_is_refused():
     with pytest.raises(ValueError, match="'ia4' is no kind of adapter"):
         A.add_adapter(base(), "ia4")
     for n in (0, 64):
-        with pytest.raises(ValueError, match=f"{n} virtual tokens were asked for: the model's context leaves room for 1 to 63"):
+        with pytest.raises(
+            ValueError,
+            match=f"{n} virtual tokens were asked for: the model's context leaves room for 1 to 63",
+        ):
             A.add_adapter(base(), "prompt", tokens=n)
     with pytest.raises(ValueError, match="a text starts a prompt"):
         A.add_adapter(base(), "ia3", text="a", tokenizer=chat_tokenizer())

@@ -40,7 +40,12 @@ def prompt_ids():
 def probabilities(folder, answers, temperature=1.0):
     """Of each answer (ids), in float64."""
     model, _ = hub.load(folder)
-    return logprobs(model, *join([prompt_ids()] * len(answers), answers), temperature).double().sum(1).exp()
+    return (
+        logprobs(model, *join([prompt_ids()] * len(answers), answers), temperature)
+        .double()
+        .sum(1)
+        .exp()
+    )
 
 
 def optimum(reference, reward, beta):
@@ -57,7 +62,12 @@ def distance(p, q):
 def ppo_reaches(tmp_path, start, judge, reward, **options):
     """Runs ppo.py; reward: what each of ANSWERS earns."""
     data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
-    settings = dict(kl=0.7, iterations=40, batch=128, minibatch=64, lr=1e-2, max_new_tokens=2, device="cpu") | options
+    settings = (
+        dict(
+            kl=0.7, iterations=40, batch=128, minibatch=64, lr=1e-2, max_new_tokens=2, device="cpu"
+        )
+        | options
+    )
     o = ppo.Options(model=start, reward=judge, data=data, out=str(tmp_path / "ppo"), **settings)
     ppo.ppo(o)
     ids = [a for _, a, _ in ANSWERS]
@@ -65,32 +75,56 @@ def ppo_reaches(tmp_path, start, judge, reward, **options):
     # these are all the answers there are
     assert abs(reference.sum() - 1) < 1e-5 and abs(got.sum() - 1) < 1e-4
     best = optimum(reference, reward, o.kl)
-    for wrong in (reference, optimum(reference, reward, 2 * o.kl), optimum(reference, reward, o.kl / 2), optimum(reference, reward, -o.kl)):
+    for wrong in (
+        reference,
+        optimum(reference, reward, 2 * o.kl),
+        optimum(reference, reward, o.kl / 2),
+        optimum(reference, reward, -o.kl),
+    ):
         assert distance(best, wrong) > 0.1  # what the test could be fooled by
     assert distance(got, best) < 0.03
     log = metrics(tmp_path / "ppo")
     exact = (got * (got / reference).log()).sum().item()
-    assert abs(sum(line["kl"] for line in log[-5:]) / 5 - exact) < 0.15 and log[-1]["explained_variance"] > 0.9
-    assert (log[0]["kl"], log[0]["kl_k3"]) == (0, 0) and max(line["ratio_error"] for line in log) < 1e-5
+    assert (
+        abs(sum(line["kl"] for line in log[-5:]) / 5 - exact) < 0.15
+        and log[-1]["explained_variance"] > 0.9
+    )
+    assert (log[0]["kl"], log[0]["kl_k3"]) == (0, 0) and max(
+        line["ratio_error"] for line in log
+    ) < 1e-5
 
 
 def test_ppo_against_a_reward_model(tmp_path, start):
-    model, tok = scalar_model(lm(5, std=0.25, num_hidden_layers=1), torch.Generator().manual_seed(0)), chat_tokenizer()
+    model, tok = (
+        scalar_model(lm(5, std=0.25, num_hidden_layers=1), torch.Generator().manual_seed(0)),
+        chat_tokenizer(),
+    )
     with torch.no_grad():
-        raw = last_score(model, *join([prompt_ids()] * len(ANSWERS), [a for _, a, _ in ANSWERS])[:2]).double()
+        raw = last_score(
+            model, *join([prompt_ids()] * len(ANSWERS), [a for _, a, _ in ANSWERS])[:2]
+        ).double()
     ended = torch.tensor([e for _, _, e in ANSWERS])
-    model.config.reward_mean, model.config.reward_std = raw[ended].mean().item() - 0.5, raw[ended].std().item()
+    model.config.reward_mean, model.config.reward_std = (
+        raw[ended].mean().item() - 0.5,
+        raw[ended].std().item(),
+    )
     hub.save(tmp_path / "rm", model, tok)
     scores = (raw - model.config.reward_mean) / model.config.reward_std
-    ppo_reaches(tmp_path, start, str(tmp_path / "rm"), torch.where(ended, scores, -0.75), no_end_score=-0.75)
+    ppo_reaches(
+        tmp_path, start, str(tmp_path / "rm"), torch.where(ended, scores, -0.75), no_end_score=-0.75
+    )
 
 
 def test_ppo_against_a_function_at_another_temperature(tmp_path, start):
     scores = {"": 0.5, "a": -0.5, "b": 1.0, "c": 0.0, "d": 1.5}
     judge = tmp_path / "judge.py"
-    judge.write_text(f"def judge(prompts, answers):\n    return [{scores}.get(a, 9.0) for a in answers]\n")
+    judge.write_text(
+        f"def judge(prompts, answers):\n    return [{scores}.get(a, 9.0) for a in answers]\n"
+    )
     reward = [scores[text] if ended else -1.0 for text, _, ended in ANSWERS]
-    ppo_reaches(tmp_path, start, f"{judge}:judge", reward, raw_reward=True, temperature=0.6, lam=0.5, seed=1)
+    ppo_reaches(
+        tmp_path, start, f"{judge}:judge", reward, raw_reward=True, temperature=0.6, lam=0.5, seed=1
+    )
 
 
 # ---------------------------------------------------------------- DPO
@@ -103,7 +137,9 @@ def preferences(path, rewards, n):
         won = n / (1 + math.exp(rb - ra))
         assert abs(won - round(won)) < 1e-9
         rows += [(a, b)] * round(won) + [(b, a)] * (n - round(won))
-    return write(path, [{"prompt": user("x"), "chosen": w, "rejected": l} for w, l in rows]), len(rows)
+    return write(path, [{"prompt": user("x"), "chosen": w, "rejected": l} for w, l in rows]), len(
+        rows
+    )
 
 
 def trained(tmp_path, start, rewards, n, **options):
@@ -111,7 +147,17 @@ def trained(tmp_path, start, rewards, n, **options):
     after.
     """
     data, size = preferences(tmp_path / "pairs.jsonl", rewards, n)
-    dpo.dpo(dpo.Options(model=start, data=data, out=str(tmp_path / "dpo"), batch=1, warmup=3, device="cpu", **options))
+    dpo.dpo(
+        dpo.Options(
+            model=start,
+            data=data,
+            out=str(tmp_path / "dpo"),
+            batch=1,
+            warmup=3,
+            device="cpu",
+            **options,
+        )
+    )
     tok = chat_tokenizer()
     ids = [[*tok.encode(a), templates.end_id(tok)] for a in rewards]
     return probabilities(start, ids), probabilities(tmp_path / "dpo", ids)
@@ -123,7 +169,11 @@ def test_dpo_reaches_the_optimum_of_the_rewards_behind_its_preferences(tmp_path,
     # what is left to all other answers no pair decides
     reference, got = reference / reference.sum(), got / got.sum()
     best = optimum(reference, list(rewards.values()), beta)
-    for wrong in (reference, optimum(reference, list(rewards.values()), 2 * beta), optimum(reference, list(rewards.values()), beta / 2)):
+    for wrong in (
+        reference,
+        optimum(reference, list(rewards.values()), 2 * beta),
+        optimum(reference, list(rewards.values()), beta / 2),
+    ):
         assert distance(best, wrong) > 0.1
     assert distance(got, best) < 0.02
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -142,13 +192,25 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-@pytest.mark.parametrize("loss, options", [("ipo", {}), ("dpo", {"label_smoothing": 0.1}), ("simpo", {"gamma": 0.5})])
+@pytest.mark.parametrize(
+    "loss, options", [("ipo", {}), ("dpo", {"label_smoothing": 0.1}), ("simpo", {"gamma": 0.5})]
+)
 def test_its_kin_reach_the_minimum_of_their_own_losses(tmp_path, start, loss, options):
     """Answer b is preferred to ad in three of four pairs: the minimum over the one free number,
     their difference, is known.
     """
     beta = 0.5
-    reference, got = trained(tmp_path, start, {"ad": 0.0, "b": math.log(3)}, 4, beta=beta, steps=60, lr=1e-2, loss=loss, **options)
+    reference, got = trained(
+        tmp_path,
+        start,
+        {"ad": 0.0, "b": math.log(3)},
+        4,
+        beta=beta,
+        steps=60,
+        lr=1e-2,
+        loss=loss,
+        **options,
+    )
     if loss == "simpo":  # means over 3 and 2 tokens, no reference
         found = (got[1].log() / 2 - got[0].log() / 3).item()
         expected = solve(lambda m: 0.75 * sigmoid(0.5 - beta * m) - 0.25 * sigmoid(0.5 + beta * m))

@@ -42,15 +42,32 @@ bench.work(setup)
 def sides(tmp_path, monkeypatch, first=(1.5, 1.5), names=("a", "b")):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "side.py").write_text(SIDE)
-    return {n: [sys.executable, str(tmp_path / "side.py"), str(f), n, str(tmp_path / "log")] for f, n in zip(first, names, strict=True)}
+    return {
+        n: [sys.executable, str(tmp_path / "side.py"), str(f), n, str(tmp_path / "log")]
+        for f, n in zip(first, names, strict=True)
+    }
 
 
 # ---------------------------------------------------------------- bench
 def test_the_sides_take_turns_and_the_first_round_is_left_out(tmp_path, monkeypatch, capsys):
     found = bench.alternate(sides(tmp_path, monkeypatch), 3)
-    assert (tmp_path / "log").read_text().split("\n")[:-1] == ["a 0", "b 0", "b 1", "a 1", "a 2", "b 2", "b 3", "a 3"]
-    assert {side: [a["units"] for a in answers] for side, answers in found.items()} == {"a": [11, 12, 13], "b": [11, 12, 13]}
-    assert all(a["seconds"] > 0 and a["peak"] > 2**20 for answers in found.values() for a in answers)
+    assert (tmp_path / "log").read_text().split("\n")[:-1] == [
+        "a 0",
+        "b 0",
+        "b 1",
+        "a 1",
+        "a 2",
+        "b 2",
+        "b 3",
+        "a 3",
+    ]
+    assert {side: [a["units"] for a in answers] for side, answers in found.items()} == {
+        "a": [11, 12, 13],
+        "b": [11, 12, 13],
+    }
+    assert all(
+        a["seconds"] > 0 and a["peak"] > 2**20 for answers in found.values() for a in answers
+    )
     assert capsys.readouterr().out == "first, a 1.5, b 1.5\n"  # and not what a library said
 
 
@@ -69,8 +86,13 @@ def test_a_side_that_breaks_is_an_error_and_leaves_no_process(tmp_path, monkeypa
 def test_the_ratio_is_of_each_round():
     rounds = lambda *seconds: [dict(units=8, seconds=s, peak=2**30) for s in seconds]  # noqa: E731
     text = bench.report({"tinytune": rounds(1, 2, 4), "peers": rounds(2, 4, 4)}, "tokens")
-    assert "tinytune     4.0 tokens/s, peak memory 1.00 GB" in text and "peers        2.0 tokens/s" in text
-    assert "2.00 of their speed, 0.50 of their time (median of 3 rounds; speed 1.00 to 2.00)" in text
+    assert (
+        "tinytune     4.0 tokens/s, peak memory 1.00 GB" in text
+        and "peers        2.0 tokens/s" in text
+    )
+    assert (
+        "2.00 of their speed, 0.50 of their time (median of 3 rounds; speed 1.00 to 2.00)" in text
+    )
     assert "ratio" not in bench.report({"tinytune": rounds(1)}, "tokens")
 
 
@@ -81,15 +103,28 @@ def options(**changes):
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
     at = tmp_path_factory.mktemp("talks")
-    rows = [{"messages": [*user("what is one" + " and two" * i), {"role": "assistant", "content": "three " * (1 + i)}]} for i in range(6)]
+    rows = [
+        {
+            "messages": [
+                *user("what is one" + " and two" * i),
+                {"role": "assistant", "content": "three " * (1 + i)},
+            ]
+        }
+        for i in range(6)
+    ]
     asked = [{"messages": user("what is two")}]
-    return dict(model=folder(at / "m"), data=write(at / "d.jsonl", rows)), dict(model=str(at / "m"), data=write(at / "p.jsonl", asked))
+    return dict(model=folder(at / "m"), data=write(at / "d.jsonl", rows)), dict(
+        model=str(at / "m"), data=write(at / "p.jsonl", asked)
+    )
 
 
 @pytest.mark.parametrize("task", ("lora", "qlora", "sampling", "dequantise", "qlora7b"))
 def test_our_side_of_each_task(task, talks):
     side, _, cases = bench.TASKS[task]
-    turn, first = side(options(batch=4, case="64 96 float32" if cases[0] else "", **talks[task == "sampling"]), True)
+    turn, first = side(
+        options(batch=4, case="64 96 float32" if cases[0] else "", **talks[task == "sampling"]),
+        True,
+    )
     assert turn(0) > 0
     if task in ("lora", "qlora"):
         (_, again), (_, more) = (side(options(batch=b, **talks[0]), True) for b in (4, 6))
@@ -98,12 +133,16 @@ def test_our_side_of_each_task(task, talks):
 
 def test_a_training_step_moves_every_tensor_of_the_adapter(talks, monkeypatch):
     kept, real = [], bench.step
-    monkeypatch.setattr(bench, "step", lambda model, *rest: (kept.append(model), real(model, *rest))[1])
+    monkeypatch.setattr(
+        bench, "step", lambda model, *rest: (kept.append(model), real(model, *rest))[1]
+    )
     turn, _ = bench.training(options(batch=4, **talks[0]), True, "nf4")
     trained = [p for p in kept[0].parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     turn(0)
-    assert len(trained) == 2 * 7 * 2 and all(p.any() and not torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+    assert len(trained) == 2 * 7 * 2 and all(
+        p.any() and not torch.equal(p, b) for p, b in zip(trained, before, strict=True)
+    )
 
 
 def test_a_replaced_layer_is_freed_before_the_next():
@@ -138,29 +177,52 @@ def test_7b_is_refused_without_a_gpu_in_one_line():
         pytest.skip("there is one")
     command = [sys.executable, "-m", "tools.bench", "qlora7b", "--side", "ours", "--limit", "48"]
     p = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert p.returncode == 2 and "needs a GPU" in p.stderr and p.stderr.count("\n") == 1 and not p.stdout
+    assert (
+        p.returncode == 2
+        and "needs a GPU" in p.stderr
+        and p.stderr.count("\n") == 1
+        and not p.stdout
+    )
 
 
 def test_memory_is_counted(tmp_path, capsys):
-    bench.memory(Namespace(model=folder(tmp_path / "m", hidden_size=64, intermediate_size=128, num_hidden_layers=3, head_dim=32)))
+    bench.memory(
+        Namespace(
+            model=folder(
+                tmp_path / "m",
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=3,
+                head_dim=32,
+            )
+        )
+    )
     bf16, one, wide, _ = capsys.readouterr().out.splitlines()
     n = 3 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
     linears = [64 * 64] * 2 + [64 * 32] * 2 + [64 * 128] * 3
     packed = 3 * sum(sum(memory.nf4_bytes(size).values()) for size in linears)
-    assert f"bfloat16 {2 * n:,} bytes, NF4 {packed:,}: ratio {2 * n / packed:.2f}" in bf16 and f"float32 {4 * n:,} bytes" in wide
+    assert (
+        f"bfloat16 {2 * n:,} bytes, NF4 {packed:,}: ratio {2 * n / packed:.2f}" in bf16
+        and f"float32 {4 * n:,} bytes" in wide
+    )
     rest, heads = 280 * 64 + 64 * 7, 280 * 64  # embedding and norms; the head
     # the scalar heads are float32
     four = 2 * (2 * (n + rest + heads) + 2 * (n + rest)) + 2 * 4 * 64
     adapter = 4 * 16 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     shared = packed + 2 * (rest + heads) + 4 * adapter + 2 * 4 * 64
-    assert f"four models {four:,} bytes" in one and f"4-bit base {shared:,}: ratio {shared / four:.3f}" in one
+    assert (
+        f"four models {four:,} bytes" in one
+        and f"4-bit base {shared:,}: ratio {shared / four:.3f}" in one
+    )
 
 
 # ---------------------------------------------------------------- lighter
 def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lighter, "call", lambda script, **words: stages.done(script, **words).out)
     page = tmp_path / "R.md"
-    page.write_text("above\n<!-- lighter -->\nold\n<!-- /lighter -->\n<!-- qlora -->\n<!-- /qlora -->\nbelow\n")
+    page.write_text(
+        "above\n<!-- lighter -->\nold\n<!-- /lighter -->\n<!-- qlora -->\n<!-- /qlora -->\nbelow\n"
+    )
     o = lighter.Options(small["sft"]["model"], small["sft"]["data"], small["dpo"]["data"], str(tmp_path / "l"), str(page), steps=3, batch=4,
                         length=140, n=12, documents=3, seeds=2, lr=1e-3, device="cpu")  # fmt: skip
     lighter.lighter(o)
@@ -168,25 +230,57 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
     assert list(result["ways"]) == ["base", "base4", *lighter.WAYS]
     for way, f in result["ways"].items():
         for k in ("held", "corpus", "manual"):
-            assert 0 < abs(f[k]["mean"]) < 20 and f[k]["ci"] > 0 and len(f[k]["seeds"]) == (2 if f["cost"] else 1)
-        assert ("to_full" in f) == (way not in ("base", "base4", "full")) and f["held"]["items"] == result["ways"]["base"]["held"]["items"]
+            assert (
+                0 < abs(f[k]["mean"]) < 20
+                and f[k]["ci"] > 0
+                and len(f[k]["seeds"]) == (2 if f["cost"] else 1)
+            )
+        assert ("to_full" in f) == (way not in ("base", "base4", "full")) and f["held"][
+            "items"
+        ] == result["ways"]["base"]["held"]["items"]
     assert len({result["ways"][way]["manual"]["mean"] for way in ("base", "base4")}) == 2
-    assert not list((tmp_path / "l").glob("*-[01].losses*")) and (tmp_path / "l" / "ia3-1" / "losses-12-3-140.json").exists()
+    assert (
+        not list((tmp_path / "l").glob("*-[01].losses*"))
+        and (tmp_path / "l" / "ia3-1" / "losses-12-3-140.json").exists()
+    )
     full, lora = result["ways"]["full"], result["ways"]["lora16"]
     pages = lighter.other_texts(3)["manual"]
-    after, before = (lighter.text_losses(*lighter.tuning.load(f), pages, 140, "cpu") for f in (tmp_path / "l" / "full-1", o.model))
-    assert full["manual"]["seeds"][1] == pytest.approx(lighter.ratio(after) - lighter.ratio(before), abs=1e-5)
+    after, before = (
+        lighter.text_losses(*lighter.tuning.load(f), pages, 140, "cpu")
+        for f in (tmp_path / "l" / "full-1", o.model)
+    )
+    assert full["manual"]["seeds"][1] == pytest.approx(
+        lighter.ratio(after) - lighter.ratio(before), abs=1e-5
+    )
     assert lora["to_full"]["mean"] == pytest.approx(lora["held"]["mean"] - full["held"]["mean"])
-    assert full["held"]["mean"] < result["ways"]["base"]["held"]["mean"] and full["cost"][0]["share"] == 100.0
+    assert (
+        full["held"]["mean"] < result["ways"]["base"]["held"]["mean"]
+        and full["cost"][0]["share"] == 100.0
+    )
     trained = {way: f["cost"][0]["trained"] for way, f in result["ways"].items() if f["cost"]}
-    assert trained["ia3"] < trained["prompt"] < trained["lora4"] and trained["lora64"] == 4 * trained["lora16"] == 16 * trained["lora4"]
+    assert (
+        trained["ia3"] < trained["prompt"] < trained["lora4"]
+        and trained["lora64"] == 4 * trained["lora16"] == 16 * trained["lora4"]
+    )
     assert trained["qlora16"] == trained["lora16"]
     assert set(result["qlora"]) == {"loss", "accuracy"}
     for f in result["qlora"].values():
         assert f["difference"]["mean"] == pytest.approx(f["qlora16"]["mean"] - f["lora16"]["mean"])
     assert 0 <= result["qlora"]["accuracy"]["lora16"]["mean"] <= 1
-    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text and text.count("seeds: 2, 3 steps of 4") == 2
-    for row in ("| before | – |", "| every weight | 100.00 |", "| IA3 |", "| QLoRA r = 16 |", "| held-out loss |", "| pairs in order % |"):
+    assert (
+        text.startswith("above\n")
+        and text.endswith("below\n")
+        and "old" not in text
+        and text.count("seeds: 2, 3 steps of 4") == 2
+    )
+    for row in (
+        "| before | – |",
+        "| every weight | 100.00 |",
+        "| IA3 |",
+        "| QLoRA r = 16 |",
+        "| held-out loss |",
+        "| pairs in order % |",
+    ):
         assert row in text, row
     capsys.readouterr()
     # all runs are finished: the same figures, and the costs are those of the first time
@@ -196,23 +290,53 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
 
 def test_a_resumed_run_has_no_time_and_a_failed_one_is_an_error(small, tmp_path):
     out = tmp_path / "l" / "full-0"
-    o = lighter.Options(small["sft"]["model"], small["sft"]["data"], out=str(tmp_path / "l"), steps=6, batch=4, length=140)
-    words = dict(model=o.model, data=o.data, steps=6, batch=4, length=140, warmup=1, seed=0, device="auto", lr=o.lr, save_every=1)
+    o = lighter.Options(
+        small["sft"]["model"],
+        small["sft"]["data"],
+        out=str(tmp_path / "l"),
+        steps=6,
+        batch=4,
+        length=140,
+    )
+    words = dict(
+        model=o.model,
+        data=o.data,
+        steps=6,
+        batch=4,
+        length=140,
+        warmup=1,
+        seed=0,
+        device="auto",
+        lr=o.lr,
+        save_every=1,
+    )
     stages.kill_after(2, out / "state", "sft.py", out=out, **words)
     cost = lighter.tune(o, "full", 0)[1]
-    assert cost["minutes"] is None and cost["gb"] > 0 and lighter.cost([cost], "minutes", "{:.1f}") == "–"
+    assert (
+        cost["minutes"] is None
+        and cost["gb"] > 0
+        and lighter.cost([cost], "minutes", "{:.1f}") == "–"
+    )
     with pytest.raises(ValueError, match="sft.py into .* failed"):
-        lighter.tune(lighter.Options(o.model, o.data, out=o.out, steps=7, batch=4, length=140), "full", 0)
+        lighter.tune(
+            lighter.Options(o.model, o.data, out=o.out, steps=7, batch=4, length=140), "full", 0
+        )
 
 
 def test_figures_average_over_seeds_and_are_paired_over_items():
-    ours, theirs = [[(2.0, 1), (8.0, 4)], [(4.0, 1), (8.0, 4)]], [[(1.0, 1), (4.0, 4)], [(3.0, 1), (4.0, 4)]]
+    ours, theirs = (
+        [[(2.0, 1), (8.0, 4)], [(4.0, 1), (8.0, 4)]],
+        [[(1.0, 1), (4.0, 4)], [(3.0, 1), (4.0, 4)]],
+    )
     f, d = lighter.figure(ours), lighter.difference(ours, theirs)
     assert f["mean"] == pytest.approx(11 / 5) and f["seeds"] == [2.0, 2.4] and f["items"] == 2
     assert f["ci"] == evals.bootstrap([(3.0, 1), (8.0, 4)], evals.ratio)
     # paired: every item differs by its count
     assert d["mean"] == pytest.approx(1.0) and d["ci"] == 0.0 and d["seeds"] == [1.0, 1.0]
-    assert lighter.cell(d, 100, 1) == "100.0 ± 0.0 (100.0 to 100.0)" and lighter.cell(d | {"seeds": [1.0]}) == "1.000 ± 0.000"
+    assert (
+        lighter.cell(d, 100, 1) == "100.0 ± 0.0 (100.0 to 100.0)"
+        and lighter.cell(d | {"seeds": [1.0]}) == "1.000 ± 0.000"
+    )
 
 
 @torch.no_grad()
@@ -223,7 +347,9 @@ def test_losses_of_plain_text_are_the_sum_over_all_tokens_but_the_first():
     for text, (nll, count) in zip(texts, found, strict=True):
         ids = torch.tensor([tok.encode(text)[:40]])
         logps = model(ids)[0, :-1].log_softmax(-1)
-        assert count == ids.shape[1] - 1 and nll == pytest.approx(-logps[torch.arange(count), ids[0, 1:]].sum().item(), rel=1e-5)
+        assert count == ids.shape[1] - 1 and nll == pytest.approx(
+            -logps[torch.arange(count), ids[0, 1:]].sum().item(), rel=1e-5
+        )
 
 
 def test_accuracy_is_by_the_implicit_reward_and_counted_by_prompt(tmp_path):
@@ -234,9 +360,11 @@ def test_accuracy_is_by_the_implicit_reward_and_counted_by_prompt(tmp_path):
     assert lighter.accuracies(a, a, pairs, "cpu") == [(1.0, 2), (0.5, 1)]
     swapped = [dict(p, chosen=p["rejected"], rejected=p["chosen"]) for p in pairs]
     found = lighter.accuracies(b, a, pairs, "cpu")
-    assert found == [(n - won, n) for won, n in lighter.accuracies(b, a, swapped, "cpu")] == [
-        (n - won, n) for won, n in lighter.accuracies(a, b, pairs, "cpu")
-    ]
+    assert (
+        found
+        == [(n - won, n) for won, n in lighter.accuracies(b, a, swapped, "cpu")]
+        == [(n - won, n) for won, n in lighter.accuracies(a, b, pairs, "cpu")]
+    )
 
 
 def test_other_text_is_always_the_same():
@@ -246,13 +374,22 @@ def test_other_text_is_always_the_same():
 
 def test_an_unknown_way_and_a_file_without_held_out_records_are_refused(small, tmp_path):
     with pytest.raises(ValueError, match="names lora8: full"):
-        lighter.lighter(lighter.Options(small["sft"]["model"], small["sft"]["data"], ways="full,lora8"))
+        lighter.lighter(
+            lighter.Options(small["sft"]["model"], small["sft"]["data"], ways="full,lora8")
+        )
     one = tmp_path / "one.jsonl"
     lines = (line for line in Path(small["sft"]["data"]).read_text().splitlines())
     with pytest.raises(ValueError, match="marks <!-- lighter -->"):
-        o = lighter.Options(small["sft"]["model"], small["sft"]["data"], out=str(tmp_path / "l"), results=str(tmp_path / "R.md"))
+        o = lighter.Options(
+            small["sft"]["model"],
+            small["sft"]["data"],
+            out=str(tmp_path / "l"),
+            results=str(tmp_path / "R.md"),
+        )
         lighter.lighter(o)
     assert not (tmp_path / "l").exists()
-    one.write_text(next(x for x in lines if not lighter.records.held_out(json.loads(x)["messages"])) + "\n")
+    one.write_text(
+        next(x for x in lines if not lighter.records.held_out(json.loads(x)["messages"])) + "\n"
+    )
     with pytest.raises(ValueError, match="one.jsonl: none of its records is held out"):
         lighter.lighter(lighter.Options(small["sft"]["model"], str(one), out=str(tmp_path)))

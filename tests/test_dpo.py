@@ -40,20 +40,37 @@ def log_sigmoid(x):
 def test_where_policy_and_reference_are_equal(beta):
     chosen, rejected = double(-3.0, -50.0, -7.5), double(-9.0, -2.0, -7.5)
     for smoothing in (0.0, 0.2):
-        losses, better, worse = preference_loss(chosen, rejected, chosen, rejected, beta, "dpo", smoothing)
-        assert losses.tolist() == [math.log(2)] * 3 and better.tolist() == worse.tolist() == [0.0] * 3
-    assert preference_loss(chosen, rejected, chosen, rejected, beta, "ipo")[0].tolist() == pytest.approx([1 / (4 * beta**2)] * 3)
+        losses, better, worse = preference_loss(
+            chosen, rejected, chosen, rejected, beta, "dpo", smoothing
+        )
+        assert (
+            losses.tolist() == [math.log(2)] * 3 and better.tolist() == worse.tolist() == [0.0] * 3
+        )
+    assert preference_loss(chosen, rejected, chosen, rejected, beta, "ipo")[
+        0
+    ].tolist() == pytest.approx([1 / (4 * beta**2)] * 3)
 
 
 def test_hand_values():
-    pc, pr, rc, rr = double(-4.0, -30.0), double(-6.0, -20.0), double(-5.0, -25.0), double(-4.5, -26.0)
+    pc, pr, rc, rr = (
+        double(-4.0, -30.0),
+        double(-6.0, -20.0),
+        double(-5.0, -25.0),
+        double(-4.5, -26.0),
+    )
     h = [(-4.0 + 5.0) - (-6.0 + 4.5), (-30.0 + 25.0) - (-20.0 + 26.0)]  # 2.5, -11
     losses, better, worse = preference_loss(pc, pr, rc, rr, 0.3)
     assert losses.tolist() == pytest.approx([-log_sigmoid(0.3 * x) for x in h])
-    assert better.tolist() == pytest.approx([0.3, -1.5]) and worse.tolist() == pytest.approx([-0.45, 1.8])
+    assert better.tolist() == pytest.approx([0.3, -1.5]) and worse.tolist() == pytest.approx(
+        [-0.45, 1.8]
+    )
     smooth = preference_loss(pc, pr, rc, rr, 0.3, "dpo", 0.1)[0]
-    assert smooth.tolist() == pytest.approx([-0.9 * log_sigmoid(0.3 * x) - 0.1 * log_sigmoid(-0.3 * x) for x in h])
-    assert preference_loss(pc, pr, rc, rr, 0.3, "ipo")[0].tolist() == pytest.approx([(x - 1 / 0.6) ** 2 for x in h])
+    assert smooth.tolist() == pytest.approx(
+        [-0.9 * log_sigmoid(0.3 * x) - 0.1 * log_sigmoid(-0.3 * x) for x in h]
+    )
+    assert preference_loss(pc, pr, rc, rr, 0.3, "ipo")[0].tolist() == pytest.approx(
+        [(x - 1 / 0.6) ** 2 for x in h]
+    )
     with pytest.raises(ValueError, match="kind is 'simpo'; dpo or ipo was expected"):
         preference_loss(pc, pr, rc, rr, 0.3, "simpo")
 
@@ -62,19 +79,34 @@ def test_simpo_hand_values():
     """Means over the tokens, and γ itself is the margin: σ(β m) must exceed σ(γ), not β m exceed βγ
     or γ/β.
     """
-    losses = simpo_loss(double(-4.0, -30.0), double(-6.0, -20.0), torch.tensor([4, 10]), torch.tensor([3, 10]), 2.5, 1.2)
-    assert losses.tolist() == pytest.approx([-log_sigmoid(2.5 * (-1.0 + 2.0) - 1.2), -log_sigmoid(2.5 * (-3.0 + 2.0) - 1.2)])
-    assert simpo_loss(double(-4.0), double(-8.0), torch.tensor(4), torch.tensor(4), 2.0, 2.0).item() == pytest.approx(math.log(2))
+    losses = simpo_loss(
+        double(-4.0, -30.0),
+        double(-6.0, -20.0),
+        torch.tensor([4, 10]),
+        torch.tensor([3, 10]),
+        2.5,
+        1.2,
+    )
+    assert losses.tolist() == pytest.approx(
+        [-log_sigmoid(2.5 * (-1.0 + 2.0) - 1.2), -log_sigmoid(2.5 * (-3.0 + 2.0) - 1.2)]
+    )
+    assert simpo_loss(
+        double(-4.0), double(-8.0), torch.tensor(4), torch.tensor(4), 2.0, 2.0
+    ).item() == pytest.approx(math.log(2))
 
 
 def test_an_answer_twice_as_long_counts_twice_in_sums_and_once_in_means():
     logps, lengths = double(-4.0, -3.0, -5.0, -6.0), torch.tensor([2, 2])
     simpo = simpo_loss(logps[:2], logps[2:], lengths, lengths, 2.0, 0.5)
-    assert torch.equal(simpo_loss(2 * logps[:2], 2 * logps[2:], 2 * lengths, 2 * lengths, 2.0, 0.5), simpo)
+    assert torch.equal(
+        simpo_loss(2 * logps[:2], 2 * logps[2:], 2 * lengths, 2 * lengths, 2.0, 0.5), simpo
+    )
     zero = double(0.0, 0.0)
     for kind in ("dpo", "ipo"):
         twice = preference_loss(2 * logps[:2], 2 * logps[2:], zero, zero, 0.1, kind)[0]
-        assert torch.allclose(twice, preference_loss(logps[:2], logps[2:], zero, zero, 0.2, "dpo")[0]) == (kind == "dpo")
+        assert torch.allclose(
+            twice, preference_loss(logps[:2], logps[2:], zero, zero, 0.2, "dpo")[0]
+        ) == (kind == "dpo")
         assert torch.allclose(twice, (2 * (logps[:2] - logps[2:]) - 5) ** 2) == (kind == "ipo")
 
 
@@ -84,19 +116,26 @@ def test_rewards_are_detached_and_only_the_policy_learns():
     assert losses.requires_grad and not better.requires_grad and not worse.requires_grad
     losses.sum().backward()
     pull = 0.3 / 2  # β σ(-βh), the gradient's weight (Rafailov et al. 2023, section 4)
-    assert logps[0].grad.tolist() == pytest.approx([-pull] * 2) and logps[1].grad.tolist() == pytest.approx([pull] * 2)
+    assert logps[0].grad.tolist() == pytest.approx([-pull] * 2) and logps[
+        1
+    ].grad.tolist() == pytest.approx([pull] * 2)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "cdpo", "ipo", "simpo"])
 def test_finite_differences(kind):
     generator = torch.Generator().manual_seed(0)
-    logps = [(torch.randn(5, generator=generator, dtype=torch.float64) * 3 - 9).requires_grad_() for _ in range(4)]
+    logps = [
+        (torch.randn(5, generator=generator, dtype=torch.float64) * 3 - 9).requires_grad_()
+        for _ in range(4)
+    ]
     lengths = torch.tensor([1, 4, 2, 9, 3]), torch.tensor([5, 4, 1, 3, 2])
 
     def loss(pc, pr, rc, rr):
         if kind == "simpo":
             return simpo_loss(pc, pr, *lengths, 2.5, 0.7)
-        return preference_loss(pc, pr, rc, rr, 0.3, "ipo" if kind == "ipo" else "dpo", 0.2 if kind == "cdpo" else 0.0)[0]
+        return preference_loss(
+            pc, pr, rc, rr, 0.3, "ipo" if kind == "ipo" else "dpo", 0.2 if kind == "cdpo" else 0.0
+        )[0]
 
     assert torch.autograd.gradcheck(loss, logps)
 
@@ -104,13 +143,18 @@ def test_finite_differences(kind):
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo"])
 def test_finite_differences_through_the_model(kind):
     model = lm(vocab_size=7, hidden_size=4, intermediate_size=3, num_hidden_layers=1, head_dim=2)
-    groups = [([1, 2], [[3, 4, 0], [5], [6, 6]], [(0, 1), (2, 0)]), ([4], [[1, 1], [2, 3, 5]], [(1, 0)])]
+    groups = [
+        ([1, 2], [[3, 4, 0], [5], [6, 6]], [(0, 1), (2, 0)]),
+        ([4], [[1, 1], [2, 3, 5]], [(1, 0)]),
+    ]
 
     def loss(model):
         logps, lengths = dpo.answer_logps(model, groups, CPU)
         chosen, rejected = dpo.places(groups, CPU)
         if kind == "simpo":
-            return simpo_loss(logps[chosen], logps[rejected], lengths[chosen], lengths[rejected], 2.0, 0.5).sum()
+            return simpo_loss(
+                logps[chosen], logps[rejected], lengths[chosen], lengths[rejected], 2.0, 0.5
+            ).sum()
         return preference_loss(logps[chosen], logps[rejected], -3.0, -4.0, 0.3, kind)[0].sum()
 
     assert gradcheck(model, loss)
@@ -133,17 +177,29 @@ def test_the_peers_own_numbers():
     groups = [(p, [c, r], [(0, 1)]) for p, c, r in TRL["pairs"]]
     chosen, rejected = dpo.places(groups, CPU)
     with torch.no_grad():
-        (mine, lengths), (theirs, _) = (dpo.answer_logps(hub.load(GOLDEN / f"llama_{n}")[0], groups, CPU) for n in ("tied", "wide"))
+        (mine, lengths), (theirs, _) = (
+            dpo.answer_logps(hub.load(GOLDEN / f"llama_{n}")[0], groups, CPU)
+            for n in ("tied", "wide")
+        )
     for logps, peers in ((mine, TRL["policy"]), (theirs, TRL["reference"])):
-        assert torch.allclose(torch.stack((logps[chosen], logps[rejected])), torch.tensor(peers), atol=1e-4)
-    sums, means = ([x[chosen], x[rejected], y[chosen], y[rejected]] for x, y in ((mine, theirs), (mine / lengths, theirs / lengths)))
+        assert torch.allclose(
+            torch.stack((logps[chosen], logps[rejected])), torch.tensor(peers), atol=1e-4
+        )
+    sums, means = (
+        [x[chosen], x[rejected], y[chosen], y[rejected]]
+        for x, y in ((mine, theirs), (mine / lengths, theirs / lengths))
+    )
     for g in TRL["dpo"]:
         assert preference_loss(*sums, g["beta"])[0].tolist() == pytest.approx(g["losses"], abs=1e-4)
     for g in TRL["cdpo"]:
-        assert preference_loss(*sums, g["beta"], "dpo", g["label_smoothing"])[0].tolist() == pytest.approx(g["losses"], abs=1e-4)
+        assert preference_loss(*sums, g["beta"], "dpo", g["label_smoothing"])[
+            0
+        ].tolist() == pytest.approx(g["losses"], abs=1e-4)
     for name, logps in (("ipo_on_sums", sums), ("ipo_on_means", means)):
         for g in TRL[name]:
-            assert preference_loss(*logps, g["beta"], "ipo")[0].tolist() == pytest.approx(g["losses"], rel=1e-4, abs=1e-3)
+            assert preference_loss(*logps, g["beta"], "ipo")[0].tolist() == pytest.approx(
+                g["losses"], rel=1e-4, abs=1e-3
+            )
     for g in TRL["simpo"]:
         losses = simpo_loss(*sums[:2], lengths[chosen], lengths[rejected], g["beta"], g["gamma"])
         assert losses.tolist() == pytest.approx(g["losses"], abs=1e-4)
@@ -172,7 +228,11 @@ def test_log_probabilities_are_sums_over_the_answer_by_a_hand_loop(model):
     expected = [hand(model, prompt, a).item() for prompt, answers, _ in groups for a in answers]
     assert logps.tolist() == pytest.approx(expected, abs=2e-4)
     assert lengths.tolist() == [1, 9, 3, 4, 2, 6, 6]
-    alone = [dpo.answer_logps(model, [(p, [a], [])], CPU)[0].item() for p, answers, _ in groups for a in answers]
+    alone = [
+        dpo.answer_logps(model, [(p, [a], [])], CPU)[0].item()
+        for p, answers, _ in groups
+        for a in answers
+    ]
     assert logps.tolist() == pytest.approx(alone, abs=2e-4)  # padding changes nothing
 
 
@@ -206,7 +266,13 @@ def rankings(n=10, seed=0):
     rng, rows = random.Random(seed), []
     for text in PROMPTS[:n]:
         answers = [" ".join(rng.sample(WORDS, rng.randint(1, 4))) for _ in range(3)]
-        rows.append({"prompt": user(text), "responses": answers, "ranks": rng.choice([[0, 1, 2], [2, 0, 1], [1, 0, 0]])})
+        rows.append(
+            {
+                "prompt": user(text),
+                "responses": answers,
+                "ranks": rng.choice([[0, 1, 2], [2, 0, 1], [1, 0, 0]]),
+            }
+        )
     return rows
 
 
@@ -219,7 +285,9 @@ def run(tmp_path, monkeypatch):
     def run(**options):
         calls = {"preference_loss": [], "simpo_loss": [], "reference_logps": [], "gradients": []}
         with monkeypatch.context() as m:
-            for name, real in [(n, getattr(dpo, n)) for n in ("preference_loss", "simpo_loss", "reference_logps")]:
+            for name, real in [
+                (n, getattr(dpo, n)) for n in ("preference_loss", "simpo_loss", "reference_logps")
+            ]:
 
                 def spy(*args, real=real, name=name):
                     out = real(*args)
@@ -234,7 +302,15 @@ def run(tmp_path, monkeypatch):
                 return torch.zeros(())
 
             m.setattr(dpo, "clip_grad_norm_", clip)
-            o = dpo.Options(model=start, data=data, out=str(tmp_path / "out"), device="cpu", overwrite=True, steps=1, warmup=0)
+            o = dpo.Options(
+                model=start,
+                data=data,
+                out=str(tmp_path / "out"),
+                device="cpu",
+                overwrite=True,
+                steps=1,
+                warmup=0,
+            )
             vars(o).update(dict(batch=8) | options)
             dpo.dpo(o)
         return calls, metrics(tmp_path / "out")
@@ -244,8 +320,7 @@ def run(tmp_path, monkeypatch):
 
 
 def pairs_of(run):
-    """The pairs of the training side, in the file's order: (prompt ids, chosen ids, rejected ids).
-    """
+    """The pairs of the training side, in the file's order: (prompt ids, chosen ids, rejected ids)."""
     groups = dpo.prepare(run.data, "all", chat_tokenizer(), 256)
     return [(p, answers[c], answers[r]) for p, answers, pairs in groups for c, r in pairs]
 
@@ -259,7 +334,11 @@ def test_it_starts_at_ln_2_from_equal_log_probabilities(run):
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(log[0]["margin"]) < 1e-5 and log[0]["accuracy"] < 1
     (pc, pr, rc, rr, beta, kind, smoothing), _ = calls["preference_loss"][0]
-    assert torch.allclose(pc, rc, atol=1e-4) and torch.allclose(pr, rr, atol=1e-4) and (beta, kind, smoothing) == (0.1, "dpo", 0.0)
+    assert (
+        torch.allclose(pc, rc, atol=1e-4)
+        and torch.allclose(pr, rr, atol=1e-4)
+        and (beta, kind, smoothing) == (0.1, "dpo", 0.0)
+    )
     (pc, pr, rc, rr, *_), _ = calls["preference_loss"][1]
     assert (pc - rc).abs().max() > 1e-2  # the policy has moved, the reference has not:
     model, _ = hub.load(run.start)
@@ -269,13 +348,22 @@ def test_it_starts_at_ln_2_from_equal_log_probabilities(run):
 
 def test_a_reference_that_is_not_the_policys_start_is_refused(run, monkeypatch):
     real = dpo.reference_logps
-    monkeypatch.setattr(dpo, "reference_logps", lambda *a: [x + torch.arange(len(x)) for x in real(*a)])
+    monkeypatch.setattr(
+        dpo, "reference_logps", lambda *a: [x + torch.arange(len(x)) for x in real(*a)]
+    )
     with pytest.raises(ValueError, match="the first loss is .*, not ln 2"):
         run()
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"loss": "ipo"}, {"loss": "simpo", "beta": 2.0, "gamma": 0.5}, {"nll": 0.5}, {"label_smoothing": 0.2}]
+    "options",
+    [
+        {},
+        {"loss": "ipo"},
+        {"loss": "simpo", "beta": 2.0, "gamma": 0.5},
+        {"nll": 0.5},
+        {"label_smoothing": 0.2},
+    ],
 )
 def test_the_gradient_is_that_of_the_mean_over_the_steps_pairs(run, options):
     """By hand from every pair alone; and the same whatever the accumulation, though prompts have
@@ -291,7 +379,15 @@ def test_the_gradient_is_that_of_the_mean_over_the_steps_pairs(run, options):
         if kind == "simpo":
             loss = simpo_loss(chosen, rejected, len(c), len(r), 2.0, 0.5)
         else:
-            loss = preference_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1, kind, options.get("label_smoothing", 0.0))[0]
+            loss = preference_loss(
+                chosen,
+                rejected,
+                chosen.detach(),
+                rejected.detach(),
+                0.1,
+                kind,
+                options.get("label_smoothing", 0.0),
+            )[0]
         total = total + (loss - options.get("nll", 0.0) * chosen / len(c)) / len(pairs)
     total.backward()
     expected = [p.grad for p in model.parameters()]
@@ -300,7 +396,9 @@ def test_the_gradient_is_that_of_the_mean_over_the_steps_pairs(run, options):
         calls, log = run(batch=batch, accumulate=n, **options)
         assert len(calls["gradients"]) == 1 and log[0]["pairs"] == len(pairs)
         assert apart(calls["gradients"][0], expected) < 1e-5 * size + 1e-6, n
-        assert log[0]["loss"] == pytest.approx((total.item() - options.get("nll", 0.0) * log[0]["nll"]), abs=1e-3)
+        assert log[0]["loss"] == pytest.approx(
+            (total.item() - options.get("nll", 0.0) * log[0]["nll"]), abs=1e-3
+        )
 
 
 def test_what_is_logged(run):
@@ -311,7 +409,9 @@ def test_what_is_logged(run):
     assert line["logp_rejected"] == pytest.approx(pr.mean().item(), abs=1e-4)
     assert line["reward_chosen"] == pytest.approx(0.2 * (pc - rc).mean().item(), abs=1e-4)
     assert line["reward_rejected"] == pytest.approx(0.2 * (pr - rr).mean().item(), abs=1e-4)
-    assert line["margin"] == pytest.approx(line["reward_chosen"] - line["reward_rejected"], abs=1e-4)
+    assert line["margin"] == pytest.approx(
+        line["reward_chosen"] - line["reward_rejected"], abs=1e-4
+    )
     assert line["accuracy"] == pytest.approx((pc - rc > pr - rr).float().mean().item(), abs=1e-5)
     assert line["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
 
@@ -324,7 +424,9 @@ def test_simpo_has_no_reference_and_gets_sums_with_lengths_of_the_whole_answers(
     expected = {(len(c), len(r)): [] for _, c, r in pairs_of(run)}
     for p, c, r in pairs_of(run):
         expected[len(c), len(r)].append((hand(model, p, c).item(), hand(model, p, r).item()))
-    for c, r, n, k in zip(chosen.tolist(), rejected.tolist(), n_chosen.tolist(), n_rejected.tolist(), strict=True):
+    for c, r, n, k in zip(
+        chosen.tolist(), rejected.tolist(), n_chosen.tolist(), n_rejected.tolist(), strict=True
+    ):
         assert any(abs(c - x) + abs(r - y) < 1e-3 for x, y in expected[n, k])
     assert (beta, gamma) == (2.0, 0.5)
 
@@ -340,7 +442,12 @@ def test_pairs_of_a_prompt_share_their_answers_and_all_end(tmp_path, capsys):
     ]
     groups = dpo.prepare(write(tmp_path / "r.jsonl", rows), "all", tok, 64)
     found = [
-        (tok.decode(p), {(tok.decode(answers[c]), tok.decode(answers[r])) for c, r in pairs}, len(pairs), len(answers))
+        (
+            tok.decode(p),
+            {(tok.decode(answers[c]), tok.decode(answers[r])) for c, r in pairs},
+            len(pairs),
+            len(answers),
+        )
         for p, answers, pairs in groups
     ]
     head = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -353,4 +460,6 @@ def test_pairs_of_a_prompt_share_their_answers_and_all_end(tmp_path, capsys):
     assert all(a[-1] == end and end not in a[:-1] for _, answers, _ in groups for a in answers)
     assert "2 longer than 64 tokens" in capsys.readouterr().err
     best = dpo.prepare(write(tmp_path / "b.jsonl", rows[:1]), "best_worst", tok, 64)
-    assert [(tok.decode(a[c]), tok.decode(a[r])) for _, a, pairs in best for c, r in pairs] == [("y<|im_end|>", "x<|im_end|>")]
+    assert [(tok.decode(a[c]), tok.decode(a[r])) for _, a, pairs in best for c, r in pairs] == [
+        ("y<|im_end|>", "x<|im_end|>")
+    ]

@@ -58,18 +58,39 @@ def test_stage_figures():
     def line(gold, right, text="a b c", finished=True):
         return {"gold": gold, "right": right, "answer": text, "finished": finished}
 
-    ours, theirs = [line(1.5, True), line(0.5, False, "a", False)], [line(0.5, False), line(0.5, True)]
+    ours, theirs = (
+        [line(1.5, True), line(0.5, False, "a", False)],
+        [line(0.5, False), line(0.5, True)],
+    )
     f = evals.stage_figures(ours, theirs, theirs, [2.0, 4.0])
-    assert (f["n"], f["gold_sampled"], f["gold_greedy"], f["right_sampled"], f["right_greedy"]) == (2, 1.0, 0.5, 0.5, 0.5)
+    assert (f["n"], f["gold_sampled"], f["gold_greedy"], f["right_sampled"], f["right_greedy"]) == (
+        2,
+        1.0,
+        0.5,
+        0.5,
+        0.5,
+    )
     assert (f["finished"], f["mean_length"], f["kl_vs_sft"], f["gain_vs_sft"]) == (0.5, 2, 3.0, 0.5)
     assert (f["win_vs_sft"], f["win_vs_sft_decided"]) == (0.75, 1.0)
-    assert all(k + "_ci" in f for k in ("gold_sampled", "gold_greedy", "right_greedy", "win_vs_sft", "gain_vs_sft", "kl_vs_sft"))
+    assert all(
+        k + "_ci" in f
+        for k in (
+            "gold_sampled",
+            "gold_greedy",
+            "right_greedy",
+            "win_vs_sft",
+            "gain_vs_sft",
+            "kl_vs_sft",
+        )
+    )
     alone = evals.stage_figures(ours, theirs)
     assert not any("vs_sft" in k for k in alone)
 
 
 # ---------------------------------------------------------------- models
-CHATS = [user(text) for text in ("hi", "what is the capital of Peru?", "ab", "one and two", "thank you")]
+CHATS = [
+    user(text) for text in ("hi", "what is the capital of Peru?", "ab", "one and two", "thank you")
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +112,11 @@ def test_answers_come_back_in_the_order_of_their_prompts(model, tok):
     for chat, (text, ids, finished) in zip(CHATS, found, strict=True):
         prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
         (alone,) = generate(model, [prompt], 6, 0.0, eos_id=279)
-        assert ids == alone and finished == (alone[-1] == 279) and text == tok.decode(alone, skip_special=True)
+        assert (
+            ids == alone
+            and finished == (alone[-1] == 279)
+            and text == tok.decode(alone, skip_special=True)
+        )
     assert len({tuple(ids) for _, ids, _ in found}) > 1
 
 
@@ -105,8 +130,12 @@ def test_answers_end_at_the_end_token_and_say_so(model, tok):
     for text, ids, finished in found:
         assert finished == (279 in ids) and 279 not in ids[:-1] and "<|im_end|>" not in text
     assert {f for *_, f in found} == {True, False}
-    assert evals.answer(ends, tok, CHATS, options(), 1.0, 0) == evals.answer(ends, tok, CHATS, options(), 1.0, 0)
-    assert evals.answer(ends, tok, CHATS, options(), 1.0, 0) != evals.answer(ends, tok, CHATS, options(), 1.0, 1)
+    assert evals.answer(ends, tok, CHATS, options(), 1.0, 0) == evals.answer(
+        ends, tok, CHATS, options(), 1.0, 0
+    )
+    assert evals.answer(ends, tok, CHATS, options(), 1.0, 0) != evals.answer(
+        ends, tok, CHATS, options(), 1.0, 1
+    )
 
 
 def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answers(model, tok):
@@ -118,18 +147,29 @@ def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answ
     for chat, (_, ids, _) in zip(CHATS, answers, strict=True):
         prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
         with torch.no_grad():
-            p, q = (torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other))
+            p, q = (
+                torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other)
+            )
         expected.append(sum((p - q)[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
-    assert evals.kl(own, evals.token_logps(other, tok, held, answers, CPU, size=2)) == pytest.approx(expected, abs=1e-3)
+    assert evals.kl(
+        own, evals.token_logps(other, tok, held, answers, CPU, size=2)
+    ) == pytest.approx(expected, abs=1e-3)
     assert mean(expected) > 1
 
 
 @torch.no_grad()
 def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
     chats = [
-        {"messages": c + [{"role": "assistant", "content": text}]} for c, text in zip(CHATS, ("a", "Lima.", "", "three", "no"), strict=True)
+        {"messages": c + [{"role": "assistant", "content": text}]}
+        for c, text in zip(CHATS, ("a", "Lima.", "", "three", "no"), strict=True)
     ]
-    chats.append({"messages": chats[0]["messages"] + user("and?") + [{"role": "assistant", "content": "sure"}]})
+    chats.append(
+        {
+            "messages": chats[0]["messages"]
+            + user("and?")
+            + [{"role": "assistant", "content": "sure"}]
+        }
+    )
     expected = []
     for c in chats:
         ids, labels = templates.render(tok, c["messages"])
@@ -139,9 +179,13 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
     got = evals.held_out_losses(model, tok, chats, CPU, size=4)
     assert sorted(n for _, n in got) == sorted(n for _, n in expected)
     assert sorted(x for x, _ in got) == pytest.approx(sorted(x for x, _ in expected), abs=1e-3)
-    assert evals.ratio(got) == pytest.approx(sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5)
+    assert evals.ratio(got) == pytest.approx(
+        sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5
+    )
     long = {"messages": user("x" * 200) + [{"role": "assistant", "content": "a"}]}
-    assert evals.held_out_losses(model, tok, [long, chats[0]], CPU) == [pytest.approx(expected[0], abs=1e-3)]
+    assert evals.held_out_losses(model, tok, [long, chats[0]], CPU) == [
+        pytest.approx(expected[0], abs=1e-3)
+    ]
 
 
 @torch.no_grad()
@@ -151,7 +195,9 @@ def test_log_probabilities_of_answers_are_sums_with_their_end(model, tok):
     for chat, text, value in zip(CHATS, texts, got, strict=True):
         prompt, ids = templates.answer_ids(tok, chat, text)
         logp = torch.log_softmax(model(torch.tensor([prompt + ids]))[0], -1)
-        assert ids[-1] == 279 and value == pytest.approx(sum(logp[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)), abs=1e-3)
+        assert ids[-1] == 279 and value == pytest.approx(
+            sum(logp[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)), abs=1e-3
+        )
 
 
 # ---------------------------------------------------------------- the reward model's figures
@@ -169,26 +215,60 @@ def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
     def figures(score):
         monkeypatch.setattr(evals, "score_texts", lambda m, t, prompts, answers, *_: [
             score(by_prompt[p[-1]["content"]], a) for p, a in zip(prompts, answers, strict=True)])  # fmt: skip
-        return evals.reward_figures(None, tok, held, evals.fresh_answers(None, tok, held, options()), options())
+        return evals.reward_figures(
+            None, tok, held, evals.fresh_answers(None, tok, held, options()), options()
+        )
 
     gold = figures(lambda item, a: world.gold(item, a)[0])
-    assert gold["pair_accuracy"] == gold["truth_accuracy"] == gold["minimal_pairs_accuracy"] == gold["length_matched_accuracy"] == 1
+    assert (
+        gold["pair_accuracy"]
+        == gold["truth_accuracy"]
+        == gold["minimal_pairs_accuracy"]
+        == gold["length_matched_accuracy"]
+        == 1
+    )
     # manners are left when prompts are swapped
     assert 0.3 < gold["swapped_prompts_accuracy"] < 0.9 and gold["pairs"] > 100
     assert 0.75 < gold["labeller_gold_accuracy"] < 0.97 and 0.65 < gold["labeller_agreement"] < 0.95
     assert -1 <= gold["score_length_correlation"] < 0.9
     bad = figures(lambda item, a: -world.gold(item, a)[0])
-    assert bad["pair_accuracy"] == bad["truth_accuracy"] == bad["minimal_pairs_accuracy"] == bad["length_matched_accuracy"] == 0
+    assert (
+        bad["pair_accuracy"]
+        == bad["truth_accuracy"]
+        == bad["minimal_pairs_accuracy"]
+        == bad["length_matched_accuracy"]
+        == 0
+    )
     blind = figures(lambda item, a: 0.0)
-    assert blind["pair_accuracy"] == blind["truth_accuracy"] == blind["minimal_pairs_accuracy"] == 0.5
+    assert (
+        blind["pair_accuracy"] == blind["truth_accuracy"] == blind["minimal_pairs_accuracy"] == 0.5
+    )
     # manner alone says nothing of truth
     polite = figures(lambda item, a: float(world.gold(item, a)[1]["courteous"]))
-    assert polite["truth_accuracy"] == polite["minimal_pairs_accuracy"] == 0.5 < polite["pair_accuracy"]
+    assert (
+        polite["truth_accuracy"]
+        == polite["minimal_pairs_accuracy"]
+        == 0.5
+        < polite["pair_accuracy"]
+    )
     long = figures(lambda item, a: float(len(a.split())))
     assert long["score_length_correlation"] == pytest.approx(1)
-    rows = [[(world.gold(r["item"], a)[0], len(a.split())) for a in said[4 * i : 4 * i + 4]] for i, r in enumerate(held)]
-    near = [x[1] > y[1] for row in rows for x in row for y in row if x[0] > y[0] and abs(x[1] - y[1]) <= 1]
-    assert long["length_matched_accuracy"] == pytest.approx(mean(near)) != pytest.approx(long["pair_accuracy"], abs=0.02)
+    rows = [
+        [(world.gold(r["item"], a)[0], len(a.split())) for a in said[4 * i : 4 * i + 4]]
+        for i, r in enumerate(held)
+    ]
+    near = [
+        x[1] > y[1]
+        for row in rows
+        for x in row
+        for y in row
+        if x[0] > y[0] and abs(x[1] - y[1]) <= 1
+    ]
+    assert (
+        long["length_matched_accuracy"]
+        == pytest.approx(mean(near))
+        != pytest.approx(long["pair_accuracy"], abs=0.02)
+    )
 
 
 # ---------------------------------------------------------------- the script
@@ -199,23 +279,48 @@ def test_the_world_s_results(tmp_path, capsys):
     folder(out / "dpo", 2, **shape)
     shutil.copytree(out / "sft", out / "ppo")  # a policy that has not moved
     base = folder(tmp_path / "base", 3, **shape)
-    rows = [{"messages": user(i["prompt"]), "reference": world.perfect(i), "item": i} for i in world.items(22, 0, "heldout")]
+    rows = [
+        {"messages": user(i["prompt"]), "reference": world.perfect(i), "item": i}
+        for i in world.items(22, 0, "heldout")
+    ]
     (out / "world").mkdir()
     write(out / "world" / "heldout.jsonl", rows)
     evals.evaluate(options(out=str(out), base=base, n=11))
     results = json.loads((out / "results.json").read_text())
-    assert list(results) == ["perfect", "base", "sft", "ppo", "dpo"] and results["perfect"] == world.PERFECT
-    asked = {"n", "gold_sampled", "gold_greedy", "right_sampled", "right_greedy", "finished", "mean_length"}
-    assert all(asked <= set(results[s]) and results[s]["n"] == 11 for s in ("base", "sft", "ppo", "dpo"))
+    assert (
+        list(results) == ["perfect", "base", "sft", "ppo", "dpo"]
+        and results["perfect"] == world.PERFECT
+    )
+    asked = {
+        "n",
+        "gold_sampled",
+        "gold_greedy",
+        "right_sampled",
+        "right_greedy",
+        "finished",
+        "mean_length",
+    }
+    assert all(
+        asked <= set(results[s]) and results[s]["n"] == 11 for s in ("base", "sft", "ppo", "dpo")
+    )
     assert "kl_vs_sft" not in results["base"]
     for stage in ("sft", "ppo"):  # the same model gives the same answers
         f = results[stage]
-        assert (f["win_vs_sft"], f["win_vs_sft_decided"], f["kl_vs_sft"], f["gain_vs_sft"], f["gain_vs_sft_ci"]) == (0.5, None, 0, 0, 0)
+        assert (
+            f["win_vs_sft"],
+            f["win_vs_sft_decided"],
+            f["kl_vs_sft"],
+            f["gain_vs_sft"],
+            f["gain_vs_sft_ci"],
+        ) == (0.5, None, 0, 0, 0)
         assert f["gold_sampled"] == results["sft"]["gold_sampled"]
     assert results["dpo"]["kl_vs_sft"] > 1
     for stage in ("base", "sft", "ppo", "dpo"):
         for kind in ("", ".greedy"):
-            lines = [json.loads(line) for line in Path(out, "answers", f"{stage}{kind}.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line)
+                for line in Path(out, "answers", f"{stage}{kind}.jsonl").read_text().splitlines()
+            ]
             assert [line["prompt"] for line in lines] == [r["messages"] for r in rows[:11]]
             for line, r in zip(lines, rows, strict=False):
                 assert set(line) == {"prompt", "answer", "finished", "gold", "right", "reasons"}
@@ -231,8 +336,13 @@ def test_results_of_anyones_records(tmp_path):
     shutil.copytree(out / "sft", out / "dpo")
     folder(out / "simpo", 2)
     texts = [f"question {i}" for i in range(120)]
-    data = write(tmp_path / "d.jsonl", [{"messages": user(t) + [{"role": "assistant", "content": "ok"}]} for t in texts])
-    prefs = write(tmp_path / "p.jsonl", [{"prompt": t, "chosen": "sure", "rejected": "no no"} for t in texts])
+    data = write(
+        tmp_path / "d.jsonl",
+        [{"messages": user(t) + [{"role": "assistant", "content": "ok"}]} for t in texts],
+    )
+    prefs = write(
+        tmp_path / "p.jsonl", [{"prompt": t, "chosen": "sure", "rejected": "no no"} for t in texts]
+    )
     evals.evaluate(options(out=str(out), base=str(tmp_path / "none"), data=data, prefs=prefs))
     results = json.loads((out / "results.json").read_text())
     held = sum(records.held_out(user(t)) for t in texts)
@@ -243,11 +353,21 @@ def test_results_of_anyones_records(tmp_path):
     assert results["dpo"]["loss_change"] == results["dpo"]["loss_change_ci"] == 0
     # by definition before it moves
     assert results["sft"]["implicit_accuracy"] == results["dpo"]["implicit_accuracy"] == 0.5
-    assert results["sft"]["loss_per_token"] == results["dpo"]["loss_per_token"] != results["simpo"]["loss_per_token"]
+    assert (
+        results["sft"]["loss_per_token"]
+        == results["dpo"]["loss_per_token"]
+        != results["simpo"]["loss_per_token"]
+    )
     tok, (one, two) = chat_tokenizer(), (hub.load(out / s)[0] for s in ("sft", "simpo"))
     pairs = [user(t) for t in texts if records.held_out(user(t))]
     implicit = [
-        [a - b for a, b in zip(*(evals.answer_logps(m, tok, pairs, [text] * held, CPU) for m in (two, one)), strict=True)]
+        [
+            a - b
+            for a, b in zip(
+                *(evals.answer_logps(m, tok, pairs, [text] * held, CPU) for m in (two, one)),
+                strict=True,
+            )
+        ]
         for text in ("sure", "no no")
     ]
     won = mean([float(c > r) for c, r in zip(*implicit, strict=True)])

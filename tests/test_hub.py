@@ -26,7 +26,13 @@ def tokenizer():
 
 
 def tiny(vocab_size=500, **changes):
-    shape = dict(vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    shape = dict(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     model = Transformer(Config(**shape | dict(num_key_value_heads=2, head_dim=4) | changes))
     init_weights(model, torch.Generator().manual_seed(0))
     return model
@@ -42,12 +48,16 @@ def folder(tmp_path):
 
 def edit(folder, remove=(), **changes):
     said = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k not in remove}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in said.items() if k not in remove})
+    )
 
 
 def edit_weights(folder, **changes):
     """Sets tensors by name ("__" for a dot); None removes one."""
-    weights = load_file(folder / "model.safetensors") | {k.replace("__", "."): v for k, v in changes.items()}
+    weights = load_file(folder / "model.safetensors") | {
+        k.replace("__", "."): v for k, v in changes.items()
+    }
     save_file({k: v for k, v in weights.items() if v is not None}, folder / "model.safetensors")
 
 
@@ -74,15 +84,38 @@ def test_transformers_own_logits(name):
 
 
 def test_the_config_is_read_whole():
-    biases, wide, scores = (hub.load(GOLDEN / f"llama_{name}")[0].config for name in ("biases", "wide", "scores"))
-    assert (biases.attention_bias, biases.mlp_bias, biases.rms_norm_eps, biases.num_key_value_heads) == (True, True, 0.1, 2)
-    assert (wide.head_dim, wide.rope_theta, wide.tie_word_embeddings, wide.max_position_embeddings) == (12, 500.0, False, 2048)
-    assert (scores.num_labels, scores.bos_token_id, scores.eos_token_id, scores.pad_token_id) == (1, 1, 2, 0)
+    biases, wide, scores = (
+        hub.load(GOLDEN / f"llama_{name}")[0].config for name in ("biases", "wide", "scores")
+    )
+    assert (
+        biases.attention_bias,
+        biases.mlp_bias,
+        biases.rms_norm_eps,
+        biases.num_key_value_heads,
+    ) == (True, True, 0.1, 2)
+    assert (
+        wide.head_dim,
+        wide.rope_theta,
+        wide.tie_word_embeddings,
+        wide.max_position_embeddings,
+    ) == (12, 500.0, False, 2048)
+    assert (scores.num_labels, scores.bos_token_id, scores.eos_token_id, scores.pad_token_id) == (
+        1,
+        1,
+        2,
+        0,
+    )
 
 
 def test_both_spellings(folder):
     old, _ = hub.load(folder)
-    edit(folder, remove=["rope_parameters", "dtype", "head_dim"], rope_theta=77.0, torch_dtype="bfloat16", rope_scaling=None)
+    edit(
+        folder,
+        remove=["rope_parameters", "dtype", "head_dim"],
+        rope_theta=77.0,
+        torch_dtype="bfloat16",
+        rope_scaling=None,
+    )
     assert hub.load(folder)[0].config.rope_theta == 77.0
     # as in transformers, it outweighs rope_theta
     edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
@@ -91,19 +124,38 @@ def test_both_spellings(folder):
 
 
 def test_what_a_config_may_leave_out(folder):
-    edit(folder, remove=["rope_parameters", "rms_norm_eps", "head_dim", "num_key_value_heads", "bos_token_id", "architectures"])
-    with pytest.raises(ValueError, match=r"k_proj.weight has the shape \(16, 32\), config.json asks for \(32, 32\)"):
+    edit(
+        folder,
+        remove=[
+            "rope_parameters",
+            "rms_norm_eps",
+            "head_dim",
+            "num_key_value_heads",
+            "bos_token_id",
+            "architectures",
+        ],
+    )
+    with pytest.raises(
+        ValueError, match=r"k_proj.weight has the shape \(16, 32\), config.json asks for \(32, 32\)"
+    ):
         hub.load(folder)  # no num_key_value_heads: as many as heads
     edit(folder, num_key_value_heads=2)
     config = hub.load(folder)[0].config
-    assert (config.rope_theta, config.rms_norm_eps, config.head_dim, config.bos_token_id) == (10000.0, 1e-6, 8, None)
+    assert (config.rope_theta, config.rms_norm_eps, config.head_dim, config.bos_token_id) == (
+        10000.0,
+        1e-6,
+        8,
+        None,
+    )
 
 
 def test_dtype_is_the_caller_s(folder):
     model, _ = hub.load(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     again, _ = hub.load(folder)
-    assert {p.dtype for p in again.parameters()} == {torch.float32} and torch.equal(again.norm.weight, model.norm.weight.float())
+    assert {p.dtype for p in again.parameters()} == {torch.float32} and torch.equal(
+        again.norm.weight, model.norm.weight.float()
+    )
 
 
 def test_a_head_beside_a_tied_embedding(folder):
@@ -128,7 +180,9 @@ def test_several_end_tokens_are_kept(folder, tmp_path):
     model, _ = hub.load(folder)
     hub.save(tmp_path / "again", model, None)
     assert hub.load(tmp_path / "again")[0].config.eos_token_id == [2, 5]
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())[
+        "eos_token_id"
+    ] == [2, 5]
 
 
 # -- our own
@@ -142,31 +196,58 @@ def test_saved_is_loaded(changes, tokenizer, tmp_path):
     model = tiny(**changes, eos_token_id=3, max_position_embeddings=99)
     hub.save(tmp_path, model, tokenizer)
     again, its = hub.load(tmp_path)
-    assert same(again, model) and its.json == tokenizer.json and its.chat_template == tokenizer.chat_template
+    assert (
+        same(again, model)
+        and its.json == tokenizer.json
+        and its.chat_template == tokenizer.chat_template
+    )
     # the config's, else the tokenizer's
     assert again.config.eos_token_id == 3 and again.config.bos_token_id == tokenizer.bos_id
     model.config.bos_token_id, model.config.pad_token_id = tokenizer.bos_id, tokenizer.pad_id
     assert again.config == model.config
     hub.save(tmp_path / "b", again, its)
-    for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         assert (tmp_path / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_a_saved_folder_is_transformers_own_kind(tokenizer, tmp_path):
     hub.save(tmp_path, tiny(tie_word_embeddings=True, rope_theta=500.0), tokenizer, torch.bfloat16)
     said = json.loads((tmp_path / "config.json").read_text())
-    assert said["architectures"] == ["LlamaForCausalLM"] and said["model_type"] == "llama" and said["hidden_act"] == "silu"
+    assert (
+        said["architectures"] == ["LlamaForCausalLM"]
+        and said["model_type"] == "llama"
+        and said["hidden_act"] == "silu"
+    )
     assert said["dtype"] == said["torch_dtype"] == "bfloat16"
-    assert said["rope_theta"] == 500.0 and said["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
+    assert said["rope_theta"] == 500.0 and said["rope_parameters"] == {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+    }
     assert "num_labels" not in said and "reward_mean" not in said
     with safe_open(tmp_path / "model.safetensors", "pt") as f:
         names = set(f.keys())
-        assert f.metadata() == {"format": "pt"} and f.get_tensor("model.norm.weight").dtype == torch.bfloat16
+        assert (
+            f.metadata() == {"format": "pt"}
+            and f.get_tensor("model.norm.weight").dtype == torch.bfloat16
+        )
     with safe_open(GOLDEN / "llama_tied" / "model.safetensors", "pt") as f:
         assert names == set(f.keys())
-    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == (
+        tmp_path / "config.json"
+    ).stat().st_mode
     generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert (generation["top_k"], generation["top_p"], generation["temperature"], generation["do_sample"]) == (0, 1.0, 1.0, True)
+    assert (
+        generation["top_k"],
+        generation["top_p"],
+        generation["temperature"],
+        generation["do_sample"],
+    ) == (0, 1.0, 1.0, True)
 
 
 def test_bf16_weights_survive_a_round_trip(tmp_path):
@@ -177,7 +258,11 @@ def test_bf16_weights_survive_a_round_trip(tmp_path):
     # as it is in memory
     hub.save(tmp_path / "c", hub.load(tmp_path / "a", dtype=torch.bfloat16)[0], None)
     for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
+        assert (
+            (tmp_path / "a" / file).read_bytes()
+            == (tmp_path / "b" / file).read_bytes()
+            == (tmp_path / "c" / file).read_bytes()
+        )
 
 
 def test_a_loaded_model_does_not_hold_its_file(tmp_path):
@@ -200,19 +285,32 @@ def test_reward_model(kind, tmp_path):
     model.config.reward_mean, model.config.reward_std = 0.25, 2.5
     hub.save(tmp_path, model, tokenizer)
     said = json.loads((tmp_path / "config.json").read_text())
-    assert said["architectures"] == ["LlamaForSequenceClassification"] and said["num_labels"] == len(said["id2label"]) == 1
+    assert (
+        said["architectures"] == ["LlamaForSequenceClassification"]
+        and said["num_labels"] == len(said["id2label"]) == 1
+    )
     assert said["pad_token_id"] == tokenizer.special["<|endoftext|>"] != said["eos_token_id"]
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert (
+        json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+    )
     with safe_open(tmp_path / "model.safetensors", "pt") as f:
         assert "score.weight" in f.keys() and "lm_head.weight" not in f.keys()
     again, _ = hub.load(tmp_path)
-    assert same(again, model) and (again.config.reward_mean, again.config.reward_std, again.config.num_labels) == (0.25, 2.5, 1)
+    assert same(again, model) and (
+        again.config.reward_mean,
+        again.config.reward_std,
+        again.config.num_labels,
+    ) == (0.25, 2.5, 1)
     assert lm.config.pad_token_id == lm.config.eos_token_id  # saving changes nothing in memory
 
 
 def test_a_reward_model_straight_from_a_base(tokenizer, tmp_path):
     start = tokenizer.special["<|endoftext|>"]  # a base's beginning, end and padding
-    hub.save(tmp_path, scalar_model(tiny(bos_token_id=start, eos_token_id=start, pad_token_id=start)), tokenizer)
+    hub.save(
+        tmp_path,
+        scalar_model(tiny(bos_token_id=start, eos_token_id=start, pad_token_id=start)),
+        tokenizer,
+    )
     config = hub.load(tmp_path)[0].config
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.special["<|im_end|>"], start)
 
@@ -249,7 +347,10 @@ def test_the_config_is_written_last(tokenizer, tmp_path, monkeypatch):
 REFUSED = {
     "model_type": ("gpt2", 'model_type = "gpt2".* only "llama" is'),
     "rope_scaling": ({"rope_type": "llama3", "factor": 8.0}, r'rope_scaling.rope_type = "llama3"'),
-    "rope_parameters": ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, r'rope_parameters.rope_type = "yarn"'),
+    "rope_parameters": (
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+        r'rope_parameters.rope_type = "yarn"',
+    ),
     "sliding_window": (4096, "sliding_window = 4096.* only models without sliding_window are"),
     "hidden_act": ("gelu", 'hidden_act = "gelu".* only "silu" is'),
     "quantization_config": ({"quant_method": "gptq"}, "quantization_config"),
@@ -263,8 +364,14 @@ REFUSED = {
     "rms_norm_eps": ("small", 'rms_norm_eps is "small", float was expected'),
     "max_position_embeddings": (True, "max_position_embeddings is true, int was expected"),
     "tie_word_embeddings": ("yes", 'tie_word_embeddings is "yes", bool was expected'),
-    "num_hidden_layers": (3, "the checkpoint lacks model.layers.2.input_layernorm.weight and 8 more tensors"),
-    "intermediate_size": (41, r"down_proj.weight has the shape \(32, 40\), config.json asks for \(32, 41\)"),
+    "num_hidden_layers": (
+        3,
+        "the checkpoint lacks model.layers.2.input_layernorm.weight and 8 more tensors",
+    ),
+    "intermediate_size": (
+        41,
+        r"down_proj.weight has the shape \(32, 40\), config.json asks for \(32, 41\)",
+    ),
     "attention_bias": (True, "lacks model.layers.0.self_attn.q_proj.bias and 7 more"),
 }
 
@@ -310,12 +417,22 @@ def test_several_labels(tmp_path):
 
 def test_tensors_that_do_not_fit(folder):
     edit_weights(folder, model__norm__weight=None)
-    refused(folder, ValueError, "the checkpoint lacks model.norm.weight; config.json and weights are not a pair")
+    refused(
+        folder,
+        ValueError,
+        "the checkpoint lacks model.norm.weight; config.json and weights are not a pair",
+    )
     edit_weights(folder, model__norm__weight=torch.ones(33))
-    refused(folder, ValueError, r"model.norm.weight has the shape \(33,\), config.json asks for \(32,\)")
+    refused(
+        folder, ValueError, r"model.norm.weight has the shape \(33,\), config.json asks for \(32,\)"
+    )
     edit_weights(folder, model__norm__weight=torch.ones(32, dtype=torch.int8))
     refused(folder, ValueError, "model.norm.weight is torch.int8: of quantised weights only NF4")
-    edit_weights(folder, model__norm__weight=torch.ones(32), model__layers__0__self_attn__q_norm__weight=torch.ones(8))
+    edit_weights(
+        folder,
+        model__norm__weight=torch.ones(32),
+        model__layers__0__self_attn__q_norm__weight=torch.ones(8),
+    )
     refused(folder, ValueError, "does not ask for, model.layers.0.self_attn.q_norm.weight;")
 
 
@@ -323,13 +440,25 @@ def test_damaged_weights(folder):
     file, whole = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
     header = struct.unpack("<Q", whole[:8])[0]
     page = b"<!doctype html><title>404</title>" * 9
-    for damaged in (b"", whole[:5], whole[:-100], whole + b"more", page, whole[:8] + b"x" * header + whole[8 + header :], b"\xff" * 4096):
+    for damaged in (
+        b"",
+        whole[:5],
+        whole[:-100],
+        whole + b"more",
+        page,
+        whole[:8] + b"x" * header + whole[8 + header :],
+        b"\xff" * 4096,
+    ):
         file.write_bytes(damaged)
         refused(folder, ValueError, "is damaged or no safetensors file")
 
 
 def test_damaged_config(folder):
-    for text, message in (("{", "is not JSON"), ("[1]", "holds a list, an object was expected"), ("", "is not JSON")):
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[1]", "holds a list, an object was expected"),
+        ("", "is not JSON"),
+    ):
         (folder / "config.json").write_text(text)
         refused(folder, ValueError, message)
     (folder / "config.json").write_bytes(b"\xff\xfe\x00")
@@ -354,10 +483,17 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
 def test_shards(tmp_path):
     shutil.copytree(GOLDEN / "llama_biases", tmp_path / "m")
     folder = tmp_path / "m"
-    index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*.safetensors"))
+    index, shards = (
+        folder / "model.safetensors.index.json",
+        sorted(folder.glob("model-*.safetensors")),
+    )
     assert len(shards) > 1
     content = index.read_text()
-    for text, message in (("{}", "has no weight_map"), ('{"weight_map": 3}', "has no weight_map"), ("nonsense", "is not JSON")):
+    for text, message in (
+        ("{}", "has no weight_map"),
+        ('{"weight_map": 3}', "has no weight_map"),
+        ("nonsense", "is not JSON"),
+    ):
         index.write_text(text)
         refused(folder, ValueError, message)
     index.write_text(content)
@@ -365,7 +501,11 @@ def test_shards(tmp_path):
     shards[1].write_bytes(weights[:-3])
     refused(folder, ValueError, f"{shards[1].name} is damaged")
     shards[1].unlink()
-    refused(folder, FileNotFoundError, f"{shards[1].name} is missing, model.safetensors.index.json names it")
+    refused(
+        folder,
+        FileNotFoundError,
+        f"{shards[1].name} is missing, model.safetensors.index.json names it",
+    )
 
 
 def test_a_vocabulary_larger_than_the_embedding(tokenizer, tmp_path):

@@ -33,7 +33,25 @@ GOLDEN, CPU = Path(__file__).parent / "golden", pick_device("cpu")
 
 
 # ---------------------------------------------------------------- JSON files
-WRONG = [None, True, -1, 0, 10**30, math.nan, math.inf, 0.5, "x", "", [], {}, [[]], [None], {"a": None}, ["x"], "\ud800"]
+WRONG = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    math.nan,
+    math.inf,
+    0.5,
+    "x",
+    "",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": None},
+    ["x"],
+    "\ud800",
+]
 DEEP = [400, 2000, 100_000]
 
 
@@ -42,7 +60,13 @@ def places(said, at=()):
     ones.
     """
     yield at
-    items = list(said.items() if isinstance(said, dict) else enumerate(said) if isinstance(said, list) else ())
+    items = list(
+        said.items()
+        if isinstance(said, dict)
+        else enumerate(said)
+        if isinstance(said, list)
+        else ()
+    )
     for key, value in items if len(items) < 40 else items[:2] + items[-2:]:
         yield from places(value, (*at, key))
 
@@ -59,7 +83,10 @@ def spoilt(said, at):
         last = (0, *at)[-1]
         inside[last] = value
         if value == "@":
-            yield from (json.dumps(new[0]).replace('"@"', "[" * n + "]" * n) for n in (DEEP if len(at) < 2 else []))
+            yield from (
+                json.dumps(new[0]).replace('"@"', "[" * n + "]" * n)
+                for n in (DEEP if len(at) < 2 else [])
+            )
         else:
             yield json.dumps(new[0])
     if at:
@@ -71,7 +98,13 @@ def test_whatever_a_json_file_says_is_read_or_refused_in_one_line(tmp_path):
     def whole(folder):
         model, tok = hub.load(folder)
         if tok is not None:
-            templates.of(tok), templates.end_ids(tok, model.config), tok.bos_id, tok.eos_id, tok.pad_id
+            (
+                templates.of(tok),
+                templates.end_ids(tok, model.config),
+                tok.bos_id,
+                tok.eos_id,
+                tok.pad_id,
+            )
         hub.token_ids(model.config, tok)
 
     tiny.folder(tmp_path / "model")
@@ -94,9 +127,15 @@ def test_whatever_a_json_file_says_is_read_or_refused_in_one_line(tmp_path):
                 try:
                     read(file.parent)
                 except (ValueError, FileNotFoundError) as e:
-                    assert "\n" not in str(e) and str(file.parent) in str(e) or "chat template is none of" in str(e), (at, e)
+                    assert (
+                        "\n" not in str(e)
+                        and str(file.parent) in str(e)
+                        or "chat template is none of" in str(e)
+                    ), (at, e)
                 except BaseException as e:
-                    raise AssertionError(f"{file.name}: {at}: {type(e).__name__} of {wrong[:300]}") from e
+                    raise AssertionError(
+                        f"{file.name}: {at}: {type(e).__name__} of {wrong[:300]}"
+                    ) from e
         file.write_text(text)
 
 
@@ -151,11 +190,16 @@ def test_a_gap_among_the_ids(tmp_path):
         token["id"] += 5
     gappy = tokenizer.Tokenizer(json.dumps(spec), tiny.chat_tokenizer().config)
     assert gappy.vocab_size == 285 and len(gappy.ids) == 280
-    with pytest.raises(ValueError, match="cannot decode token 278: the tokenizer has the ids 0 to 284, with gaps"):
+    with pytest.raises(
+        ValueError, match="cannot decode token 278: the tokenizer has the ids 0 to 284, with gaps"
+    ):
         gappy.decode([65, 278])
     hub.save(tmp_path, tiny.lm(vocab_size=285), gappy)
     model, tok = hub.load(tmp_path)
-    assert model.spare.tolist() == list(range(277, 282)) and tok.decode([*tok.encode("a"), 284]) == "a<|im_end|>"
+    assert (
+        model.spare.tolist() == list(range(277, 282))
+        and tok.decode([*tok.encode("a"), 284]) == "a<|im_end|>"
+    )
     assert tok.hash == gappy.hash != tiny.chat_tokenizer().hash
     spec["added_tokens"][0]["id"] = spec["added_tokens"][1]["id"]
     with pytest.raises(ValueError, match="two tokens have the id 283"):
@@ -174,18 +218,34 @@ def test_an_answer_ends_at_any_of_the_config_s_end_ids(tmp_path):
     model.config.eos_token_id = [277, full_stop]
     with torch.no_grad():
         model.lm_head.weight[[full_stop, 279]] = 0.3 * model.norm.weight
-    prompts = [templates.render(tok, tiny.user(f"{i}?"), add_generation_prompt=True)[0] for i in range(40)]
+    prompts = [
+        templates.render(tok, tiny.user(f"{i}?"), add_generation_prompt=True)[0] for i in range(40)
+    ]
     free, told = (generate(model, prompts, 12, seed=3, eos_id=e) for e in (None, ends))
     for whole, part in zip(free, told, strict=True):
         first = next((n for n, i in enumerate(whole) if i in ends), 99)
         assert part == whole[: first + 1]
     texts, finished = templates.read_answers(tok, told, ends)
-    assert {a[-1] for a, f in zip(told, finished, strict=True) if f} >= {279, full_stop} and not all(finished)
-    assert all(t == tok.decode(a[: len(a) - f], skip_special=True) for t, a, f in zip(texts, told, finished, strict=True))
-    assert generate(model, prompts[:4], 12, seed=3, eos_id=279) == generate(model, prompts[:4], 12, seed=3, eos_id=[279])
+    assert {a[-1] for a, f in zip(told, finished, strict=True) if f} >= {
+        279,
+        full_stop,
+    } and not all(finished)
+    assert all(
+        t == tok.decode(a[: len(a) - f], skip_special=True)
+        for t, a, f in zip(texts, told, finished, strict=True)
+    )
+    assert generate(model, prompts[:4], 12, seed=3, eos_id=279) == generate(
+        model, prompts[:4], 12, seed=3, eos_id=[279]
+    )
     o = evals.Options(max_new_tokens=12, device="cpu")
-    for text, ids, ended in evals.answer(model, tok, [tiny.user(f"{i}?") for i in range(40)], o, 1.0, 0):
-        assert ended == (ids[-1] in ends) and not set(ids[:-1]) & set(ends) and not (ended and text.endswith("."))
+    for text, ids, ended in evals.answer(
+        model, tok, [tiny.user(f"{i}?") for i in range(40)], o, 1.0, 0
+    ):
+        assert (
+            ended == (ids[-1] in ends)
+            and not set(ids[:-1]) & set(ends)
+            and not (ended and text.endswith("."))
+        )
 
 
 def damage(folder, value=math.nan):
@@ -205,13 +265,23 @@ def test_logits_that_are_not_finite_are_an_error(value, small, tmp_path):
             next(decode(model, [[1, 2]], 4, temperature))
     if math.isinf(value):
         return
-    refused(run("compare.py", out=tmp_path / "c.jsonl", **small["compare"] | dict(model=folder)), "NaN or infinite")
+    refused(
+        run("compare.py", out=tmp_path / "c.jsonl", **small["compare"] | dict(model=folder)),
+        "NaN or infinite",
+    )
     for call in (
         lambda: evals.score_texts(scalar_model(model), tok, [tiny.user("a")], ["b"]),
         lambda: evals.answer_logps(model, tok, [tiny.user("a")], ["b"], CPU),
-        lambda: evals.held_out_losses(model, tok, [{"messages": tiny.user("a") + [{"role": "assistant", "content": "b"}]}], CPU),
+        lambda: evals.held_out_losses(
+            model,
+            tok,
+            [{"messages": tiny.user("a") + [{"role": "assistant", "content": "b"}]}],
+            CPU,
+        ),
     ):
-        with pytest.raises(ValueError, match="are NaN or infinite: the model's weights are damaged"):
+        with pytest.raises(
+            ValueError, match="are NaN or infinite: the model's weights are damaged"
+        ):
             call()
 
 
@@ -230,17 +300,29 @@ def test_a_record_s_own_fields_never_replace_what_is_written(small, tmp_path):
     """A chat of UltraChat's has a `prompt` beside its messages; any other field that a ranking has
     is left out as well.
     """
-    (tmp_path / "mine.py").write_text("def brief(prompts, answers): return [-len(a) for a in answers]")
-    own, out = {"prompt": "another", "finished": True, "ids": [[1]], "tokenizer": "mine"}, tmp_path / "c.jsonl"
+    (tmp_path / "mine.py").write_text(
+        "def brief(prompts, answers): return [-len(a) for a in answers]"
+    )
+    own, out = (
+        {"prompt": "another", "finished": True, "ids": [[1]], "tokenizer": "mine"},
+        tmp_path / "c.jsonl",
+    )
     prompts = [{"messages": tiny.user(f"Say {i}"), "prompt_id": i, **own} for i in range(4)]
     data = tiny.write(tmp_path / "x.jsonl", prompts)
-    result = done("compare.py", out=out, **small["compare"] | dict(data=data, labeller=f"{tmp_path}/mine.py:brief"))
+    result = done(
+        "compare.py",
+        out=out,
+        **small["compare"] | dict(data=data, labeller=f"{tmp_path}/mine.py:brief"),
+    )
     assert "x.jsonl: its fields finished, ids, prompt, tokenizer are left out" in result.err
     tok = tokenizer.Tokenizer.load(small["compare"]["model"])
     end = templates.end_id(tok)
     for r in map(json.loads, out.read_text().splitlines()):
         assert r["prompt"] == tiny.user(f"Say {r['prompt_id']}") and r["tokenizer"] == tok.hash
-        assert r["finished"] == [a[-1] == end for a in r["ids"]] and len(r["responses"]) == len(r["ranks"]) == 4
+        assert (
+            r["finished"] == [a[-1] == end for a in r["ids"]]
+            and len(r["responses"]) == len(r["ranks"]) == 4
+        )
         assert r["responses"] == [tok.decode(a, skip_special=True) for a in r["ids"]]
 
 
@@ -251,7 +333,9 @@ def test_sampled_answers_are_scored_by_their_very_ids():
     prompt = templates.render(tok, tiny.user("a"), add_generation_prompt=True)[0]
     (score,) = evals.score_texts(model, tok, [tiny.user("a")], [tok.decode(half)], [half])
     assert score == pytest.approx(model(torch.tensor([prompt + half]))[0, -1].item(), abs=1e-5)
-    assert score != pytest.approx(evals.score_texts(model, tok, [tiny.user("a")], [tok.decode(half)])[0], abs=1e-3)
+    assert score != pytest.approx(
+        evals.score_texts(model, tok, [tiny.user("a")], [tok.decode(half)])[0], abs=1e-3
+    )
 
 
 # ---------------------------------------------------------------- programs that only read
@@ -266,8 +350,16 @@ def chain(small, tmp_path_factory):
     done("sft.py", out=out / "sft", **small["sft"] | LORA | dict(steps=30, lr=0.02))
     mine = dict(model=out / "sft") | KEEP
     done("compare.py", out=out / "comparisons.jsonl", **small["compare"] | mine)
-    done("reward.py", out=out / "reward", **small["reward"] | mine | dict(data=out / "comparisons.jsonl", steps=4))
-    done("dpo.py", out=out / "dpo", **small["dpo"] | mine | dict(data=out / "comparisons.jsonl", steps=4))
+    done(
+        "reward.py",
+        out=out / "reward",
+        **small["reward"] | mine | dict(data=out / "comparisons.jsonl", steps=4),
+    )
+    done(
+        "dpo.py",
+        out=out / "dpo",
+        **small["dpo"] | mine | dict(data=out / "comparisons.jsonl", steps=4),
+    )
     (out / "world").mkdir()
     for name in ("heldout.jsonl", "sft.jsonl"):
         stages.copy(Path(small["sft"]["data"]).parent / name, out / "world" / name)
@@ -283,15 +375,22 @@ def test_what_reads_holds_what_was_trained(chain, small):
     o = chat.Options(**KEEP)
     trained, _ = tuning.start(argument(model=chain / "sft", **KEEP), CPU)
     model, tok = tuning.read(o, chain / "sft", CPU)
-    assert torch.equal(model(tokens), trained(tokens)) and not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(tokens), trained(tokens)) and not any(
+        p.requires_grad for p in model.parameters()
+    )
     again, _ = tuning.read(replace(o, keep_base=False), chain / "sft", CPU)
     assert not torch.allclose(again(tokens), trained(tokens), atol=1e-3)
     merged = hub.load(chain / "sft")[0]
-    assert (merged(tokens) - model(tokens)).abs().max() < 1e-4 and model.config.eos_token_id == merged.config.eos_token_id
+    assert (
+        merged(tokens) - model(tokens)
+    ).abs().max() < 1e-4 and model.config.eos_token_id == merged.config.eos_token_id
     scorer, _ = tuning.read(o, chain / "reward", CPU, reward=True)
     assert (hub.load(chain / "reward")[0](tokens) - scorer(tokens)).abs().max() < 1e-4
     assert scorer.config.reward_std == hub.read_config(chain / "reward").reward_std
-    wrong = ("reward", False, "a language model was expected"), ("sft", True, "a reward model was expected")
+    wrong = (
+        ("reward", False, "a language model was expected"),
+        ("sft", True, "a reward model was expected"),
+    )
     for path, reward, words in wrong:
         with pytest.raises(ValueError, match=words):
             tuning.read(o, chain / path, CPU, reward)
@@ -300,7 +399,16 @@ def test_what_reads_holds_what_was_trained(chain, small):
 
 
 def argument(**changes):
-    o = dict(lora=0, alpha=0.0, targets="all", quant="none", paged=False, checkpointing=False, keep_base=False, seed=0)
+    o = dict(
+        lora=0,
+        alpha=0.0,
+        targets="all",
+        quant="none",
+        paged=False,
+        checkpointing=False,
+        keep_base=False,
+        seed=0,
+    )
     return Namespace(**o | changes)
 
 
@@ -318,16 +426,23 @@ def test_evaluation_and_controls_hold_one_model_at_a_time(way, chain, small, mon
 
     monkeypatch.setattr(tuning, "read", read)
     base = small["sft"]["model"]
-    evals.evaluate(evals.Options(out=str(chain), base=base, n=4, max_new_tokens=6, device="cpu", **way))
+    evals.evaluate(
+        evals.Options(out=str(chain), base=base, n=4, max_new_tokens=6, device="cpu", **way)
+    )
     results = json.loads((chain / "results.json").read_text())
     assert list(results) == ["perfect", "base", "sft", "dpo", "reward"]
     assert results["sft"]["kl_vs_sft"] == 0 != results["dpo"]["kl_vs_sft"]
     assert most == [0] * 5
     most.clear()
-    monkeypatch.setattr(controls, "again", lambda script, of, *rest, **_: chain / "dpo" if "ppo" in script else of)
+    monkeypatch.setattr(
+        controls, "again", lambda script, of, *rest, **_: chain / "dpo" if "ppo" in script else of
+    )
     controls.controls(controls.Options(out=str(chain), n=4, max_new_tokens=6, device="cpu", **way))
     said = json.loads((chain / "controls.json").read_text())
-    assert said["good_answers"]["kl_vs_sft"] == 0 and said["shuffled"]["kl_vs_sft"] == said["dpo_nll"]["kl_vs_sft"] != 0
+    assert (
+        said["good_answers"]["kl_vs_sft"] == 0
+        and said["shuffled"]["kl_vs_sft"] == said["dpo_nll"]["kl_vs_sft"] != 0
+    )
     assert most == [0] * 6
 
 
@@ -338,12 +453,19 @@ def test_where_there_is_bf16_the_weights_are_read_in_it(way, chain, monkeypatch)
     wide = [tuning.read(o, chain / "dpo", CPU), tuning.read(o, chain / "reward", CPU, reward=True)]
     monkeypatch.setattr(tuning, "has_bf16", lambda device: True)
     half = [tuning.read(o, chain / "dpo", CPU), tuning.read(o, chain / "reward", CPU, reward=True)]
-    assert all(m.embed_tokens.weight.dtype == m.norm.weight.dtype == torch.bfloat16 for m, _ in half)
+    assert all(
+        m.embed_tokens.weight.dtype == m.norm.weight.dtype == torch.bfloat16 for m, _ in half
+    )
     held = [{"messages": tiny.user("hello")}]
     answers = evals.answer(*half[0], [held[0]["messages"]], evals.Options(max_new_tokens=6), 1.0, 0)
-    one, two = (sum(evals.token_logps(m, tok, held, answers, CPU)[0][0].tolist()) for m, tok in (wide[0], half[0]))
+    one, two = (
+        sum(evals.token_logps(m, tok, held, answers, CPU)[0][0].tolist())
+        for m, tok in (wide[0], half[0])
+    )
     assert one == pytest.approx(two, abs=0.3) and one != two
-    one, two = (evals.score_texts(m, tok, [tiny.user("a")], ["b"])[0] for m, tok in (wide[1], half[1]))
+    one, two = (
+        evals.score_texts(m, tok, [tiny.user("a")], ["b"])[0] for m, tok in (wide[1], half[1])
+    )
     assert one == pytest.approx(two, abs=0.1)
 
 
@@ -352,4 +474,6 @@ def test_a_talk_with_the_four_bit_base_and_its_adapter(chain, capsys):
     model, tok = chat.load(o)
     talk = tiny.user("hello")
     chat.answer(model, tok, o, talk, {279}, 0)
-    assert any(isinstance(m, hub.Linear4bit) for m in model.modules()) and capsys.readouterr().out.endswith("\n")
+    assert any(
+        isinstance(m, hub.Linear4bit) for m in model.modules()
+    ) and capsys.readouterr().out.endswith("\n")

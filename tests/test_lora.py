@@ -76,10 +76,15 @@ def test_a_starts_kaiming_uniform_and_b_at_zero():
     model = add_lora(lm(), 16, 8, "down_proj,q_proj", generator=seeded(3))
     for layer in wrapped(model).values():
         A, bound = layer.A["default"], layer.in_features**-0.5  # sqrt(6 / ((1 + 5) in))
-        assert 0.9 * bound < A.abs().max() <= bound and A.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+        assert 0.9 * bound < A.abs().max() <= bound and A.std().item() == pytest.approx(
+            bound / 3**0.5, rel=0.15
+        )
         assert not layer.B["default"].any()
     again = add_lora(lm(), 16, 8, "down_proj,q_proj", generator=seeded(3))
-    assert all(torch.equal(a.A["default"], b.A["default"]) for a, b in zip(wrapped(model).values(), wrapped(again).values(), strict=True))
+    assert all(
+        torch.equal(a.A["default"], b.A["default"])
+        for a, b in zip(wrapped(model).values(), wrapped(again).values(), strict=True)
+    )
 
 
 def test_dropout_is_on_the_adapters_input_alone():
@@ -99,7 +104,11 @@ def test_dropout_is_on_the_adapters_input_alone():
 
 def test_finite_differences():
     layer = fill(add_lora(lm(), 2, 3, "q_proj")).double().layers[0].self_attn.q_proj
-    A, B, x = layer.A["default"], layer.B["default"], torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    A, B, x = (
+        layer.A["default"],
+        layer.B["default"],
+        torch.randn(3, 16, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda *tensors: layer(x), (x, A, B))
 
 
@@ -115,21 +124,39 @@ def test_finite_differences():
     ],
 )
 def test_targets(targets, expected):
-    names = {f"layers.{i}.{'mlp' if p in MLP else 'self_attn'}.{p}" for i in range(2) for p in expected}
+    names = {
+        f"layers.{i}.{'mlp' if p in MLP else 'self_attn'}.{p}" for i in range(2) for p in expected
+    }
     model = add_lora(lm(), 2, 4, targets)
     assert wrapped(model).keys() == names
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{n}.{k}.default" for n in names for k in "AB"} == train._tensors(model).keys()
-    assert wrapped(add_lora(lm(), 2, 4, f"{','.join(expected)}, lm_head")).keys() == names | {"lm_head"}
+    assert (
+        trained == {f"{n}.{k}.default" for n in names for k in "AB"} == train._tensors(model).keys()
+    )
+    assert wrapped(add_lora(lm(), 2, 4, f"{','.join(expected)}, lm_head")).keys() == names | {
+        "lm_head"
+    }
 
 
 def test_one_layer_by_its_whole_name():
-    assert wrapped(add_lora(lm(), 2, 4, ["layers.1.mlp.up_proj"])).keys() == {"layers.1.mlp.up_proj"}
-    assert wrapped(add_lora(lm(), 2, 4, "1.self_attn.q_proj,lm_head")).keys() == {"layers.1.self_attn.q_proj", "lm_head"}
+    assert wrapped(add_lora(lm(), 2, 4, ["layers.1.mlp.up_proj"])).keys() == {
+        "layers.1.mlp.up_proj"
+    }
+    assert wrapped(add_lora(lm(), 2, 4, "1.self_attn.q_proj,lm_head")).keys() == {
+        "layers.1.self_attn.q_proj",
+        "lm_head",
+    }
 
 
 @pytest.mark.parametrize(
-    "targets, near", [("atention", "attention"), ("q_proj,v_prj", "v_proj"), (["lmhead"], "lm_head"), ("roj", "proj"), ("", ".")]
+    "targets, near",
+    [
+        ("atention", "attention"),
+        ("q_proj,v_prj", "v_proj"),
+        (["lmhead"], "lm_head"),
+        ("roj", "proj"),
+        ("", "."),
+    ],
 )
 def test_unknown_targets_are_refused_with_the_nearest(targets, near):
     model = lm()
@@ -169,7 +196,11 @@ def test_step_0_is_the_base_bit_for_bit(dtype, changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_after_a_step_every_b_has_moved_and_the_base_has_not(scalar, dtype):
     model = lm().to(dtype)
-    model = add_lora(scalar_model(model, seeded()), 4, 8, "all", generator=seeded()) if scalar else add_lora(model, 4, 8, "all,lm_head")
+    model = (
+        add_lora(scalar_model(model, seeded()), 4, 8, "all", generator=seeded())
+        if scalar
+        else add_lora(model, 4, 8, "all,lm_head")
+    )
     before, start = step(model), lora.trained(model)
     for n, p in model.named_parameters():
         moved = ".B." in n or n == "score.weight"  # A's gradient is 0 while B is
@@ -177,7 +208,9 @@ def test_after_a_step_every_b_has_moved_and_the_base_has_not(scalar, dtype):
         assert p.dtype == (torch.float32 if p.requires_grad else dtype), n
     step(model)
     assert unmoved(model, start) == []
-    assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
+    assert not any(
+        torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad
+    )
 
 
 def test_unmoved_names_those_that_stayed():
@@ -195,7 +228,10 @@ def test_adapters_are_float32_on_a_bf16_base():
     model = fill(add_lora(lm().bfloat16(), 4, 8, "all,lm_head"))
     layer, x = model.layers[0].mlp.up_proj, torch.randn(5, 16, generator=seeded()).bfloat16()
     A, B = layer.A["default"], layer.B["default"]
-    assert A.dtype == B.dtype == torch.float32 and layer(x).dtype == torch.bfloat16 == model(TOKENS).dtype
+    assert (
+        A.dtype == B.dtype == torch.float32
+        and layer(x).dtype == torch.bfloat16 == model(TOKENS).dtype
+    )
     expected = layer.base(x).double() + 2 * x.double() @ A.double().T @ B.double().T
     # one rounding, at the end
     assert ((layer(x).double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
@@ -216,11 +252,18 @@ def test_resume_restores_an_adapter():
 def test_switching():
     model = add_lora(lm(), 4, 8, "attention,lm_head", generator=seeded(1), name="a")
     fill(model, "a", 1)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if n.endswith(".a")}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.endswith(".a")
+    }
     fill(add_lora(model, 2, 6, "mlp,v_proj", rslora=True, name="b"), "b", 2)
     assert lora.adapters(model) == ["a", "b"]
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if n.endswith(".b")}
-    alone = fill(add_lora(lm(), 4, 8, "attention,lm_head", name="a"), "a", 1), fill(add_lora(lm(), 2, 6, "mlp,v_proj", rslora=True), seed=2)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.endswith(".b")
+    }
+    alone = (
+        fill(add_lora(lm(), 4, 8, "attention,lm_head", name="a"), "a", 1),
+        fill(add_lora(lm(), 2, 6, "mlp,v_proj", rslora=True), seed=2),
+    )
     a, b, base = alone[0](TOKENS), alone[1](TOKENS), lm()(TOKENS)
     assert (a - b).abs().max() > 0.1 < (a - base).abs().max()
     for name, expected in (("b", b), ("a", a), (None, base), ("b", b)):
@@ -264,7 +307,11 @@ class FourBit(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.in_features, self.out_features, self.bias = (
+            layer.in_features,
+            layer.out_features,
+            layer.bias,
+        )
         self.register_buffer("codes", (layer.weight.detach() * 16).round().to(torch.int8))
 
     def dequantize(self):
@@ -290,12 +337,16 @@ def test_merged_is_unmerged(make, changes, capsys):
     assert merge(model) is model and not model.training
     close(model(TOKENS), before)
     assert (before - make(**changes)(TOKENS)).abs().max() > 0.1
-    assert {type(m) for n, m in model.named_modules() if n.endswith(("_proj", "lm_head"))} == {nn.Linear}
+    assert {type(m) for n, m in model.named_modules() if n.endswith(("_proj", "lm_head"))} == {
+        nn.Linear
+    }
     assert {k: (v.shape, v.dtype) for k, v in model.state_dict().items()} == {
         k: (v.shape, v.dtype) for k, v in lm(**changes).state_dict().items()
     }
     said = capsys.readouterr().out
-    assert "logits of 128 tokens differ by at most" in said and ("untied" in said) == bool(changes.get("tie_word_embeddings"))
+    assert "logits of 128 tokens differ by at most" in said and ("untied" in said) == bool(
+        changes.get("tie_word_embeddings")
+    )
     assert 0 <= float(said.split("at most ")[1].split(",")[0]) < 1e-4
 
 
@@ -304,13 +355,18 @@ def test_the_drift_is_what_it_says(capsys):
     page = torch.randint(280, (1, 128), generator=seeded())
     before = model.eval()(page).float()
     drift = (merge(model)(page).float() - before).abs()
-    assert f"at most {drift.max():.2g}, {drift.mean():.2g} on average" in capsys.readouterr().out and drift.max() > 0
+    assert (
+        f"at most {drift.max():.2g}, {drift.mean():.2g} on average" in capsys.readouterr().out
+        and drift.max() > 0
+    )
 
 
 def test_bf16_weights_are_rounded_once():
     model = fill(add_lora(lm().bfloat16(), 4, 8))
     layer = model.layers[0].mlp.up_proj
-    expected = (layer.base.weight.double() + 2 * layer.B["default"].double() @ layer.A["default"].double()).bfloat16()
+    expected = (
+        layer.base.weight.double() + 2 * layer.B["default"].double() @ layer.A["default"].double()
+    ).bfloat16()
     got = merge(model).layers[0].mlp.up_proj.weight
     # but for float32's own rounding
     assert got.dtype == torch.bfloat16 and (got != expected).float().mean() < 0.01
@@ -355,7 +411,11 @@ def test_merging_frees_a_layer_before_the_next(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_merging_needs_no_second_model(capsys):
     """12 MB a layer in bf16: the end of a run fits where its training did."""
-    model = lm(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=512).bfloat16().cuda()
+    model = (
+        lm(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=512)
+        .bfloat16()
+        .cuda()
+    )
     model = fill(add_lora(quantize_model(model), 4, 8), std=0.02)
     page = torch.randint(280, (1, 128), generator=seeded()).cuda()
     before = model.eval()(page).float()
@@ -364,7 +424,9 @@ def test_on_a_gpu_merging_needs_no_second_model(capsys):
     assert merge(model).device.type == "cpu"
     largest = 2 * 1024 * 4096
     assert torch.cuda.max_memory_allocated() - held < 6 * largest + 4 * 2**20
-    assert float(capsys.readouterr().out.split("at most ")[1].split(",")[0]) < 0.1 * before.abs().max()
+    assert (
+        float(capsys.readouterr().out.split("at most ")[1].split(",")[0]) < 0.1 * before.abs().max()
+    )
     close(model.cuda()(page).float(), before, 0.1 * before.abs().max())
 
 
@@ -373,14 +435,19 @@ def test_a_tied_head_merged_saved_and_loaded(targets, tmp_path):
     model = add_lora(lm(tie_word_embeddings=True), 4, 8, targets)
     step(model)
     logits = model(TOKENS)
-    assert model.embed_tokens.weight is (model.lm_head.base if "lm_head" in targets else model.lm_head).weight
+    assert (
+        model.embed_tokens.weight
+        is (model.lm_head.base if "lm_head" in targets else model.lm_head).weight
+    )
     with pytest.raises(ValueError, match="has adapters: lora.merge"):
         hub.save(tmp_path, model)
     hub.save(tmp_path, merge(model), chat_tokenizer())
     again, _ = hub.load(tmp_path)
     close(again(TOKENS), logits)
     assert torch.equal(again.embed_tokens.weight, lm(tie_word_embeddings=True).embed_tokens.weight)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] == (targets == "all")
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] == (
+        targets == "all"
+    )
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (targets != "all")
 
 
@@ -407,13 +474,19 @@ def test_four_models_over_one_base(tmp_path):
     """
     policy = add_lora(four_bit(), 4, 8)
     reward = scalar_model(lora.share(policy), seeded())
-    assert not hasattr(reward, "lm_head") and reward.config.num_labels == 1 and policy.config.num_labels == 0
+    assert (
+        not hasattr(reward, "lm_head")
+        and reward.config.num_labels == 1
+        and policy.config.num_labels == 0
+    )
     step(reward)
     save_adapter(reward, tmp_path)
     bare = lora.share(four_bit().requires_grad_(False))
     critic = load_adapter(scalar_model(bare), tmp_path)
     judge = load_adapter(scalar_model(bare), tmp_path, trainable=False)
-    assert not any(p.requires_grad for p in judge.parameters()) and len(train._tensors(critic)) == 29
+    assert (
+        not any(p.requires_grad for p in judge.parameters()) and len(train._tensors(critic)) == 29
+    )
     base = {id(t) for t in [*bare.parameters(), *bare.buffers()]} - {id(bare.lm_head.weight)}
     for model in (critic, judge):
         assert base <= {id(t) for t in [*model.parameters(), *model.buffers()]}
@@ -431,14 +504,23 @@ def test_a_scalar_model_of_an_adapted_one():
     model = fill(add_lora(lm(tie_word_embeddings=True), 4, 8, "all,lm_head"))
     scalar = scalar_model(model, seeded())
     assert torch.equal(scalar.hidden(TOKENS), model.hidden(TOKENS))
-    assert scalar.embed_tokens.weight is model.embed_tokens.weight and scalar.score.weight.requires_grad
+    assert (
+        scalar.embed_tokens.weight is model.embed_tokens.weight
+        and scalar.score.weight.requires_grad
+    )
     step(scalar)
-    assert not torch.equal(scalar.hidden(TOKENS), model.hidden(TOKENS)) and model.config.tie_word_embeddings
+    assert (
+        not torch.equal(scalar.hidden(TOKENS), model.hidden(TOKENS))
+        and model.config.tie_word_embeddings
+    )
 
 
 def test_a_scalar_head_is_float32_over_a_bf16_base():
     model = scalar_model(lm().bfloat16(), seeded())
-    assert model.score.weight.dtype == torch.float32 and model.embed_tokens.weight.dtype == torch.bfloat16
+    assert (
+        model.score.weight.dtype == torch.float32
+        and model.embed_tokens.weight.dtype == torch.bfloat16
+    )
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     close(last_score(model, TOKENS, mask), model(TOKENS)[:, -1], 0.05)
     model.score.bfloat16()
@@ -471,7 +553,10 @@ def test_a_scalar_head_is_float32_under_autocast(base):
 @pytest.mark.parametrize("name", LORAS)
 def test_the_peers_own_numbers(name):
     """PEFT's adapters: its outputs, and its gradients of everything that it trains."""
-    expected, base = load_file(GOLDEN / f"lora_{name}" / "expected.safetensors"), GOLDEN / f"llama_{LORAS[name]}"
+    expected, base = (
+        load_file(GOLDEN / f"lora_{name}" / "expected.safetensors"),
+        GOLDEN / f"llama_{LORAS[name]}",
+    )
     rows, (model, _) = load_file(base / "expected.safetensors"), hub.load(base)
     plain = model(rows["tokens"], rows["mask"].bool())
     load_adapter(model, GOLDEN / f"lora_{name}")
@@ -484,7 +569,9 @@ def test_the_peers_own_numbers(name):
     seen = 0
     for n, p in model.named_parameters():
         if p.requires_grad:
-            k = "base_model.model." + hub.hub_name(n.replace(".A.default", ".lora_A.weight").replace(".B.default", ".lora_B.weight"))
+            k = "base_model.model." + hub.hub_name(
+                n.replace(".A.default", ".lora_A.weight").replace(".B.default", ".lora_B.weight")
+            )
             assert (p.grad - expected[k]).abs().max() < 1e-4 * max(1, expected[k].abs().max()), k
             seen += 1
     assert seen == len(expected) - 1
@@ -495,12 +582,21 @@ def test_theirs_written_again_is_theirs(name, tmp_path):
     folder, (model, _) = GOLDEN / f"lora_{name}", hub.load(GOLDEN / f"llama_{LORAS[name]}")
     save_adapter(load_adapter(model, folder), tmp_path, f"llama_{LORAS[name]}")
     ours, theirs = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, folder))
-    wrong = {k: (v, theirs[k]) for k, v in ours.items() if v != theirs[k] and k not in ("target_modules", "modules_to_save")}
+    wrong = {
+        k: (v, theirs[k])
+        for k, v in ours.items()
+        if v != theirs[k] and k not in ("target_modules", "modules_to_save")
+    }
     assert not wrong and set(ours["modules_to_save"] or []) <= set(theirs["modules_to_save"] or [])
-    a, b = load_file(tmp_path / "adapter_model.safetensors"), load_file(folder / "adapter_model.safetensors")
+    a, b = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     b.pop("base_model.model.lm_head.base_layer.weight", None)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_mode == (tmp_path / "adapter_config.json").stat().st_mode
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode == (
+        tmp_path / "adapter_config.json"
+    ).stat().st_mode
 
 
 @pytest.mark.parametrize(
@@ -508,18 +604,35 @@ def test_theirs_written_again_is_theirs(name, tmp_path):
     [
         ("attention", sorted(ATTENTION)),
         ("lm_head,q_proj", ["lm_head", "q_proj"]),
-        (["layers.1.mlp.up_proj", "q_proj"], [f"model.layers.{n}" for n in ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj")]),
+        (
+            ["layers.1.mlp.up_proj", "q_proj"],
+            [
+                f"model.layers.{n}"
+                for n in ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj")
+            ],
+        ),
     ],
 )
 def test_save_and_load(targets, written, tmp_path):
-    model = fill(add_lora(lm(), 3, 5.5, targets, dropout=0.25, rslora=True, name="mine"), "mine").eval()
+    model = fill(
+        add_lora(lm(), 3, 5.5, targets, dropout=0.25, rslora=True, name="mine"), "mine"
+    ).eval()
     save_adapter(model, tmp_path, "data/base", "mine")
     said = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert said["target_modules"] == written and said["base_model_name_or_path"] == "data/base" and said["task_type"] == "CAUSAL_LM"
+    assert (
+        said["target_modules"] == written
+        and said["base_model_name_or_path"] == "data/base"
+        and said["task_type"] == "CAUSAL_LM"
+    )
     again = load_adapter(lm(), tmp_path, "other").eval()
-    assert torch.equal(again(TOKENS), model(TOKENS)) and wrapped(again).keys() == wrapped(model).keys()
+    assert (
+        torch.equal(again(TOKENS), model(TOKENS)) and wrapped(again).keys() == wrapped(model).keys()
+    )
     layer = next(iter(wrapped(again).values()))
-    assert layer.settings == {"other": dict(r=3, lora_alpha=5.5, lora_dropout=0.25, use_rslora=True)} and not layer.training
+    assert (
+        layer.settings == {"other": dict(r=3, lora_alpha=5.5, lora_dropout=0.25, use_rslora=True)}
+        and not layer.training
+    )
     with pytest.raises(ValueError, match="no adapter named default: it has mine"):
         save_adapter(model, tmp_path)
 
@@ -536,13 +649,17 @@ lora.load_adapter(model, {str(tmp_path / "adapter")!r})
 save_file({{"logits": model(load_file({str(tmp_path / "tokens")!r})["tokens"]).detach()}}, {str(tmp_path / "logits")!r})
 """
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
     close(load_file(tmp_path / "logits")["logits"], model(TOKENS).detach(), 1e-6)
 
 
 def test_loading_beside_another_adapter(tmp_path):
-    """DPO that goes on from an adapter: the reference is what it began as, frozen, in either order.
-    """
+    """DPO that goes on from an adapter: the reference is what it began as, frozen, in either order."""
     save_adapter(fill(add_lora(lm(), 2, 4)), tmp_path)
     for first in (True, False):
         model = load_adapter(lm(), tmp_path, "policy" if first else "reference", trainable=first)
@@ -581,9 +698,26 @@ def refused(folder, message, error=ValueError, base="tied"):
     assert not wrapped(model) and all(p.requires_grad for p in model.parameters())
 
 
-LACKING = dict(use_dora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2}, bias="all", fan_in_fan_out=True)
-LACKING |= dict(layers_to_transform=[0], trainable_token_indices=[1], modules_to_save=["lm_head"], init_lora_weights="pissa")
-LACKING |= dict(lora_bias=True, layer_replication=[[0, 1]], target_parameters=["x"], loftq_config={"loftq_bits": 4}, a_new_one=3)
+LACKING = dict(
+    use_dora=True,
+    rank_pattern={"q_proj": 2},
+    alpha_pattern={"q_proj": 2},
+    bias="all",
+    fan_in_fan_out=True,
+)
+LACKING |= dict(
+    layers_to_transform=[0],
+    trainable_token_indices=[1],
+    modules_to_save=["lm_head"],
+    init_lora_weights="pissa",
+)
+LACKING |= dict(
+    lora_bias=True,
+    layer_replication=[[0, 1]],
+    target_parameters=["x"],
+    loftq_config={"loftq_bits": 4},
+    a_new_one=3,
+)
 
 
 @pytest.mark.parametrize("name", LACKING)
@@ -599,7 +733,10 @@ def test_what_we_lack_is_refused_by_name(name, adapter):
         (dict(peft_type=None), "peft_type is null"),
         (dict(r="4"), "r is '4', a whole number"),
         (dict(r=True), "r is True, a whole number"),
-        (dict(r=5), r"lora_A.weight is \(4, 32\) in torch.float32, floating point of \(5, 32\) was expected"),
+        (
+            dict(r=5),
+            r"lora_A.weight is \(4, 32\) in torch.float32, floating point of \(5, 32\) was expected",
+        ),
         (dict(lora_alpha=None, use_rslora=1), "use_rslora is 1, true or false"),
         (dict(lora_dropout=2), "lora_dropout is 2"),
         (dict(target_modules=None), "target_modules is null, names or a pattern"),
@@ -609,9 +746,18 @@ def test_what_we_lack_is_refused_by_name(name, adapter):
         # a pattern, and it must match the whole name
         (dict(target_modules="q_proj"), "means no linear layer"),
         (dict(target_modules=["c_attn"]), "means no linear layer"),
-        (dict(target_modules=["q_proj", "v_proj", "o_proj"]), "lacks base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"),
-        (dict(exclude_modules=["q_proj"]), "does not ask for, base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
-        (dict(exclude_modules=r".*\.1\..*"), "does not ask for, base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"),
+        (
+            dict(target_modules=["q_proj", "v_proj", "o_proj"]),
+            "lacks base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight",
+        ),
+        (
+            dict(exclude_modules=["q_proj"]),
+            "does not ask for, base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        ),
+        (
+            dict(exclude_modules=r".*\.1\..*"),
+            "does not ask for, base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",
+        ),
     ],
 )
 def test_bad_configs(changes, message, adapter):
@@ -620,8 +766,23 @@ def test_bad_configs(changes, message, adapter):
 
 
 def test_what_says_nothing_is_ignored(adapter):
-    edit(adapter, bias="none", use_dora=None, a_new_one=None, another=[], a_third=False, eva_config={}, lora_dropout=0, revision="main")
-    edit(adapter, target_modules=["q_proj", "v_proj", "c_attn"], init_lora_weights="gaussian", exclude_modules=["lm_head"])
+    edit(
+        adapter,
+        bias="none",
+        use_dora=None,
+        a_new_one=None,
+        another=[],
+        a_third=False,
+        eva_config={},
+        lora_dropout=0,
+        revision="main",
+    )
+    edit(
+        adapter,
+        target_modules=["q_proj", "v_proj", "c_attn"],
+        init_lora_weights="gaussian",
+        exclude_modules=["lm_head"],
+    )
     load_adapter(hub.load(GOLDEN / "llama_tied")[0], adapter)
     edit(adapter, target_modules=r"model\.layers\.\d+\.self_attn\.[qv]_proj")
     load_adapter(hub.load(GOLDEN / "llama_tied")[0], adapter)
@@ -641,7 +802,10 @@ def test_bad_files(adapter, tmp_path):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     for changed, message in (
         ({k: v for k, v in weights.items() if k != name}, f"lacks {name}"),
-        (weights | {"base_model.model.model.embed_tokens.weight": torch.zeros(60, 32)}, "does not ask for, .*embed_tokens"),
+        (
+            weights | {"base_model.model.model.embed_tokens.weight": torch.zeros(60, 32)},
+            "does not ask for, .*embed_tokens",
+        ),
         (weights | {name: torch.zeros(32, 4)}, rf"{name} is \(32, 4\)"),
         (weights | {name: torch.zeros(4, 32, dtype=torch.int8)}, "in torch.int8, floating point"),
     ):
@@ -663,7 +827,11 @@ def test_another_models_head_is_refused(tmp_path):
     folder = Path(shutil.copytree(GOLDEN / "lora_head", tmp_path / "adapter"))
     weights = load_file(folder / "adapter_model.safetensors")
     head = "base_model.model.lm_head.base_layer.weight"
-    for other, fits in ((weights[head].half(), True), (weights[head] + 0.1, False), (weights[head][:50], False)):
+    for other, fits in (
+        (weights[head].half(), True),
+        (weights[head] + 0.1, False),
+        (weights[head][:50], False),
+    ):
         save_file(weights | {head: other.contiguous()}, folder / "adapter_model.safetensors")
         if fits:
             load_adapter(hub.load(GOLDEN / "llama_tied")[0], folder)

@@ -14,7 +14,20 @@ from torch.utils.checkpoint import checkpoint
 
 import memory
 import quant
-from memory import SIZES, UNIT, activations, count, fits, logits, measured, need, nf4_bytes, parameters, predict, table
+from memory import (
+    SIZES,
+    UNIT,
+    activations,
+    count,
+    fits,
+    logits,
+    measured,
+    need,
+    nf4_bytes,
+    parameters,
+    predict,
+    table,
+)
 from model import Config, Transformer
 from sft import sft_loss
 
@@ -40,8 +53,19 @@ def quantize_model(model):
 
 
 # ---------------------------------------------------------------- exact
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_labels": 1}, {"attention_bias": True, "mlp_bias": True}])
-@pytest.mark.parametrize("targets", [None, "all", "attention", "mlp", "q_proj,down_proj", ["k_proj", "mlp"], "all,lm_head"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_labels": 1},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+)
+@pytest.mark.parametrize(
+    "targets",
+    [None, "all", "attention", "mlp", "q_proj,down_proj", ["k_proj", "mlp"], "all,lm_head"],
+)
 def test_predicted_equals_counted(changes, targets):
     if "num_labels" in changes and targets == "all,lm_head":
         return
@@ -76,8 +100,12 @@ def test_shapes_are_the_published_ones(size, published):
 def test_predicted_equals_counted_at_full_size(size):
     """On the meta device, where a tensor has a shape and no memory."""
     model = build(SIZES[size], device="meta")
-    assert predict(SIZES[size]) == count(model) and count(model)["trained"] == 4 * parameters(SIZES[size])
-    assert predict(SIZES[size], 16, "all", torch.bfloat16) == count(build(SIZES[size], 16, "all", torch.bfloat16, device="meta"))
+    assert predict(SIZES[size]) == count(model) and count(model)["trained"] == 4 * parameters(
+        SIZES[size]
+    )
+    assert predict(SIZES[size], 16, "all", torch.bfloat16) == count(
+        build(SIZES[size], 16, "all", torch.bfloat16, device="meta")
+    )
 
 
 def test_what_is_shared_counts_once():
@@ -86,7 +114,12 @@ def test_what_is_shared_counts_once():
     alone = count(policy)
     other.load_state_dict(policy.state_dict(), assign=True)  # the same memory in other parameters
     other.requires_grad_(False)
-    assert count(policy, other) == count(policy, policy) == alone == {"frozen float32": 4 * parameters(policy.config)}
+    assert (
+        count(policy, other)
+        == count(policy, policy)
+        == alone
+        == {"frozen float32": 4 * parameters(policy.config)}
+    )
     other.norm.weight = torch.nn.Parameter(torch.ones(16))
     assert count(policy, other) == alone | {"trained": 64, "gradients": 64, "optimizer": 128 + 4}
 
@@ -97,7 +130,9 @@ def test_a_view_counts_as_what_it_keeps_alive():
     assert count(module) == {"frozen float32": 40}
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.AdamW, quant.PagedAdamW])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.AdamW, quant.PagedAdamW]
+)
 def test_gradients_and_optimizer_are_what_a_step_leaves(make):
     model = tiny.lm()
     model.embed_tokens.requires_grad_(False)
@@ -106,7 +141,9 @@ def test_gradients_and_optimizer_are_what_a_step_leaves(make):
     optimizer.step()
     rows = count(model)
     assert rows["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    assert rows["optimizer"] == sum(t.nbytes for state in optimizer.state_dict()["state"].values() for t in state.values())
+    assert rows["optimizer"] == sum(
+        t.nbytes for state in optimizer.state_dict()["state"].values() for t in state.values()
+    )
 
 
 # ---------------------------------------------------------------- estimated
@@ -124,7 +161,10 @@ def saved(model, B, T, autocast):
             kept[storage.data_ptr()] = storage.nbytes(), t
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         _, n = sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
     return sum(size for size, _ in kept.values()) - 4 * n * model.config.vocab_size
 
@@ -144,11 +184,15 @@ def test_activations_are_what_autograd_keeps(rank, targets, dtype, autocast, wit
         assert abs(found / expected - 1) < within, found / expected
 
 
-@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    "dtype, autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
+)
 def test_activations_over_4_bits(dtype, autocast):
     model = build(EMBEDDED, 16, "all", dtype, quantised=True)
     expected = saved(model, 4, 64, autocast)
-    assert abs(activations(EMBEDDED, 256, 64, 16, "all", dtype, "nf4", autocast) / expected - 1) < 0.05
+    assert (
+        abs(activations(EMBEDDED, 256, 64, 16, "all", dtype, "nf4", autocast) / expected - 1) < 0.05
+    )
 
 
 class Alive(TorchDispatchMode):
@@ -162,7 +206,10 @@ class Alive(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if torch.is_tensor(t) and t.untyped_storage()._cdata not in self.known:
-                self.refs[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
+                self.refs[t.untyped_storage()._cdata] = (
+                    StorageWeakRef(t.untyped_storage()),
+                    t.untyped_storage().nbytes(),
+                )
         self.most = max(self.most, self.now())
         return out
 
@@ -173,7 +220,10 @@ class Alive(TorchDispatchMode):
     def run(self, model, B, T, autocast=False):
         tokens = torch.arange(B * T).view(B, T) % model.config.vocab_size
         segments = torch.zeros_like(tokens)
-        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), tokens, segments)}
+        self.known = {
+            t.untyped_storage()._cdata
+            for t in (*model.parameters(), *model.buffers(), tokens, segments)
+        }
         with self:
             with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
                 loss, _ = sft_loss(model, tokens, tokens, segments)
@@ -184,7 +234,14 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("rank, autocast", [(0, False), (0, True), (16, False)])
 def test_a_step_peaks_at_activations_and_logits(rank, autocast):
     peak = Alive().run(build(EMBEDDED, rank), 4, 64, autocast)
-    assert abs((activations(EMBEDDED, 256, 64, rank, autocast=autocast) + logits(EMBEDDED, 4 * 63)) / peak - 1) < 0.03
+    assert (
+        abs(
+            (activations(EMBEDDED, 256, 64, rank, autocast=autocast) + logits(EMBEDDED, 4 * 63))
+            / peak
+            - 1
+        )
+        < 0.03
+    )
 
 
 @pytest.mark.parametrize("rank, targets, dtype", [
@@ -198,7 +255,9 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtyp
             # gradients have a row of their own
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for layer in model.layers:
-        layer.forward = lambda *a, forward=layer.forward: checkpoint(forward, *a, use_reentrant=False)
+        layer.forward = lambda *a, forward=layer.forward: checkpoint(
+            forward, *a, use_reentrant=False
+        )
     peak = Alive().run(model, 8, 64, autocast)
     found = activations(c, 512, 64, rank, targets, dtype, autocast=autocast, checkpointing=True)
     assert abs(found / peak - 1) < 0.15, found / peak
@@ -206,7 +265,10 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtyp
 
 
 def test_a_scalar_head_has_no_logits():
-    assert logits(tiny.lm(num_labels=1).config, 100) == 0 and logits(tiny.lm().config, 100) == 100 * 280 * 12
+    assert (
+        logits(tiny.lm(num_labels=1).config, 100) == 0
+        and logits(tiny.lm().config, 100) == 100 * 280 * 12
+    )
 
 
 # ---------------------------------------------------------------- shown
@@ -218,7 +280,10 @@ def test_the_table():
     ]
     c = SIZES["7B"]
     lines = table(predict(c, 16, "all", torch.bfloat16, "nf4"), c).splitlines()
-    assert lines[0] == "frozen uint8         3.11 GB" and lines[-1] == "trained: 39,976,960 parameters, 0.59% of the model's 6,738,415,616"
+    assert (
+        lines[0] == "frozen uint8         3.11 GB"
+        and lines[-1] == "trained: 39,976,960 parameters, 0.59% of the model's 6,738,415,616"
+    )
     assert lines[-2].endswith("GB") and len({len(line) for line in lines[:-1]}) == 1
 
 
@@ -235,7 +300,10 @@ def test_an_unknown_target_is_refused():
 
 def test_what_fits():
     cards = fits().split("\n\n")[1].splitlines()
-    assert cards[0] == "| GPU | full | full, paged | LoRA | QLoRA | QLoRA, paged |" and len(cards) == 2 + 4
+    assert (
+        cards[0] == "| GPU | full | full, paged | LoRA | QLoRA | QLoRA, paged |"
+        and len(cards) == 2 + 4
+    )
     sizes = ["—", *SIZES]
     for card in cards[2:]:
         name, full, paged, lora, qlora, both = (cell.strip() for cell in card.strip("|").split("|"))
@@ -268,7 +336,9 @@ def test_on_a_gpu_the_estimate_meets_the_measured_peak(rank, checkpointed):
     model = build(c, rank, "all", torch.bfloat16 if rank else torch.float32).cuda()
     if checkpointed:
         for layer in model.layers:
-            layer.forward = lambda *a, forward=layer.forward: checkpoint(forward, *a, use_reentrant=False)
+            layer.forward = lambda *a, forward=layer.forward: checkpoint(
+                forward, *a, use_reentrant=False
+            )
     tokens = torch.arange(4096, device="cuda").view(8, 512)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for step in range(2):
@@ -279,6 +349,12 @@ def test_on_a_gpu_the_estimate_meets_the_measured_peak(rank, checkpointed):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    how = dict(rank=rank, dtype=torch.bfloat16 if rank else torch.float32, autocast=True, gpu=True, checkpointing=checkpointed)
+    how = dict(
+        rank=rank,
+        dtype=torch.bfloat16 if rank else torch.float32,
+        autocast=True,
+        gpu=True,
+        checkpointing=checkpointed,
+    )
     expected = sum(count(model).values()) + activations(c, 4096, 512, **how) + logits(c, 8 * 511)
     assert abs(expected / measured("cuda") - 1) < 0.15

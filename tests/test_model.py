@@ -22,12 +22,21 @@ SHAPES = {
 
 
 def tiny(seed=0, std=0.35, **changes):
-    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    shape = dict(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
     shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
     model, generator = Transformer(Config(**shape | changes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():  # norms around 1, the rest around 0
-            p.copy_(torch.randn(p.shape, generator=generator) * std + (p.dim() == 1 and 1.0) * (p.mean() == 1))
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * std
+                + (p.dim() == 1 and 1.0) * (p.mean() == 1)
+            )
     return model
 
 
@@ -62,27 +71,43 @@ def written_out(model, tokens):
 
     def linear(x, name):
         biased = c.attention_bias and "self_attn" in name or c.mlp_bias and "mlp" in name
-        return torch.einsum("ti,oi->to", x, w[name + ".weight"]) + (w[name + ".bias"] if biased else 0.0)
+        return torch.einsum("ti,oi->to", x, w[name + ".weight"]) + (
+            w[name + ".bias"] if biased else 0.0
+        )
 
     def turn(x, t):
         half = c.head_dim // 2
-        angle = torch.tensor([t * c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)], dtype=torch.float64)
-        return torch.cat((x[:half] * angle.cos() - x[half:] * angle.sin(), x[half:] * angle.cos() + x[:half] * angle.sin()))
+        angle = torch.tensor(
+            [t * c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)], dtype=torch.float64
+        )
+        return torch.cat(
+            (
+                x[:half] * angle.cos() - x[half:] * angle.sin(),
+                x[half:] * angle.cos() + x[:half] * angle.sin(),
+            )
+        )
 
     x = w["embed_tokens.weight"][torch.tensor(tokens)]
     for n in range(c.num_hidden_layers):
         at, h = f"layers.{n}.", norm(x, f"layers.{n}.input_layernorm")
-        q, k, v = (linear(h, f"{at}self_attn.{p}_proj").unflatten(1, (-1, c.head_dim)) for p in "qkv")
+        q, k, v = (
+            linear(h, f"{at}self_attn.{p}_proj").unflatten(1, (-1, c.head_dim)) for p in "qkv"
+        )
         y = torch.zeros_like(q)
         for head in range(c.num_attention_heads):
             shared = head * c.num_key_value_heads // c.num_attention_heads
             for t in range(len(tokens)):
-                scores = torch.stack([turn(q[t, head], t) @ turn(k[s, shared], s) for s in range(t + 1)]) / c.head_dim**0.5
+                scores = (
+                    torch.stack([turn(q[t, head], t) @ turn(k[s, shared], s) for s in range(t + 1)])
+                    / c.head_dim**0.5
+                )
                 y[t, head] = torch.einsum("s,sd->d", scores.softmax(0), v[: t + 1, shared])
         x = x + linear(y.flatten(1), at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
         gate = linear(h, at + "mlp.gate_proj")
-        x = x + linear(gate * torch.sigmoid(gate) * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+        x = x + linear(
+            gate * torch.sigmoid(gate) * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj"
+        )
     return linear(norm(x, "norm"), "lm_head")
 
 
@@ -126,15 +151,25 @@ def test_on_a_bf16_model_probabilities_are_float32():
     tokens, mask, where = M.join([[1, 2], [3]], [[4, 5], [6, 7, 8]])
     got = M.logprobs(model, tokens, mask, where)
     assert got.dtype == torch.float32
-    exact = (model.lm_head(M.dense_hidden(model, tokens, mask, where)).float() / 1.0).log_softmax(-1)
-    close(got[:, 1:][where[:, 1:]], exact[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)[where[:, 1:]], 1e-5)
+    exact = (model.lm_head(M.dense_hidden(model, tokens, mask, where)).float() / 1.0).log_softmax(
+        -1
+    )
+    close(
+        got[:, 1:][where[:, 1:]],
+        exact[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)[where[:, 1:]],
+        1e-5,
+    )
     scalar = M.scalar_model(model, torch.Generator().manual_seed(0))
     assert M.scores(scalar, tokens, mask).dtype == scalar(tokens, mask).dtype == torch.float32
     h = M.dense_hidden(scalar, tokens, mask).float()
     close(M.scores(scalar, tokens, mask)[mask], (h @ scalar.score.weight.T).squeeze(-1)[mask], 1e-5)
     # even: in bf16 the sum of 4096 shares stops growing at 1/16
     logits = torch.zeros(1, 4096, dtype=torch.bfloat16)
-    assert [M.sample(logits, 1.0, 1.0, torch.tensor([u])).item() for u in (0.25, 0.5, 0.75)] == [1024, 2048, 3072]
+    assert [M.sample(logits, 1.0, 1.0, torch.tensor([u])).item() for u in (0.25, 0.5, 0.75)] == [
+        1024,
+        2048,
+        3072,
+    ]
 
 
 def test_rope_is_relative_and_keeps_lengths():
@@ -162,7 +197,13 @@ def test_the_future_is_not_seen(lm):
 def test_tied_head_is_one_parameter_with_both_gradients():
     model = tiny(tie_word_embeddings=True)
     assert model.lm_head.weight is model.embed_tokens.weight
-    assert sum(n.endswith(("embed_tokens.weight", "lm_head.weight")) for n, _ in model.named_parameters()) == 1
+    assert (
+        sum(
+            n.endswith(("embed_tokens.weight", "lm_head.weight"))
+            for n, _ in model.named_parameters()
+        )
+        == 1
+    )
     model(torch.tensor([[1, 2]])).logsumexp(-1).sum().backward()
     grad = model.embed_tokens.weight.grad
     # 5 is only predicted, 1 is read too
@@ -178,7 +219,9 @@ def test_initial_weights():
     assert torch.equal(model.norm.weight, torch.ones(64))
     again = Transformer(model.config)
     M.init_weights(again, torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 # -- padding, batches, packing
@@ -213,7 +256,10 @@ def test_positions_count_each_row_s_own_tokens(lm):
 
 def test_padding_on_both_sides_of_a_row(lm):
     row = ragged([6])[0]
-    tokens, mask = torch.tensor([[3, 4, *row, 5, 5], [1] * 10]), torch.tensor([[False] * 2 + [True] * 6 + [False] * 2, [True] * 10])
+    tokens, mask = (
+        torch.tensor([[3, 4, *row, 5, 5], [1] * 10]),
+        torch.tensor([[False] * 2 + [True] * 6 + [False] * 2, [True] * 10]),
+    )
     close(lm.hidden(tokens, mask)[0, 2:8], lm.hidden(torch.tensor([row]))[0])
 
 
@@ -228,7 +274,9 @@ def test_logprobs_are_the_forward_s(lm, left):
             expected = (lm(torch.tensor([row]))[0] / temperature).log_softmax(-1)
             wanted = where[i][mask[i]]
             for t in range(1, len(row)):
-                assert got[i][mask[i]][t].item() == pytest.approx(expected[t - 1, row[t]].item() if wanted[t] else 0.0, abs=5e-5)
+                assert got[i][mask[i]][t].item() == pytest.approx(
+                    expected[t - 1, row[t]].item() if wanted[t] else 0.0, abs=5e-5
+                )
         assert (got[~where] == 0).all()
 
 
@@ -266,12 +314,18 @@ def test_a_row_without_a_token_is_finite_with_its_gradients(left, width):
     tokens, mask = M.pad(rows, left=left)
     mask[1] = False
     model(tokens, mask)[mask].logsumexp(-1).sum().backward()
-    for reading in (model.hidden(tokens, mask), M.dense_hidden(model, tokens, mask), M.logprobs(model, tokens, mask, mask)):
+    for reading in (
+        model.hidden(tokens, mask),
+        M.dense_hidden(model, tokens, mask),
+        M.logprobs(model, tokens, mask, mask),
+    ):
         assert reading.isfinite().all()
         reading.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     nothing = torch.zeros_like(mask)
-    assert (M.logprobs(model, tokens, nothing, nothing) == 0).all() and M.dense_hidden(model, tokens, nothing).isfinite().all()
+    assert (M.logprobs(model, tokens, nothing, nothing) == 0).all() and M.dense_hidden(
+        model, tokens, nothing
+    ).isfinite().all()
 
 
 def test_packed_is_separate(lm):
@@ -310,14 +364,19 @@ def test_dense_hidden_is_hidden(lm, left):
 def test_first_fit_never_overlaps():
     lengths = torch.randint(0, 30, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     place = M.first_fit(lengths, 30)
-    cells = [(row, column + i) for (row, column), n in zip(place, lengths, strict=True) for i in range(n)]
+    cells = [
+        (row, column + i) for (row, column), n in zip(place, lengths, strict=True) for i in range(n)
+    ]
     assert len(set(cells)) == len(cells) and max(c for _, c in cells) < 30
     assert max(r for r, _ in cells) + 1 <= sum(lengths) / 30 * 1.2 + 1
 
 
 def test_join_marks_the_answers():
     tokens, mask, where = M.join([[1, 2], [3, 4, 5]], [[6, 7, 8], [9]])
-    assert tokens[mask].tolist() == [1, 2, 6, 7, 8, 3, 4, 5, 9] and mask.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert tokens[mask].tolist() == [1, 2, 6, 7, 8, 3, 4, 5, 9] and mask.tolist() == [
+        [True] * 5,
+        [True] * 4 + [False],
+    ]
     assert where.tolist() == [[False, False, True, True, True], [False, False, False, True, False]]
 
 
@@ -331,11 +390,16 @@ def plain_loop(model, prompts, n, temperature, top_p, eos_id, seed):
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         while len(answer) < n and (not answer or answer[-1] != eos_id):
             logits = model(torch.tensor([prompt + answer]))[0, -1:]
-            answer.append(M.sample(logits, temperature, top_p, uniform[len(answer), row].view(1)).item())
+            answer.append(
+                M.sample(logits, temperature, top_p, uniform[len(answer), row].view(1)).item()
+            )
     return answers
 
 
-@pytest.mark.parametrize("temperature, top_p, eos_id", [(0, 1.0, None), (1.0, 1.0, None), (1.3, 1.0, 4), (0.8, 0.7, 11), (0, 1.0, 8)])
+@pytest.mark.parametrize(
+    "temperature, top_p, eos_id",
+    [(0, 1.0, None), (1.0, 1.0, None), (1.3, 1.0, 4), (0.8, 0.7, 11), (0, 1.0, 8)],
+)
 def test_cached_generation_is_the_plain_loop(lm, temperature, top_p, eos_id):
     prompts = ragged([5, 1, 9, 3, 7, 2, 2], 5)
     answers = M.generate(lm, prompts, 14, temperature, top_p, eos_id, seed=3)
@@ -385,7 +449,9 @@ def test_at_most_sixteen_answers_to_a_prompt_lie_end_to_end(lm):
 
 def test_prompts_of_one_token(lm):
     with torch.no_grad():
-        assert M.generate(lm, [[1], [2]], 6, seed=1) == plain_loop(lm, [[1], [2]], 6, 1.0, 1.0, None, 1)
+        assert M.generate(lm, [[1], [2]], 6, seed=1) == plain_loop(
+            lm, [[1], [2]], 6, 1.0, 1.0, None, 1
+        )
 
 
 def test_cached_hidden_is_hidden(lm):
@@ -393,14 +459,19 @@ def test_cached_hidden_is_hidden(lm):
     tokens, mask = M.pad(ragged((5, 2, 9, 3)), left=True)
     cache = M.Cache(lm, 4, 12)
     with torch.no_grad():
-        steps = [lm.hidden(tokens[:, :4], mask[:, :4], cache=cache), lm.hidden(tokens[:, 4:7], mask[:, 4:7], cache=cache)]
+        steps = [
+            lm.hidden(tokens[:, :4], mask[:, :4], cache=cache),
+            lm.hidden(tokens[:, 4:7], mask[:, 4:7], cache=cache),
+        ]
         steps += [lm.hidden(tokens[:, t : t + 1], cache=cache) for t in (7, 8)]
         close(torch.cat(steps, 1)[mask], lm.hidden(tokens, mask)[mask])
 
 
 def test_batched_greedy_is_single(lm):
     prompts = ragged([5, 1, 9, 3, 7], 8)
-    assert M.generate(lm, prompts, 15, temperature=0) == [M.generate(lm, [p], 15, temperature=0)[0] for p in prompts]
+    assert M.generate(lm, prompts, 15, temperature=0) == [
+        M.generate(lm, [p], 15, temperature=0)[0] for p in prompts
+    ]
 
 
 def test_an_answer_ends_with_its_end_token_and_costs_nothing_more(lm):
@@ -447,7 +518,11 @@ def test_the_sampler_s_probability_is_the_scorer_s(lm, temperature, monkeypatch)
     column = torch.arange(tokens.shape[1])
     where = mask & (column >= torch.tensor([[len(p)] for p in prompts]))
     with torch.no_grad():
-        close(M.logprobs(lm, tokens, mask, where, temperature)[where], torch.tensor(sum(drawn, [])), 5e-5)
+        close(
+            M.logprobs(lm, tokens, mask, where, temperature)[where],
+            torch.tensor(sum(drawn, [])),
+            5e-5,
+        )
 
 
 def shares(p, temperature=1.0, top_p=1.0, n=100_000):
@@ -464,10 +539,22 @@ def test_sampling_follows_the_distribution():
     close(shares(p, temperature=0.5), sharp / sharp.sum(), 1e-4)
     flat = torch.tensor(p) ** 0.5
     close(shares(p, temperature=2.0), flat / flat.sum(), 1e-4)
-    assert M.sample(torch.tensor([[0.0, 2.0, 1.0]] * 3), 0, 1.0, torch.tensor([0.0, 0.5, 0.99])).tolist() == [1, 1, 1]
+    assert M.sample(
+        torch.tensor([[0.0, 2.0, 1.0]] * 3), 0, 1.0, torch.tensor([0.0, 0.5, 0.99])
+    ).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [1, 2, 3]), (0.96, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "top_p, kept",
+    [
+        (0.01, [1]),
+        (0.49, [1]),
+        (0.51, [1, 3]),
+        (0.79, [1, 3]),
+        (0.81, [1, 2, 3]),
+        (0.96, [0, 1, 2, 3]),
+    ],
+)
 def test_top_p_keeps_the_smallest_set_that_holds_it(top_p, kept):
     p = torch.tensor([0.05, 0.5, 0.15, 0.3])
     expected = torch.zeros(4)
@@ -511,11 +598,19 @@ def test_scalar_model_is_a_copy_with_a_fresh_head(tied):
         for p in scalar.parameters():
             p.add_(1.0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert model.config.num_labels == 0 and model.config.tie_word_embeddings == tied and scalar.config.num_labels == 1
+    assert (
+        model.config.num_labels == 0
+        and model.config.tie_word_embeddings == tied
+        and scalar.config.num_labels == 1
+    )
     assert not scalar.config.tie_word_embeddings
-    heads = [M.scalar_model(model, torch.Generator().manual_seed(s)).score.weight for s in range(20)]
+    heads = [
+        M.scalar_model(model, torch.Generator().manual_seed(s)).score.weight for s in range(20)
+    ]
     assert torch.cat(heads).std().item() == pytest.approx(33**-0.5, rel=0.15)
-    assert torch.equal(heads[0], M.scalar_model(model, torch.Generator().manual_seed(0)).score.weight)
+    assert torch.equal(
+        heads[0], M.scalar_model(model, torch.Generator().manual_seed(0)).score.weight
+    )
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -524,4 +619,8 @@ def test_last_score_is_the_score_at_the_last_token(scalar, left):
     scores = M.scores(scalar, tokens, mask)
     close(scores[mask], scalar(tokens, mask)[mask], 1e-4)
     assert (scores[~mask] == 0).all()
-    close(M.last_score(scalar, tokens, mask), torch.stack([scores[i][mask[i]][-1] for i in range(4)]), 1e-6)
+    close(
+        M.last_score(scalar, tokens, mask),
+        torch.stack([scores[i][mask[i]][-1] for i in range(4)]),
+        1e-6,
+    )

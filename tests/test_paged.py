@@ -21,7 +21,10 @@ def parameters(device="cpu", seed=0):
 
 
 def groups(params):
-    matrices, others = dict(params=params[:3], weight_decay=0.1, lr=3e-2), dict(params=params[3:], weight_decay=0.0, betas=(0.8, 0.95))
+    matrices, others = (
+        dict(params=params[:3], weight_decay=0.1, lr=3e-2),
+        dict(params=params[3:], weight_decay=0.0, betas=(0.8, 0.95)),
+    )
     return [matrices, dict(params=[]), others]
 
 
@@ -31,8 +34,12 @@ def gradients(params, step):
     """
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
-        g = torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(-8, 9, p.shape, generator=generator)
-        p.grad = None if (step + i) % 5 == 0 or (i == len(params) - 1 and step < 4) else g.to(p.device)
+        g = torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(
+            -8, 9, p.shape, generator=generator
+        )
+        p.grad = (
+            None if (step + i) % 5 == 0 or (i == len(params) - 1 and step < 4) else g.to(p.device)
+        )
 
 
 def train(optimizer, params, steps):
@@ -46,7 +53,11 @@ def train(optimizer, params, steps):
 
 def everything(optimizer, params):
     """Parameters and state, bit by bit."""
-    state = {(i, k): v.cpu().clone() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    state = {
+        (i, k): v.cpu().clone()
+        for i, s in optimizer.state_dict()["state"].items()
+        for k, v in s.items()
+    }
     return {i: p.detach().cpu().clone() for i, p in enumerate(params)} | state
 
 
@@ -72,7 +83,9 @@ def test_equals_torch_bit_for_bit_under_any_budget(budget, ahead, expected):
     optimizer = PagedAdamW(groups(params), lr=1e-3, budget=budget, ahead=ahead)
     train(optimizer, params, range(24))
     equal(everything(optimizer, params), expected)
-    assert bool(optimizer.host) == (budget is not None and budget < sum(PAGE)), "pages have been on the host, or never"
+    assert bool(optimizer.host) == (budget is not None and budget < sum(PAGE)), (
+        "pages have been on the host, or never"
+    )
 
 
 def test_a_model_trains_alike(tmp_path):
@@ -81,12 +94,22 @@ def test_a_model_trains_alike(tmp_path):
     for paged in (True, False):
         model = tiny.lm(3, tie_word_embeddings=True)
         matrices = [p for p in model.parameters() if p.dim() == 2]
-        both = [dict(params=matrices, weight_decay=0.1), dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
+        both = [
+            dict(params=matrices, weight_decay=0.1),
+            dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0),
+        ]
         make = PagedAdamW if paged else torch.optim.AdamW
-        optimizer = make(both, lr=1e-2, betas=(0.9, 0.95), **(dict(budget=9000) if paged else dict(foreach=False, fused=False)))
+        optimizer = make(
+            both,
+            lr=1e-2,
+            betas=(0.9, 0.95),
+            **(dict(budget=9000) if paged else dict(foreach=False, fused=False)),
+        )
         tokens = torch.randint(0, 280, (2, 12), generator=torch.Generator().manual_seed(0))
         for _ in range(5):
-            torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            torch.nn.functional.cross_entropy(
+                model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            ).backward()
             optimizer.step()
             optimizer.zero_grad()
         out.append(everything(optimizer, list(model.parameters())))
@@ -118,7 +141,9 @@ class Probe:
         return sum(n for ref, n in self.pages if not ref.expired())
 
 
-@pytest.mark.parametrize("budget", [0, max(PAGE), max(PAGE) + 8, 2 * max(PAGE), 40_000, sum(PAGE) - 1])
+@pytest.mark.parametrize(
+    "budget", [0, max(PAGE), max(PAGE) + 8, 2 * max(PAGE), 40_000, sum(PAGE) - 1]
+)
 def test_resident_pages_never_exceed_the_budget(budget, monkeypatch):
     probe, params = Probe(monkeypatch), parameters()
     optimizer = PagedAdamW(groups(params), budget=budget)
@@ -164,7 +189,10 @@ def test_steps_move_no_more_pages_than_they_must(room):
     for ahead, places in ((0, room), (1, max(1, room - 1))):
         params, optimizer = equal_pages(6, budget=room * 80, ahead=ahead)
         moved, copy = [], optimizer._copy
-        optimizer._copy = lambda to, source, moved=moved, copy=copy: (moved.append(to), copy(to, source))[1]
+        optimizer._copy = lambda to, source, moved=moved, copy=copy: (
+            moved.append(to),
+            copy(to, source),
+        )[1]
         for step in range(11):
             if step == 1:  # the first one only makes pages
                 moved.clear()
@@ -205,7 +233,9 @@ def test_a_step_that_runs_out_of_memory_evicts_and_goes_on(seed, monkeypatch, ex
     train(optimizer, params, range(6))  # failing begins where there is something to evict
     assert not optimizer.host
     probe.fail = (torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist()
-    probe.fail = [now and not before for before, now in zip([True, *probe.fail], probe.fail, strict=False)]
+    probe.fail = [
+        now and not before for before, now in zip([True, *probe.fail], probe.fail, strict=False)
+    ]
     train(optimizer, params, range(6, 24))
     assert not probe.fail and optimizer.host
     equal(everything(optimizer, params), expected)
@@ -221,7 +251,9 @@ def test_running_out_of_memory_evicts_what_is_needed_last_and_no_more(monkeypatc
         p.grad = None
     params[5].grad, probe.fail = torch.ones(10), [True, True]
     optimizer.step()  # the new page of the last one: 4 and then 3 give way
-    assert numbers(optimizer.resident, params) == [0, 1, 2, 5] and numbers(optimizer.host, params) == [3, 4]
+    assert numbers(optimizer.resident, params) == [0, 1, 2, 5] and numbers(
+        optimizer.host, params
+    ) == [3, 4]
 
 
 def test_out_of_memory_with_nothing_to_evict_is_said_and_changes_nothing(monkeypatch):
@@ -298,24 +330,34 @@ def test_a_page_on_its_way_is_waited_for(budget, seed, monkeypatch, expected):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Main)
     optimizer._copy, optimizer.stream, optimizer.budget = copy, Side, budget or 10**9
-    monkeypatch.setattr(optimizer, "_host_page", lambda p: optimizer.host.setdefault(p, probe.empty((2, *p.shape)).fill_(7.0)))
+    monkeypatch.setattr(
+        optimizer,
+        "_host_page",
+        lambda p: optimizer.host.setdefault(p, probe.empty((2, *p.shape)).fill_(7.0)),
+    )
     train(optimizer, params, range(6))
     probe.fail = (torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist()
-    probe.fail = [now and not before for before, now in zip([True, *probe.fail], probe.fail, strict=False)]
+    probe.fail = [
+        now and not before for before, now in zip([True, *probe.fail], probe.fail, strict=False)
+    ]
     train(optimizer, params, range(6, 24))
     optimizer.offload()
     equal(everything(optimizer, params), expected)
 
 
 # ---------------------------------------------------------------- save and resume
-@pytest.mark.parametrize("before, after", [(None, None), (0, 0), (40_000, 0), (0, None), (None, 2 * max(PAGE))])
+@pytest.mark.parametrize(
+    "before, after", [(None, None), (0, 0), (40_000, 0), (0, None), (None, 2 * max(PAGE))]
+)
 def test_resumed_equals_uninterrupted(before, after, expected, tmp_path):
     """Through train.py's own way of saving, with pages resident, on the host and in both places."""
     params = parameters()
     optimizer = PagedAdamW(groups(params), lr=1e-3, budget=before)
     train(optimizer, params, range(13))
     assert {k.split(".")[1] for k in _tensors(optimizer)} == {"step", "exp_avg", "exp_avg_sq"}
-    save_file({k: v.contiguous() for k, v in _tensors(optimizer).items()}, tmp_path / "state.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in _tensors(optimizer).items()}, tmp_path / "state.safetensors"
+    )
     params = [p.detach().clone().requires_grad_() for p in params]
     optimizer = PagedAdamW(groups(params), lr=1e-3, budget=after)
     _restore(optimizer, load_file(tmp_path / "state.safetensors"))
@@ -379,11 +421,17 @@ def test_on_a_gpu_pages_change_nothing(budget):
     out = []
     for make in (torch.optim.AdamW, PagedAdamW):
         params = parameters("cuda")
-        optimizer = make(groups(params), lr=1e-3, **(dict(budget=budget) if make is PagedAdamW else dict(foreach=False, fused=False)))
+        optimizer = make(
+            groups(params),
+            lr=1e-3,
+            **(dict(budget=budget) if make is PagedAdamW else dict(foreach=False, fused=False)),
+        )
         train(optimizer, params, range(24))
         out.append(everything(optimizer, params))
     equal(*out)
-    assert all(page.is_pinned() for page in optimizer.host.values()) and all(page.is_cuda for page in optimizer.resident.values())
+    assert all(page.is_pinned() for page in optimizer.host.values()) and all(
+        page.is_cuda for page in optimizer.resident.values()
+    )
     assert bool(optimizer.host) == (budget is not None)
 
 
@@ -417,7 +465,9 @@ def test_on_a_gpu_that_is_full_a_step_completes():
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total, device)
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_reserved() + 2**30) / total, device
+    )
     try:
         params = [torch.randn(1 << 23, device=device, requires_grad=True) for _ in range(8)]
         for p in params:

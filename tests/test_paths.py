@@ -58,7 +58,11 @@ class World:
 
     def options(self, stage, out, **changes):
         known = {f.name for f in dataclasses.fields(vars(globals()[stage])["Options"])}
-        some = {k: v for k, v in self.small[stage].items() if k in known and k not in ("lr", "accumulate", "target_kl", "horizon")}
+        some = {
+            k: v
+            for k, v in self.small[stage].items()
+            if k in known and k not in ("lr", "accumulate", "target_kl", "horizon")
+        }
         some |= FEW[stage] | dict(out=str(out), device="cpu") | changes
         return vars(globals()[stage])["Options"](**some)
 
@@ -79,10 +83,18 @@ class World:
         """The options that say what a path starts from."""
         o = dict(quant="nf4") if bits == "nf4" else {}
         if way != "keep":
-            return o | dict(model=self.base(bits) if stage == "sft" or bits == "folder" else self.small[stage]["model"])
-        o["model"] = self.get(f"sft-{bits}", lambda out: self.go("sft", out, **LORA, **o, model=self.base(bits)))
+            return o | dict(
+                model=self.base(bits)
+                if stage == "sft" or bits == "folder"
+                else self.small[stage]["model"]
+            )
+        o["model"] = self.get(
+            f"sft-{bits}", lambda out: self.go("sft", out, **LORA, **o, model=self.base(bits))
+        )
         if stage == "ppo":
-            o["reward"] = self.get(f"reward-{bits}", lambda out: self.go("reward", out, **o, keep_base=True))
+            o["reward"] = self.get(
+                f"reward-{bits}", lambda out: self.go("reward", out, **o, keep_base=True)
+            )
         return o
 
 
@@ -93,13 +105,18 @@ def packed(plain, out):
     said = json.loads((out / "config.json").read_text())
     how = dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
     (out / "config.json").write_text(json.dumps(said | {"quantization_config": how}))
-    save_file({hub.hub_name(k): v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
+    save_file(
+        {hub.hub_name(k): v.contiguous() for k, v in model.state_dict().items()},
+        out / "model.safetensors",
+    )
     return str(out)
 
 
 @torch.no_grad()
 def answers(model):
-    page = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(5))
+    page = torch.randint(
+        model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(5)
+    )
     return copy.deepcopy(model).eval()(page)
 
 
@@ -108,7 +125,9 @@ def with_adapter(folder, quant, scalar):
     said = json.loads(Path(folder, "adapter", "adapter_config.json").read_text())
     model, _ = hub.load(said["base_model_name_or_path"], quant=quant)
     model = scalar_model(model) if scalar else model
-    return (lora if said["peft_type"] == "LORA" else adapters).load_adapter(model, Path(folder, "adapter"))
+    return (lora if said["peft_type"] == "LORA" else adapters).load_adapter(
+        model, Path(folder, "adapter")
+    )
 
 
 @pytest.mark.parametrize("stage, way, bits", PATHS)
@@ -136,7 +155,9 @@ def test_a_path_s_end_answers_as_what_was_trained(stage, way, bits, world, tmp_p
 
 @pytest.mark.parametrize("stage", ("sft", "ppo", "dpo"))
 @pytest.mark.parametrize("kind", ("prompt", "prefix"))
-def test_every_weight_goes_on_from_a_model_with_virtual_tokens(kind, stage, world, tmp_path, monkeypatch):
+def test_every_weight_goes_on_from_a_model_with_virtual_tokens(
+    kind, stage, world, tmp_path, monkeypatch
+):
     start = world.get(f"sft-{kind}", lambda out: world.go("sft", out, **WAYS[kind], quant="nf4"))
     seen, save = {}, tuning.save
 
@@ -211,7 +232,13 @@ def test_an_adapter_that_names_no_base(base, world, refused, tmp_path):
     if base == "absent":
         said.pop("base_model_name_or_path")
     file.write_text(json.dumps(said))
-    refused("dpo", "adapter_config.json", "base_model_name_or_path is", model=str(folder), keep_base=True)
+    refused(
+        "dpo",
+        "adapter_config.json",
+        "base_model_name_or_path is",
+        model=str(folder),
+        keep_base=True,
+    )
     file.unlink()
     refused("dpo", "has no adapter", model=str(folder), keep_base=True)
 
@@ -225,15 +252,16 @@ def test_a_tokenizer_without_a_padding_token(world, refused, tmp_path):
     said = json.loads((folder / "tokenizer.json").read_text())
     said["added_tokens"].append(dict(said["added_tokens"][0], id=280, content="<|pad|>"))
     (folder / "tokenizer.json").write_text(json.dumps(said))
-    out = world.go("reward", tmp_path / "again", model=str(folder), reference=world.small["sft"]["data"])
+    out = world.go(
+        "reward", tmp_path / "again", model=str(folder), reference=world.small["sft"]["data"]
+    )
     assert json.loads(Path(out, "config.json").read_text())["pad_token_id"] == 280
 
 
 # ---------------------------------------------------------------- dropout, pages
 @pytest.mark.parametrize("stage", ("sft", "reward", "ppo", "dpo", "ipo", "simpo"))
 def test_an_adapter_s_dropout_is_on_in_sft_alone(stage, world, tmp_path):
-    """Of an adapter that goes on and asks for dropout; it is switched on without changing a number.
-    """
+    """Of an adapter that goes on and asks for dropout; it is switched on without changing a number."""
     start, found = world.start(stage if stage in STAGES else "dpo", "keep", "32"), []
     for dropout in (0.0, 0.5):
         changes = dict(start)
@@ -259,11 +287,15 @@ def test_pages_leave_before_a_larger_pass(stage, world, tmp_path, monkeypatch):
     """
     told, left, network = [], [], []
     make_room, offload = PagedAdamW.make_room, PagedAdamW.offload
-    monkeypatch.setattr(PagedAdamW, "make_room", lambda s, **n: (told.append(n), make_room(s, **n))[1])
+    monkeypatch.setattr(
+        PagedAdamW, "make_room", lambda s, **n: (told.append(n), make_room(s, **n))[1]
+    )
     monkeypatch.setattr(PagedAdamW, "offload", lambda s: (left.append(len(told)), offload(s))[1])
     forward = Transformer.hidden
     monkeypatch.setattr(
-        Transformer, "hidden", lambda m, *a, **k: (network.append(len(told)), forward(m, *a, **k))[1]
+        Transformer,
+        "hidden",
+        lambda m, *a, **k: (network.append(len(told)), forward(m, *a, **k))[1],
     )
     world.go(stage, tmp_path / "out", **world.start(stage, "weights", "32"), paged=True)
     pairs = 2 if stage == "ppo" else 1  # of optimizers

@@ -15,18 +15,33 @@ import ppo
 import tuning
 from data import templates
 from model import join, last_score, logprobs, scalar_model
-from ppo import adapt, explained_variance, gae, kl_estimates, masked_mean, policy_loss, value_loss, values_of, whiten
+from ppo import (
+    adapt,
+    explained_variance,
+    gae,
+    kl_estimates,
+    masked_mean,
+    policy_loss,
+    value_loss,
+    values_of,
+    whiten,
+)
 
 NAN = math.nan
 # prompts in front, padding behind, an answer of one token, one that fills its row, one that is all
 # the row
-MASK = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
+MASK = torch.tensor(
+    [[0, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
+).bool()
 
 
 def random(n, off=0.0, seed=0):
     """n tensors in MASK's shape, float64, `off` where the mask is not."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.where(MASK, torch.randn(MASK.shape, generator=generator, dtype=torch.float64), off) for _ in range(n)]
+    return [
+        torch.where(MASK, torch.randn(MASK.shape, generator=generator, dtype=torch.float64), off)
+        for _ in range(n)
+    ]
 
 
 def rows(*tensors):
@@ -47,7 +62,9 @@ def definition(rewards, values, gamma, lam):
     return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (0.7, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    "gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (0.7, 1.0), (1.0, 1.0)]
+)
 @pytest.mark.parametrize("off", [0.0, 5.0, NAN, math.inf])
 def test_gae_is_its_definition_on_ragged_rows(gamma, lam, off):
     rewards, values = random(2, off)
@@ -55,9 +72,13 @@ def test_gae_is_its_definition_on_ragged_rows(gamma, lam, off):
     for i, (r, v) in enumerate(rows(rewards, values)):
         expected = definition(r, v, gamma, lam)
         assert advantages[i][MASK[i]].tolist() == pytest.approx(expected, abs=1e-12)
-        assert returns[i][MASK[i]].tolist() == pytest.approx([a + b for a, b in zip(expected, v, strict=True)], abs=1e-12)
+        assert returns[i][MASK[i]].tolist() == pytest.approx(
+            [a + b for a, b in zip(expected, v, strict=True)], abs=1e-12
+        )
         if lam == 1:  # all that is still to come, whatever the critic says
-            assert returns[i][MASK[i]].tolist() == pytest.approx([sum(gamma**k * x for k, x in enumerate(r[t:])) for t in range(len(r))])
+            assert returns[i][MASK[i]].tolist() == pytest.approx(
+                [sum(gamma**k * x for k, x in enumerate(r[t:])) for t in range(len(r))]
+            )
     assert (advantages[~MASK] == 0).all() and (returns[~MASK] == 0).all()
 
 
@@ -136,14 +157,19 @@ def test_value_loss_is_its_definition(off):
         0.5 * max((v - r) ** 2, (o + max(-0.2, min(0.2, v - o)) - r) ** 2)
         for v, o, r in zip(flat(values), flat(old), flat(returns), strict=True)
     ]
-    assert value_loss(values, old, returns, MASK, 0.2).item() == pytest.approx(sum(per_token) / len(per_token), abs=1e-12)
+    assert value_loss(values, old, returns, MASK, 0.2).item() == pytest.approx(
+        sum(per_token) / len(per_token), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("off", [NAN, math.inf])
 def test_what_is_off_the_mask_gives_no_gradient(off):
     logp, old, advantages, values, returns = random(5, off)
     logp, values = logp.requires_grad_(), values.requires_grad_()
-    (policy_loss(logp, old, advantages, MASK, 0.2)[0] + value_loss(values, old, returns, MASK, 0.2)).backward()
+    (
+        policy_loss(logp, old, advantages, MASK, 0.2)[0]
+        + value_loss(values, old, returns, MASK, 0.2)
+    ).backward()
     for x in (logp, values):
         assert x.grad.isfinite().all() and (x.grad[~MASK] == 0).all() and (x.grad[MASK] != 0).any()
 
@@ -154,25 +180,40 @@ def test_shapes_that_would_broadcast_change_nothing():
     """
     x = random(5)
     assert policy_loss(*x[:3], MASK, 0.2)[0].shape == value_loss(*x[:3], MASK, 0.2).shape == ()
-    assert all(out.shape == MASK.shape for out in (*gae(*x[:2], MASK, 1.0, 0.95), whiten(x[0], MASK)))
+    assert all(
+        out.shape == MASK.shape for out in (*gae(*x[:2], MASK, 1.0, 0.95), whiten(x[0], MASK))
+    )
 
 
 def test_finite_differences():
     logp, old, advantages, values, returns = random(5)
-    assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, advantages, MASK, 0.2)[0], logp.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x: value_loss(x, old, returns, MASK, 0.2), values.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old, advantages, MASK, 0.2)[0], logp.requires_grad_()
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: value_loss(x, old, returns, MASK, 0.2), values.requires_grad_()
+    )
 
 
 def test_finite_differences_through_the_models():
     shape = dict(vocab_size=7, hidden_size=4, intermediate_size=3, num_hidden_layers=1, head_dim=2)
     tokens, real, where = join([[1, 2, 3], [4]], [[5, 6], [1, 2, 0]])
     generator = torch.Generator().manual_seed(0)
-    old, advantages, returns = (torch.randn(tokens.shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    old, advantages, returns = (
+        torch.randn(tokens.shape, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     policy, critic = lm(1, **shape), scalar_model(lm(2, **shape), generator)
     old = old * 0.1 + logprobs(policy, tokens, real, where).detach()
-    assert gradcheck(policy, lambda m: policy_loss(logprobs(m, tokens, real, where, 0.7), old, advantages, where, 0.2)[0])
+    assert gradcheck(
+        policy,
+        lambda m: policy_loss(logprobs(m, tokens, real, where, 0.7), old, advantages, where, 0.2)[
+            0
+        ],
+    )
     critic.config.reward_mean, critic.config.reward_std = 0.3, 2.0
-    assert gradcheck(critic, lambda m: value_loss(values_of(m, tokens, real), old, returns, where, 0.2))
+    assert gradcheck(
+        critic, lambda m: value_loss(values_of(m, tokens, real), old, returns, where, 0.2)
+    )
 
 
 # ---------------------------------------------------------------- KL
@@ -181,7 +222,10 @@ def toy(seed):
     answer.
     """
     generator = torch.Generator().manual_seed(seed)
-    return [torch.log_softmax(torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5, -1) for shape in ((3,), (3, 3))]
+    return [
+        torch.log_softmax(torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5, -1)
+        for shape in ((3,), (3, 3))
+    ]
 
 
 def test_k1_and_k3_are_unbiased_estimates_of_the_exact_kl_in_the_right_direction():
@@ -189,7 +233,9 @@ def test_k1_and_k3_are_unbiased_estimates_of_the_exact_kl_in_the_right_direction
     (p1, p2), (q1, q2) = toy(0), toy(1)
     table = {}
     for name, (one, two) in dict(p=(p1, p2), q=(q1, q2)).items():
-        table[name] = torch.tensor([[one[a[0]], two[a[0], a[1]] if len(a) > 1 else NAN] for a in answers])
+        table[name] = torch.tensor(
+            [[one[a[0]], two[a[0], a[1]] if len(a) > 1 else NAN] for a in answers]
+        )
     mask = ~table["p"].isnan()
     p, q = (torch.where(mask, table[k], 0.0).sum(1) for k in "pq")
     assert p.exp().sum() == pytest.approx(1)
@@ -207,7 +253,9 @@ def test_kl_is_summed_over_an_answer_and_0_between_equals():
     k1, k3 = kl_estimates(old, ref, MASK)
     d = [[a - b for a, b in zip(x, y, strict=True)] for x, y in rows(old, ref)]
     assert k1.item() == pytest.approx(sum(map(sum, d)) / len(MASK))
-    assert k3.item() == pytest.approx(sum(math.exp(-x) - 1 + x for row in d for x in row) / len(MASK))
+    assert k3.item() == pytest.approx(
+        sum(math.exp(-x) - 1 + x for row in d for x in row) / len(MASK)
+    )
     assert kl_estimates(old, old, MASK) == (0, 0)
 
 
@@ -259,7 +307,9 @@ def test_explained_variance():
     expected = 1 - (r - v).var(unbiased=False) / r.var(unbiased=False)
     assert explained_variance(values, returns, MASK).item() == pytest.approx(expected.item())
     assert explained_variance(returns, returns, MASK) == 1
-    assert explained_variance(torch.full_like(returns, 7.0), returns, MASK).item() == pytest.approx(0)
+    assert explained_variance(torch.full_like(returns, 7.0), returns, MASK).item() == pytest.approx(
+        0
+    )
 
 
 # ---------------------------------------------------------------- values and rewards of a model
@@ -293,10 +343,14 @@ def test_a_reward_models_folder_scores_in_its_own_standard_deviations(tmp_path, 
     judge, model = ppo.load_reward(o, None, chat_tokenizer(), "cpu")
     assert tuning.critic_of(o, model) is not model
     tokens, real, _ = join([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
-    assert torch.allclose(judge(tokens, real, None, None), (last_score(critic, tokens, real) - 0.25) / 2.0)
+    assert torch.allclose(
+        judge(tokens, real, None, None), (last_score(critic, tokens, real) - 0.25) / 2.0
+    )
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="--raw-reward is for FILE.py:function"):
-        ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm"), raw_reward=True), None, chat_tokenizer(), "cpu")
+        ppo.load_reward(
+            ppo.Options(reward=str(tmp_path / "rm"), raw_reward=True), None, chat_tokenizer(), "cpu"
+        )
 
 
 @pytest.mark.parametrize("mean, std", [(0.25, 0.0), (0.25, 1e-7), (300.0, 1e-3)])
@@ -311,7 +365,9 @@ def test_a_reward_model_whose_references_score_alike_is_refused(tmp_path, mean, 
 def test_prompts_leave_room_in_the_reward_models_context_too(tmp_path, capsys):
     model = scalar_model(lm(4, max_position_embeddings=32))
     hub.save(tmp_path / "rm", model, chat_tokenizer())
-    data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}, {"messages": user("x " * 40)}])
+    data = write(
+        tmp_path / "prompts.jsonl", [{"messages": user("x")}, {"messages": user("x " * 40)}]
+    )
     ppo.ppo(ppo.Options(model=folder(tmp_path / "start"), reward=str(tmp_path / "rm"), data=data, out=str(tmp_path / "out"),
                         device="cpu", batch=2, minibatch=2, iterations=1, max_new_tokens=4))  # fmt: skip
     assert "1 prompts used, dropped 1 longer than 28 tokens" in capsys.readouterr().err
@@ -331,10 +387,24 @@ def run(tmp_path, monkeypatch):
     judge = tmp_path / "judge.py"
     judge.write_text(f"def judge(prompts, answers):\n    assert all(p[-1]['role'] == 'user' for p in prompts)\n"
                      f"    return [{SCORES}.get(a, 1000.0) for a in answers]\n")  # fmt: skip
-    data = write(tmp_path / "prompts.jsonl", [{"messages": user(text)} for text in ("x", "what is one", "ab", "hm?", "a b c")])
+    data = write(
+        tmp_path / "prompts.jsonl",
+        [{"messages": user(text)} for text in ("x", "what is one", "ab", "hm?", "a b c")],
+    )
 
     def run(**options):
-        calls = {name: [] for name in ("gae", "whiten", "policy_loss", "value_loss", "generate", "kl_estimates", "join")}
+        calls = {
+            name: []
+            for name in (
+                "gae",
+                "whiten",
+                "policy_loss",
+                "value_loss",
+                "generate",
+                "kl_estimates",
+                "join",
+            )
+        }
         with monkeypatch.context() as m:
             for name in calls:
                 real = getattr(ppo, name)
@@ -345,8 +415,23 @@ def run(tmp_path, monkeypatch):
                     return out
 
                 m.setattr(ppo, name, spy)
-            o = ppo.Options(model=start, reward=f"{judge}:judge", data=data, out=str(tmp_path / "out"), device="cpu", overwrite=True)
-            o.batch, o.minibatch, o.iterations, o.max_new_tokens, o.lr, o.warmup, o.kl = 24, 8, 3, 2, 0.05, 0, 0.3
+            o = ppo.Options(
+                model=start,
+                reward=f"{judge}:judge",
+                data=data,
+                out=str(tmp_path / "out"),
+                device="cpu",
+                overwrite=True,
+            )
+            o.batch, o.minibatch, o.iterations, o.max_new_tokens, o.lr, o.warmup, o.kl = (
+                24,
+                8,
+                3,
+                2,
+                0.05,
+                0,
+                0.3,
+            )
             o.raw_reward = True
             vars(o).update(options)
             ppo.ppo(o)
@@ -362,7 +447,11 @@ def test_rewards_are_the_kl_of_each_token_and_the_score_on_the_last(run):
     end = templates.end_id(tok)
     unfinished = 0
     for it in range(3):
-        (asked, answers), _, (tokens, real, mask) = calls["join"][it][0][:2], None, calls["join"][it][2]
+        (asked, answers), _, (tokens, real, mask) = (
+            calls["join"][it][0][:2],
+            None,
+            calls["join"][it][2],
+        )
         (rewards, values, used, gamma, lam), _, (advantages, returns) = calls["gae"][it]
         old, ref, _ = calls["kl_estimates"][it][0]
         assert torch.equal(used, mask) and (gamma, lam) == (1.0, 0.95)
@@ -378,7 +467,9 @@ def test_rewards_are_the_kl_of_each_token_and_the_score_on_the_last(run):
             unfinished += a[-1] != end
             assert torch.allclose(rewards[i, where], expected, atol=1e-5)
             assert (rewards[i, ~mask[i]] == 0).all()
-        assert log[it]["finished"] == pytest.approx(sum(a[-1] == end for a in answers) / 24, abs=1e-5)
+        assert log[it]["finished"] == pytest.approx(
+            sum(a[-1] == end for a in answers) / 24, abs=1e-5
+        )
         assert log[it]["length"] == pytest.approx(sum(map(len, answers)) / 24, abs=1e-5)
         kl = (old - ref).sum(1).mean().item()
         assert log[it]["kl"] == pytest.approx(kl, abs=1e-5) and (it == 0) == (abs(kl) < 1e-6)
@@ -416,7 +507,11 @@ def test_an_update_follows_the_two_losses_and_nothing_else(run, monkeypatch):
 
     def remember(name, place):
         real = getattr(ppo, name)
-        monkeypatch.setattr(ppo, name, lambda model, *a, **k: models.__setitem__(place, model) or real(model, *a, **k))
+        monkeypatch.setattr(
+            ppo,
+            name,
+            lambda model, *a, **k: models.__setitem__(place, model) or real(model, *a, **k),
+        )
 
     def differentiate(name, place, weight):
         real = getattr(ppo, name)
@@ -457,7 +552,9 @@ def test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update(run, temperatu
     assert all(c[0][3] == temperature for c in calls["generate"])
     (tokens, real, where), reference = calls["join"][0][2], hub.load(calls["start"])[0]
     old, ref, _ = calls["kl_estimates"][0][0]
-    assert torch.equal(old, ref) and torch.allclose(old, logprobs(reference, tokens, real, where, temperature), atol=1e-5)
+    assert torch.equal(old, ref) and torch.allclose(
+        old, logprobs(reference, tokens, real, where, temperature), atol=1e-5
+    )
 
 
 def test_answers_are_sampled_from_the_policy_as_it_is(run):
@@ -474,7 +571,9 @@ def test_the_adaptive_beta_is_what_the_next_round_pays(run):
     assert log[0]["beta"] == pytest.approx(0.3 * 0.8, abs=1e-6)  # no KL yet: 20 % down
     for it in range(1, 4):
         paid = log[it - 1]["beta"]
-        assert log[it]["beta"] == pytest.approx(adapt(paid, log[it]["kl"], 0.01, 24, 24.0), abs=1e-5)
+        assert log[it]["beta"] == pytest.approx(
+            adapt(paid, log[it]["kl"], 0.01, 24, 24.0), abs=1e-5
+        )
         rewards, _, mask, _, _ = calls["gae"][it][0]
         old, ref, _ = calls["kl_estimates"][it][0]
         inner = mask.clone()
@@ -484,7 +583,9 @@ def test_the_adaptive_beta_is_what_the_next_round_pays(run):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 6), (6, 99)], ids=["rollout", "reference", "update"])
-def test_a_temperature_that_is_wrong_by_1_percent_in_one_place_is_refused(run, monkeypatch, wrong, temperature):
+def test_a_temperature_that_is_wrong_by_1_percent_in_one_place_is_refused(
+    run, monkeypatch, wrong, temperature
+):
     """Of the first iteration's log-probabilities three calls are π's, three π_ref's, then come the
     update's. (The sampler's own temperature:
     test_ratio_1_clip_fraction_0_and_kl_0_before_the_first_update.)"""
@@ -492,10 +593,15 @@ def test_a_temperature_that_is_wrong_by_1_percent_in_one_place_is_refused(run, m
 
     def logprobs(*rows, temperature):
         calls.append(1)
-        return real(*rows, temperature=temperature * (1.01 if wrong[0] < len(calls) <= wrong[1] else 1.0))
+        return real(
+            *rows, temperature=temperature * (1.01 if wrong[0] < len(calls) <= wrong[1] else 1.0)
+        )
 
     monkeypatch.setattr(ppo, "logprobs", logprobs)
-    with pytest.raises(ValueError, match=r"the ratio is off 1 by [1-9]\.\de-0[123] before the first update \(1e-03 is allowed\): "):
+    with pytest.raises(
+        ValueError,
+        match=r"the ratio is off 1 by [1-9]\.\de-0[123] before the first update \(1e-03 is allowed\): ",
+    ):
         run(temperature=temperature)
 
 
@@ -503,7 +609,9 @@ def test_rounding_passes_and_more_is_refused_but_not_on_a_gpu():
     old, off = -torch.rand(3, 5), torch.zeros(3, 5)
     for error in (0.0, 6e-5, -9e-4):
         off[1, 2] = error
-        assert ppo.check_ratio(old + off, old, torch.device("cpu")) == pytest.approx(abs(error), rel=0.02, abs=1e-7)
+        assert ppo.check_ratio(old + off, old, torch.device("cpu")) == pytest.approx(
+            abs(error), rel=0.02, abs=1e-7
+        )
     for error in (2e-3, -2e-3, math.nan, math.inf):
         off[1, 2] = error
         with pytest.raises(ValueError, match="1e-03 is allowed"):
@@ -549,9 +657,20 @@ def test_rewards_of_0_to_100_train_what_rewards_of_0_to_1_train(tmp_path):
 def test_the_deviation_is_part_of_the_saved_state(tmp_path, monkeypatch):
     start = bandit(tmp_path / "start", FIRST, AFTER)
     judge = tmp_path / "judge.py"
-    judge.write_text("def judge(prompts, answers):\n    return [50 + 9 * len(a) for a in answers]\n")
+    judge.write_text(
+        "def judge(prompts, answers):\n    return [50 + 9 * len(a) for a in answers]\n"
+    )
     data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
-    o = dict(model=start, reward=f"{judge}:judge", data=data, device="cpu", batch=8, minibatch=8, iterations=4, max_new_tokens=2)
+    o = dict(
+        model=start,
+        reward=f"{judge}:judge",
+        data=data,
+        device="cpu",
+        batch=8,
+        minibatch=8,
+        iterations=4,
+        max_new_tokens=2,
+    )
     o |= dict(save_every=1, target_kl=0.01, horizon=20.0)
     ppo.ppo(ppo.Options(out=str(tmp_path / "whole"), **o))
     real = ppo.Run.save
@@ -566,9 +685,17 @@ def test_the_deviation_is_part_of_the_saved_state(tmp_path, monkeypatch):
         m.setattr(ppo.Run, "save", stop)
         ppo.ppo(broken)
     ppo.ppo(broken)
-    a, b = ([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(tmp_path / n)] for n in ("whole", "broken"))
+    a, b = (
+        [
+            {k: v for k, v in line.items() if k != "tokens_per_second"}
+            for line in metrics(tmp_path / n)
+        ]
+        for n in ("whole", "broken")
+    )
     assert a == b and len(a) == 4
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "broken/model.safetensors").read_bytes()
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (
+        tmp_path / "broken/model.safetensors"
+    ).read_bytes()
 
 
 READERS = """
@@ -605,9 +732,27 @@ def own(tmp_path):
     data = write(tmp_path / "prompts.jsonl", rows)
 
     def own(function, **options):
-        o = dict(batch=6, minibatch=4, iterations=2, max_new_tokens=2, lr=0.01, device="cpu", overwrite=True) | options
-        ppo.ppo(ppo.Options(model=start, reward=f"{judge}:{function}", data=data, out=str(tmp_path / "out"), **o))
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(tmp_path / "out")]
+        o = (
+            dict(
+                batch=6,
+                minibatch=4,
+                iterations=2,
+                max_new_tokens=2,
+                lr=0.01,
+                device="cpu",
+                overwrite=True,
+            )
+            | options
+        )
+        ppo.ppo(
+            ppo.Options(
+                model=start, reward=f"{judge}:{function}", data=data, out=str(tmp_path / "out"), **o
+            )
+        )
+        return [
+            {k: v for k, v in line.items() if k != "tokens_per_second"}
+            for line in metrics(tmp_path / "out")
+        ]
 
     return own
 
@@ -651,11 +796,20 @@ def test_a_round_of_any_shape_ends(tmp_path, first, capsys):
         (1, 6, 6, 3),
     ):
         data = write(tmp_path / "prompts.jsonl", [{"messages": user(text)} for text in texts[:n]])
-        o = dict(batch=batch, minibatch=minibatch, max_new_tokens=room, iterations=2, lr=0.01, target_kl=1.0)
+        o = dict(
+            batch=batch,
+            minibatch=minibatch,
+            max_new_tokens=room,
+            iterations=2,
+            lr=0.01,
+            target_kl=1.0,
+        )
         o |= dict(model=start, reward=f"{judge}:judge", data=data, device="cpu", overwrite=True)
         ppo.ppo(ppo.Options(out=str(tmp_path / "out"), **o))
         log = metrics(tmp_path / "out")
-        assert len(log) == 2 and all(line["ratio_error"] < 1e-4 and 1 <= line["length"] <= room for line in log)
+        assert len(log) == 2 and all(
+            line["ratio_error"] < 1e-4 and 1 <= line["length"] <= room for line in log
+        )
         hub.language_model(tmp_path / "out")
 
 
@@ -673,13 +827,22 @@ def test_only_policy_and_critic_learn(tmp_path, critic):
     tok = chat_tokenizer()
     hub.save(tmp_path / "rm", critic, tok)
     start = folder(tmp_path / "start")
-    before = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("rm", "start")}
+    before = {
+        name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("rm", "start")
+    }
     data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
-    o = ppo.Options(model=start, reward=str(tmp_path / "rm"), data=data, out=str(tmp_path / "out"), device="cpu")
+    o = ppo.Options(
+        model=start, reward=str(tmp_path / "rm"), data=data, out=str(tmp_path / "out"), device="cpu"
+    )
     o.batch, o.minibatch, o.iterations, o.max_new_tokens = 4, 4, 2, 4
     ppo.ppo(o)
-    assert before == {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("rm", "start")}
+    assert before == {
+        name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("rm", "start")
+    }
     trained, _ = hub.load(tmp_path / "out")
     assert trained.config.num_labels == 0
-    assert all(not torch.equal(p, q) for p, q in zip(trained.parameters(), hub.load(start)[0].parameters(), strict=True))
+    assert all(
+        not torch.equal(p, q)
+        for p, q in zip(trained.parameters(), hub.load(start)[0].parameters(), strict=True)
+    )
     assert metrics(tmp_path / "out")[0]["ratio_error"] < 1e-5

@@ -27,7 +27,9 @@ def test_the_shipped_base_is_small_and_made_by_the_recipe_of_its_script():
     assert sum(f.stat().st_size for f in BASE.iterdir()) <= 8e6
     options = read_record(BASE)["options"]
     defaults = {f.name: f.default for f in fields(pretrain.Options)}
-    assert {k: v for k, v in options.items() if k != "fast"} == {k: v for k, v in defaults.items() if k in options and k != "fast"}
+    assert {k: v for k, v in options.items() if k != "fast"} == {
+        k: v for k, v in defaults.items() if k in options and k != "fast"
+    }
 
 
 def test_the_record_names_the_corpus_and_the_weights():
@@ -36,7 +38,10 @@ def test_the_record_names_the_corpus_and_the_weights():
     """
     record = read_record(BASE)
     texts = corpus.documents(record["options"]["seed"], pretrain.CHARACTERS)
-    assert record["inputs"] == {pretrain.CORPUS: pretrain.corpus_hash(texts)} and "made the weights" in record["of"]
+    assert (
+        record["inputs"] == {pretrain.CORPUS: pretrain.corpus_hash(texts)}
+        and "made the weights" in record["of"]
+    )
     assert record["files"] == {name: sha256(BASE / name) for name in record["files"]}
     beside = {f.name for f in BASE.iterdir() if f.is_file()}
     assert record["files"].keys() == beside - {"run.json", "metrics.jsonl"}
@@ -64,19 +69,33 @@ def test_the_base_knows_held_out_facts(base):
     questions and answers.
     """
     model, tok = base
-    items = [i for i in world.items(400, 3, "heldout") if i["kind"] in ("open", "translation", "classification")]
+    items = [
+        i
+        for i in world.items(400, 3, "heldout")
+        if i["kind"] in ("open", "translation", "classification")
+    ]
     # apart, as before a word
-    page, line = "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n", tok.encode("\n")
-    prompts = [[tok.special[pretrain.END], *tok.encode(page.format(i["prompt"])), *line] for i in items]
+    page, line = (
+        "Question\n\nWhat is 2 + 2?\n\nAnswer\n\n4.\n\nQuestion\n\n{}\n\nAnswer\n",
+        tok.encode("\n"),
+    )
+    prompts = [
+        [tok.special[pretrain.END], *tok.encode(page.format(i["prompt"])), *line] for i in items
+    ]
     said = [tok.decode(a).split("\n")[0] for a in generate(model, prompts, 24, temperature=0)]
-    assert sum(world.gold(i, s)[1]["right"] for i, s in zip(items, said, strict=True)) / len(items) > 0.8
+    assert (
+        sum(world.gold(i, s)[1]["right"] for i, s in zip(items, said, strict=True)) / len(items)
+        > 0.8
+    )
 
 
 def test_the_learning_rate_stands_and_falls():
     o = pretrain.Options()
     rates = [pretrain.learning_rate(s, o) for s in range(o.steps)]
     assert rates[0] == o.lr / 20 and rates[19] == rates[o.steps // 2] == o.lr
-    assert rates[-1] == pytest.approx(0.05 * o.lr, rel=0.02) and all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert rates[-1] == pytest.approx(0.05 * o.lr, rel=0.02) and all(
+        a >= b for a, b in zip(rates[20:], rates[21:], strict=False)
+    )
 
 
 def test_rows_start_at_a_document_and_are_full(base):
@@ -95,7 +114,9 @@ def test_the_first_fifty_steps_give_the_recorded_losses(tmp_path, monkeypatch):
     torch's Muon works in bf16 inside, where a processor without bf16 units is 20 times slower and
     rounds otherwise: here in float32 too.
     """
-    recorded = [json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:50]]
+    recorded = [
+        json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:50]
+    ]
 
     losses = []
 

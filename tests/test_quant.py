@@ -16,7 +16,15 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import hub
-from quant import DYNAMIC_VALUES, NF4, NF4_VALUES, Linear4bit, block_linears, quantize_model, quantize_nf4
+from quant import (
+    DYNAMIC_VALUES,
+    NF4,
+    NF4_VALUES,
+    Linear4bit,
+    block_linears,
+    quantize_model,
+    quantize_nf4,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 PEER = load_file(GOLDEN / "nf4.safetensors")
@@ -41,7 +49,9 @@ def layer(out=48, width=80, bias=True, seed=0, **options):
 
 def test_the_table_is_quantiles_of_the_normal_distribution():
     first = 1 - (1 / 30 + 1 / 32) / 2
-    up, down = ([NormalDist().inv_cdf(first + (0.5 - first) * i / n) for i in range(n)] for n in (8, 7))
+    up, down = (
+        [NormalDist().inv_cdf(first + (0.5 - first) * i / n) for i in range(n)] for n in (8, 7)
+    )
     derived = torch.tensor([-x for x in down] + [0.0] + up[::-1]) / up[0]
     assert len(derived) == 16 and (derived - NF4_VALUES).abs().max() < 2e-7
     assert NF4_VALUES[[0, 7, 15]].tolist() == [-1, 0, 1] and (NF4_VALUES.diff() > 0).all()
@@ -50,7 +60,9 @@ def test_the_table_is_quantiles_of_the_normal_distribution():
 def test_the_map_of_the_second_quantisation():
     assert len(DYNAMIC_VALUES) == 256 and (DYNAMIC_VALUES.diff() > 0).all()
     assert DYNAMIC_VALUES[[0, 127, 255]].tolist() == [pytest.approx(-0.99296875), 0, 1]
-    assert DYNAMIC_VALUES[126].item() == pytest.approx(-0.55e-6) and DYNAMIC_VALUES[254].item() == pytest.approx(0.99296875)
+    assert DYNAMIC_VALUES[126].item() == pytest.approx(-0.55e-6) and DYNAMIC_VALUES[
+        254
+    ].item() == pytest.approx(0.99296875)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,9 +74,19 @@ def test_bitsandbytes_own_numbers(case):
     for double in (False, True):
         if f"{case}.absmax{1 + double}" not in PEER:
             continue
-        ours, absmax, whole = quantize_nf4(w, 64, double), PEER[f"{case}.absmax{1 + double}"], PEER[f"{case}.whole{1 + double}"]
-        nested, offset = (PEER[f"{case}.nested"], PEER[f"{case}.offset"].item()) if double else (None, 0.0)
-        assert torch.equal(ours.codes, codes) and ours.dtype == w.dtype and ours.absmax.shape == absmax.shape
+        ours, absmax, whole = (
+            quantize_nf4(w, 64, double),
+            PEER[f"{case}.absmax{1 + double}"],
+            PEER[f"{case}.whole{1 + double}"],
+        )
+        nested, offset = (
+            (PEER[f"{case}.nested"], PEER[f"{case}.offset"].item()) if double else (None, 0.0)
+        )
+        assert (
+            torch.equal(ours.codes, codes)
+            and ours.dtype == w.dtype
+            and ours.absmax.shape == absmax.shape
+        )
         theirs = NF4(codes, absmax, nested, offset, 64, tuple(w.shape), w.dtype).dequantize()
         assert theirs.dtype == w.dtype and torch.equal(theirs, whole)
         if not double:
@@ -83,7 +105,9 @@ def test_bitsandbytes_own_numbers(case):
 
 def test_the_case_of_double_quantisation_has_two_blocks_and_few_differences():
     ours = quantize_nf4(PEER["nested.bfloat16"])
-    assert len(ours.nested_absmax) == 2 and (ours.absmax != PEER["nested.bfloat16.absmax2"]).sum() < 3
+    assert (
+        len(ours.nested_absmax) == 2 and (ours.absmax != PEER["nested.bfloat16.absmax2"]).sum() < 3
+    )
 
 
 def by_hand(w, size=64):
@@ -91,7 +115,11 @@ def by_hand(w, size=64):
     out = []
     for block in w.flatten().double().split(size):
         absmax = block.abs().max()
-        nearest = ((block / absmax if absmax > 0 else block)[:, None] - NF4_VALUES.double()).abs().argmin(1)
+        nearest = (
+            ((block / absmax if absmax > 0 else block)[:, None] - NF4_VALUES.double())
+            .abs()
+            .argmin(1)
+        )
         out.append(NF4_VALUES.double()[nearest] * absmax)
     return torch.cat(out).view(w.shape)
 
@@ -100,22 +128,30 @@ def by_hand(w, size=64):
 def test_each_number_goes_to_the_nearest(shape):
     w = normal(*shape)
     assert (quantize_nf4(w, double_quant=False).dequantize() - by_hand(w)).abs().max() < 1e-6
-    assert (quantize_nf4(w, 32, double_quant=False).dequantize() - by_hand(w, 32)).abs().max() < 1e-6
+    assert (
+        quantize_nf4(w, 32, double_quant=False).dequantize() - by_hand(w, 32)
+    ).abs().max() < 1e-6
 
 
 def test_the_scales_go_to_the_nearest_too():
     w = normal(700, 64) * normal(700, 1, seed=1).exp()
     exact, ours = quantize_nf4(w, double_quant=False).absmax, quantize_nf4(w)
     assert ours.offset == exact.mean().item()
-    for part, codes, scale in zip((exact - exact.mean()).split(256), ours.absmax.split(256), ours.nested_absmax, strict=True):
+    for part, codes, scale in zip(
+        (exact - exact.mean()).split(256), ours.absmax.split(256), ours.nested_absmax, strict=True
+    ):
         assert scale == part.abs().max()
         distance = (part[:, None] / scale - DYNAMIC_VALUES).abs()
-        assert (distance.gather(1, codes.long()[:, None])[:, 0] - distance.min(1).values).max() < 1e-6
+        assert (
+            distance.gather(1, codes.long()[:, None])[:, 0] - distance.min(1).values
+        ).max() < 1e-6
 
 
 def test_the_expected_error_on_normal_weights():
     w = normal(1024, 1024)
-    assert (quantize_nf4(w, double_quant=False).dequantize() - w).abs().mean().item() == pytest.approx(0.0728, abs=2e-4)
+    assert (
+        quantize_nf4(w, double_quant=False).dequantize() - w
+    ).abs().mean().item() == pytest.approx(0.0728, abs=2e-4)
     assert (quantize_nf4(w).dequantize() - w).abs().mean().item() == pytest.approx(0.0728, abs=4e-4)
 
 
@@ -143,8 +179,15 @@ def test_a_short_last_block_is_divided_by_its_absmax():
     block = torch.cat((absmax[None], middles * absmax, torch.zeros(48)))
     codes = quantize_nf4(torch.cat((block, block[:20]))).codes
     codes = torch.cat((codes >> 4, codes & 15), 1).flatten()
-    whole, short = torch.bucketize(block * (1 / absmax), middles), torch.bucketize(block[:20] / absmax, middles)
-    assert codes[:64].tolist() == whole.tolist() and codes[64:].tolist() == short.tolist() and (whole[:20] != short).any()
+    whole, short = (
+        torch.bucketize(block * (1 / absmax), middles),
+        torch.bucketize(block[:20] / absmax, middles),
+    )
+    assert (
+        codes[:64].tolist() == whole.tolist()
+        and codes[64:].tolist() == short.tolist()
+        and (whole[:20] != short).any()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,7 +247,10 @@ def test_autocast_computes_in_its_type():
     assert y.dtype == torch.bfloat16 and (y - z).abs().max() < 0.01 * z.abs().max()
     y.float().sum().backward()
     whole = ours.dequantize().sum(0)
-    assert x.grad.dtype == torch.float32 and 0 < (x.grad - whole).abs().max() < 0.01 * whole.abs().max()
+    assert (
+        x.grad.dtype == torch.float32
+        and 0 < (x.grad - whole).abs().max() < 0.01 * whole.abs().max()
+    )
 
 
 def live_tensors():
@@ -255,8 +301,13 @@ def test_casts_and_moves_leave_the_codes_as_they_are():
     ours.bfloat16()
     assert ours.bias.dtype == torch.bfloat16
     ours.double().to("cpu")
-    assert ours.bias.dtype == torch.float64 and all(torch.equal(v, before[k]) for k, v in ours.named_buffers())
-    assert torch.equal(ours.dequantize(), whole) and ours.dequantize(torch.float64).dtype == torch.float64
+    assert ours.bias.dtype == torch.float64 and all(
+        torch.equal(v, before[k]) for k, v in ours.named_buffers()
+    )
+    assert (
+        torch.equal(ours.dequantize(), whole)
+        and ours.dequantize(torch.float64).dtype == torch.float64
+    )
 
 
 def test_a_copy_can_share_the_codes():
@@ -274,21 +325,43 @@ def test_a_copy_can_share_the_codes():
 @pytest.mark.parametrize("double", [True, False])
 def test_state_dict_as_bitsandbytes_has_it(double, tmp_path):
     ours = layer(double_quant=double)
-    keys = {"bias", "weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"}
+    keys = {
+        "bias",
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
+    }
     state = ours.state_dict()
-    assert set(state) == keys | ({"weight.nested_absmax", "weight.nested_quant_map"} if double else set())
+    assert set(state) == keys | (
+        {"weight.nested_absmax", "weight.nested_quant_map"} if double else set()
+    )
     said = json.loads(bytes(state["weight.quant_state.bitsandbytes__nf4"].tolist()))
     expected = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [48, 80]}
-    assert said == expected | ({"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": ours.offset} if double else {})
+    assert said == expected | (
+        {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": ours.offset}
+        if double
+        else {}
+    )
     # it refuses tensors that share memory
     save_file(nn.Sequential(ours, layer(seed=2)).state_dict(), tmp_path / "two.safetensors")
     other = layer(seed=1)
     other.load_state_dict(state)
-    assert torch.equal(other.dequantize(), ours.dequantize()) and other.codes.data_ptr() != ours.codes.data_ptr()
+    assert (
+        torch.equal(other.dequantize(), ours.dequantize())
+        and other.codes.data_ptr() != ours.codes.data_ptr()
+    )
     two = nn.Sequential(layer(seed=3), layer(seed=4))
     two.load_state_dict(load_file(tmp_path / "two.safetensors"), assign=True)
-    assert torch.equal(two[0].dequantize(), ours.dequantize()) and torch.equal(two[1].dequantize(), layer(seed=2).dequantize())
-    assert two.load_state_dict({}, strict=False).missing_keys == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert torch.equal(two[0].dequantize(), ours.dequantize()) and torch.equal(
+        two[1].dequantize(), layer(seed=2).dequantize()
+    )
+    assert two.load_state_dict({}, strict=False).missing_keys == [
+        "0.bias",
+        "0.weight",
+        "1.bias",
+        "1.weight",
+    ]
 
 
 def test_state_dicts_that_do_not_fit():
@@ -300,13 +373,19 @@ def test_state_dicts_that_do_not_fit():
         return torch.tensor(list(json.dumps(said | changes).encode()), dtype=torch.uint8)
 
     for changes, message in (
-        ({"weight": torch.zeros(48, 80)}, r"weight is torch.float32 \(48, 80\): torch.uint8 \(1920, 1\) was expected"),
+        (
+            {"weight": torch.zeros(48, 80)},
+            r"weight is torch.float32 \(48, 80\): torch.uint8 \(1920, 1\) was expected",
+        ),
         ({"weight": good["weight"][1:]}, r"weight is torch.uint8 \(1919, 1\)"),
         ({"weight.absmax": None}, "weight.absmax is missing"),
         ({"weight.absmax": good["weight.absmax"].float()}, "weight.absmax is torch.float32"),
         ({"weight.nested_absmax": None}, "weight.nested_absmax is missing"),
         ({"weight.quant_map": NF4_VALUES.flip(0)}, "weight.quant_map is another table"),
-        ({"weight.nested_quant_map": DYNAMIC_VALUES * 0.9}, "weight.nested_quant_map is another table"),
+        (
+            {"weight.nested_quant_map": DYNAMIC_VALUES * 0.9},
+            "weight.nested_quant_map is another table",
+        ),
         ({name: None}, "nf4 is missing, or not what"),
         ({name: torch.zeros(3, dtype=torch.uint8)}, "nf4 is missing, or not what"),
         ({name: words(shape="x")}, "nf4 is missing, or not what"),
@@ -327,7 +406,10 @@ def test_state_dicts_that_do_not_fit():
 def test_transformers_own_logits_in_4_bits():
     """A Llama that transformers saved with bitsandbytes' NF4."""
     model, _ = hub.load(GOLDEN / "llama_nf4")
-    assert all(isinstance(model.get_submodule(n), Linear4bit) for n in ("layers.0.self_attn.k_proj", "layers.1.mlp.down_proj"))
+    assert all(
+        isinstance(model.get_submodule(n), Linear4bit)
+        for n in ("layers.0.self_attn.k_proj", "layers.1.mlp.down_proj")
+    )
     assert isinstance(model.lm_head, nn.Linear) and block_linears(model) == []
     expected = load_file(GOLDEN / "llama_nf4" / "expected.safetensors")
     assert expected["out"].std() > 1
@@ -338,7 +420,9 @@ def test_loading_quantises_the_blocks_layers_alone(tmp_path):
     folder = tiny.folder(tmp_path, attention_bias=True)
     plain, ours = hub.load(folder)[0], hub.load(folder, quant="nf4")[0]
     names = block_linears(plain)
-    assert len(names) == 14 and {n.split(".")[0] for n, m in ours.named_modules() if isinstance(m, Linear4bit)} == {"layers"}
+    assert len(names) == 14 and {
+        n.split(".")[0] for n, m in ours.named_modules() if isinstance(m, Linear4bit)
+    } == {"layers"}
     for name, module in plain.named_modules():
         other = ours.get_submodule(name)
         if name in names:
@@ -349,7 +433,11 @@ def test_loading_quantises_the_blocks_layers_alone(tmp_path):
     # quantised afterwards, in place
     assert torch.equal(ours(tokens), quantize_model(plain)(tokens))
     half = hub.load(folder, dtype=torch.bfloat16, quant="nf4")[0]
-    assert half.layers[0].mlp.up_proj.dequantize().dtype == half.embed_tokens.weight.dtype == torch.bfloat16
+    assert (
+        half.layers[0].mlp.up_proj.dequantize().dtype
+        == half.embed_tokens.weight.dtype
+        == torch.bfloat16
+    )
 
 
 def test_one_tensor_at_a_time_is_whole_while_loading(tmp_path, monkeypatch):
@@ -383,21 +471,37 @@ def test_what_is_refused(tmp_path):
     config = json.loads((GOLDEN / "llama_nf4" / "config.json").read_text())
     weights = load_file(GOLDEN / "llama_nf4" / "model.safetensors")
     for changes, drop, message in (
-        ({"bnb_4bit_quant_type": "fp4"}, None, 'quantization_config.bnb_4bit_quant_type = "fp4", which .* only "nf4" is'),
+        (
+            {"bnb_4bit_quant_type": "fp4"},
+            None,
+            'quantization_config.bnb_4bit_quant_type = "fp4", which .* only "nf4" is',
+        ),
         ({"load_in_4bit": False}, None, "quantization_config.load_in_4bit = false"),
         ({"quant_method": "gptq"}, None, 'quantization_config.quant_method = "gptq"'),
         ({"bnb_4bit_quant_storage": "bfloat16"}, None, 'bnb_4bit_quant_storage = "bfloat16"'),
-        ({}, "model.layers.1.mlp.up_proj.weight.absmax", "layers.1.mlp.up_proj.weight.absmax is missing"),
+        (
+            {},
+            "model.layers.1.mlp.up_proj.weight.absmax",
+            "layers.1.mlp.up_proj.weight.absmax is missing",
+        ),
         ({}, "model.layers.1.mlp.up_proj.weight", "lacks model.layers.1.mlp.up_proj.weight"),
     ):
-        hub.write_json(nf4 / "config.json", config | {"quantization_config": config["quantization_config"] | changes})
+        hub.write_json(
+            nf4 / "config.json",
+            config | {"quantization_config": config["quantization_config"] | changes},
+        )
         save_file({k: v for k, v in weights.items() if k != drop}, nf4 / "model.safetensors")
         with pytest.raises(ValueError, match=message) as e:
             hub.load(nf4)
         assert str(nf4) in str(e.value)
     spoilt = weights | {"model.layers.0.mlp.up_proj.weight": torch.full((64, 64), float("nan"))}
-    spoilt = {k: v for k, v in spoilt.items() if not k.startswith("model.layers.0.mlp.up_proj.weight.")}
+    spoilt = {
+        k: v for k, v in spoilt.items() if not k.startswith("model.layers.0.mlp.up_proj.weight.")
+    }
     hub.write_json(nf4 / "config.json", config)
     save_file(spoilt, nf4 / "model.safetensors")
-    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight: a weight to be quantised has values that are not finite"):
+    with pytest.raises(
+        ValueError,
+        match="model.layers.0.mlp.up_proj.weight: a weight to be quantised has values that are not finite",
+    ):
         hub.load(nf4, quant="nf4")

@@ -1,6 +1,7 @@
 """Records: each format read, each malformed line named by file and line, what is of no use counted,
 held-out decided once.
 """
+
 import bz2
 import copy
 import gzip
@@ -28,45 +29,92 @@ def write(tmp_path):
     def write(*lines, name="x.jsonl"):
         """Objects as JSON, strings as they are, one a line."""
         path = tmp_path / name
-        path.write_bytes("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode() + b"\n")
+        path.write_bytes(
+            "\n".join(
+                line if isinstance(line, str) else json.dumps(line) for line in lines
+            ).encode()
+            + b"\n"
+        )
         return path
+
     return write
 
 
-@pytest.mark.parametrize("line, messages, extra", [
-    (CHAT, [Q, A], {}),
-    ({"messages": [S, Q, A, Q, A], "item": {"kind": "chat"}, "prompt": "p", "n": None}, [S, Q, A, Q, A],
-     {"item": {"kind": "chat"}, "prompt": "p", "n": None}),
-    ({"messages": [{**Q, "name": "Eve"}, A]}, [Q, A], {}),
-    ({"instruction": "Q?", "input": "", "output": "A.", "source": "s"}, [Q, A], {"source": "s"}),
-    ({"instruction": "Q?", "output": "A."}, [Q, A], {}),
-    ({"instruction": "Q?", "input": "more", "output": "A."}, [{"role": "user", "content": "Q?\n\nmore"}, A], {}),
-    ({"prompt": "Q?", "completion": "A.", "id": 7}, [Q, A], {"id": 7}),
-    ({"prompt": [S, Q], "completion": [A]}, [S, Q, A], {}),
-])
+@pytest.mark.parametrize(
+    "line, messages, extra",
+    [
+        (CHAT, [Q, A], {}),
+        (
+            {"messages": [S, Q, A, Q, A], "item": {"kind": "chat"}, "prompt": "p", "n": None},
+            [S, Q, A, Q, A],
+            {"item": {"kind": "chat"}, "prompt": "p", "n": None},
+        ),
+        ({"messages": [{**Q, "name": "Eve"}, A]}, [Q, A], {}),
+        (
+            {"instruction": "Q?", "input": "", "output": "A.", "source": "s"},
+            [Q, A],
+            {"source": "s"},
+        ),
+        ({"instruction": "Q?", "output": "A."}, [Q, A], {}),
+        (
+            {"instruction": "Q?", "input": "more", "output": "A."},
+            [{"role": "user", "content": "Q?\n\nmore"}, A],
+            {},
+        ),
+        ({"prompt": "Q?", "completion": "A.", "id": 7}, [Q, A], {"id": 7}),
+        ({"prompt": [S, Q], "completion": [A]}, [S, Q, A], {}),
+    ],
+)
 def test_conversations_in_each_format(write, line, messages, extra):
     for path in (write(line), write(f"[{json.dumps(line)}]", name="x.json")):
         assert records.conversations(path) == [{"messages": messages, **extra}]
 
 
-@pytest.mark.parametrize("line", [{"messages": [Q]}, {"instruction": "Q?"}, {"instruction": "Q?", "input": "", "output": ""},
-                                  {"prompt": "Q?"}, {"prompt": [Q]}])
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [Q]},
+        {"instruction": "Q?"},
+        {"instruction": "Q?", "input": "", "output": ""},
+        {"prompt": "Q?"},
+        {"prompt": [Q]},
+    ],
+)
 def test_prompts_in_each_format(write, line):
     assert records.conversations(write(line), need="prompt") == [{"messages": [Q]}]
 
 
-@pytest.mark.parametrize("line, extra", [
-    (PAIR, {}),
-    ({"prompt": "Q?", "chosen": "good", "rejected": "bad", "item": 1}, {"item": 1}),
-    ({"prompt": [Q], "chosen": [GOOD], "rejected": [WORSE]}, {}),
-    ({"prompt": "Q?", "chosen": [Q, GOOD], "rejected": [Q, WORSE]}, {}),
-    ({"chosen": [Q, GOOD], "rejected": [Q, WORSE]}, {}),
-    ({"instruction": "Q?", "input": "", "output": "o", "chosen": "good", "rejected": "bad", "prompt": "p"}, {"output": "o"}),
-])
+@pytest.mark.parametrize(
+    "line, extra",
+    [
+        (PAIR, {}),
+        ({"prompt": "Q?", "chosen": "good", "rejected": "bad", "item": 1}, {"item": 1}),
+        ({"prompt": [Q], "chosen": [GOOD], "rejected": [WORSE]}, {}),
+        ({"prompt": "Q?", "chosen": [Q, GOOD], "rejected": [Q, WORSE]}, {}),
+        ({"chosen": [Q, GOOD], "rejected": [Q, WORSE]}, {}),
+        (
+            {
+                "instruction": "Q?",
+                "input": "",
+                "output": "o",
+                "chosen": "good",
+                "rejected": "bad",
+                "prompt": "p",
+            },
+            {"output": "o"},
+        ),
+    ],
+)
 def test_preference_pairs_in_each_format(write, line, extra):
     assert records.preferences(write(line)) == [{**PAIR, **extra}]
-    assert records.rankings(write(line)) == [{"prompt": [Q], "responses": ["good", "bad"], "ranks": [0, 1], **extra}]
-    assert records.pairs(write(line)) == records.pairs(write(line), "best_worst") == [{**PAIR, **extra}]
+    assert records.rankings(write(line)) == [
+        {"prompt": [Q], "responses": ["good", "bad"], "ranks": [0, 1], **extra}
+    ]
+    assert (
+        records.pairs(write(line))
+        == records.pairs(write(line), "best_worst")
+        == [{**PAIR, **extra}]
+    )
 
 
 def test_rankings_and_their_pairs(write):
@@ -76,7 +124,10 @@ def test_rankings_and_their_pairs(write):
 
     def got(which):
         return [(p["chosen"], p["rejected"]) for p in records.pairs(path, which)]
-    assert Counter(got("all")) == Counter([("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d"), ("b", "a"), ("b", "c")])
+
+    assert Counter(got("all")) == Counter(
+        [("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d"), ("b", "a"), ("b", "c")]
+    )
     assert got("best_worst") == [("b", "d"), ("b", "a")]
     assert records.pairs(path)[0] == {"prompt": [Q], "chosen": "b", "rejected": "a", "item": 1}
     with pytest.raises(ValueError, match="which: .* expected .got 'best'"):
@@ -84,7 +135,12 @@ def test_rankings_and_their_pairs(write):
 
 
 def test_an_empty_answer_that_was_ranked_stays(write):
-    assert records.pairs(write({"prompt": "Q?", "responses": ["a", ""], "ranks": [0, 1]}))[0]["rejected"] == ""
+    assert (
+        records.pairs(write({"prompt": "Q?", "responses": ["a", ""], "ranks": [0, 1]}))[0][
+            "rejected"
+        ]
+        == ""
+    )
 
 
 # fmt: off
@@ -148,8 +204,11 @@ BAD_RANKINGS = [  # read as rankings, which pairs may be too
 # fmt: on
 
 
-@pytest.mark.parametrize("read, good, line, said", [(records.conversations, CHAT, *b) for b in BAD]
-                         + [(records.rankings, RANKING, *b) for b in BAD_RANKINGS])
+@pytest.mark.parametrize(
+    "read, good, line, said",
+    [(records.conversations, CHAT, *b) for b in BAD]
+    + [(records.rankings, RANKING, *b) for b in BAD_RANKINGS],
+)
 def test_a_malformed_line_is_named(write, read, good, line, said):
     path = write(good, "", good, line, good)
     with pytest.raises(ValueError, match=rf"^.*/x\.jsonl:4: {said}") as e:
@@ -160,12 +219,19 @@ def test_a_malformed_line_is_named(write, read, good, line, said):
 def test_in_an_array_the_line_is_where_the_record_begins(write):
     good = json.dumps(CHAT, indent=2)
     lines = good.count("\n") + 1
-    for text, said in (('{"messages": 5}', "messages: a list of messages was expected"), ("5", "a JSON object was expected"),
-                       ('{"messages" 5}', "a JSON object was expected")):
+    for text, said in (
+        ('{"messages": 5}', "messages: a list of messages was expected"),
+        ("5", "a JSON object was expected"),
+        ('{"messages" 5}', "a JSON object was expected"),
+    ):
         with pytest.raises(ValueError, match=rf"x\.json:{2 + 2 * lines}: {said}"):
             records.conversations(write(f"[\n{good},\n{good},\n{text}\n]", name="x.json"))
     comma = "a comma or the array's end was expected"
-    for text, said in ((f"[{good}\n{good}]", comma), (f"[{good}", comma), (f"[{good}]\n{good}", "nothing was expected after the array")):
+    for text, said in (
+        (f"[{good}\n{good}]", comma),
+        (f"[{good}", comma),
+        (f"[{good}]\n{good}", "nothing was expected after the array"),
+    ):
         with pytest.raises(ValueError, match=rf"x\.json:\d+: {said}"):
             records.conversations(write(text, name="x.json"))
     assert len(records.conversations(write(f"  [\n{good} ,\n\n{good}\n]\n\n", name="x.json"))) == 2
@@ -173,12 +239,24 @@ def test_in_an_array_the_line_is_where_the_record_begins(write):
 
 def test_prompts_refuse_an_answer_and_pairs_refuse_rankings(write):
     advice = "python -m data.records FILE OUT writes the prompts of a file"
-    with pytest.raises(ValueError, match=rf"x.jsonl:1: messages: user was expected as the last turn \(got assistant\): {advice}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"x.jsonl:1: messages: user was expected as the last turn \(got assistant\): {advice}",
+    ):
         records.conversations(write(CHAT), need="prompt")
-    for field, rest in (("output", {"instruction": "Q?"}), ("response", {"instruction": "Q?"}), ("completion", {"prompt": "Q?"})):
-        with pytest.raises(ValueError, match=rf"x.jsonl:1: {field}: a prompt without an answer was expected \(got 'A.'\): {advice}"):
+    for field, rest in (
+        ("output", {"instruction": "Q?"}),
+        ("response", {"instruction": "Q?"}),
+        ("completion", {"prompt": "Q?"}),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"x.jsonl:1: {field}: a prompt without an answer was expected \(got 'A.'\): {advice}",
+        ):
             records.conversations(write({**rest, field: "A."}), need="prompt")
-    with pytest.raises(ValueError, match="x.jsonl:1: a preference pair was expected, this is a ranking"):
+    with pytest.raises(
+        ValueError, match="x.jsonl:1: a preference pair was expected, this is a ranking"
+    ):
         records.preferences(write(RANKING))
 
 
@@ -198,17 +276,36 @@ def test_encodings(write, tmp_path):
 
 
 def test_what_is_of_no_use_is_dropped_and_counted(write, capsys):
-    blank = [{"messages": [Q, {"role": "assistant", "content": " \n"}]}, {"instruction": " ", "output": "A."},
-             {"instruction": "Q?", "output": ""}]
+    blank = [
+        {"messages": [Q, {"role": "assistant", "content": " \n"}]},
+        {"instruction": " ", "output": "A."},
+        {"instruction": "Q?", "output": ""},
+    ]
     assert records.conversations(write(CHAT, *blank, CHAT)) == [CHAT, CHAT]
-    assert capsys.readouterr().err.endswith("x.jsonl: 2 records used, dropped 3 with an empty turn\n")
+    assert capsys.readouterr().err.endswith(
+        "x.jsonl: 2 records used, dropped 3 with an empty turn\n"
+    )
     same = {**PAIR, "rejected": "good"}
-    assert records.preferences(write(PAIR, same, same, {**PAIR, "chosen": ""}, {**PAIR, "rejected": " "}, {**PAIR, "prompt": ""})) == [PAIR]
-    assert capsys.readouterr().err.endswith("x.jsonl: 1 records used, dropped 2 with chosen = rejected, 3 with an empty turn\n")
+    assert records.preferences(
+        write(
+            PAIR,
+            same,
+            same,
+            {**PAIR, "chosen": ""},
+            {**PAIR, "rejected": " "},
+            {**PAIR, "prompt": ""},
+        )
+    ) == [PAIR]
+    assert capsys.readouterr().err.endswith(
+        "x.jsonl: 1 records used, dropped 2 with chosen = rejected, 3 with an empty turn\n"
+    )
     tied = [{**RANKING, "ranks": r} for r in ([1, 1, 1], [-1, -1, -1], [2, -1, -1], [0, 0, -1])]
     assert records.rankings(write(RANKING, *tied, same)) == [RANKING]
     assert capsys.readouterr().err.count("\n") == 1
-    assert len(records.pairs(write({**RANKING, "responses": ["a", "a", "b"], "ranks": [0, 1, 2]}))) == 2
+    assert (
+        len(records.pairs(write({**RANKING, "responses": ["a", "a", "b"], "ranks": [0, 1, 2]})))
+        == 2
+    )
     assert "2 pairs used, dropped 1 with chosen = rejected" in capsys.readouterr().err
     records.conversations(write(CHAT))
     assert capsys.readouterr().err == ""
@@ -219,50 +316,85 @@ def test_a_file_with_nothing_usable_is_refused(write):
         records.conversations(write(""))
     with pytest.raises(ValueError, match=r"x.json: no usable records in it$"):
         records.conversations(write("[]", name="x.json"))
-    with pytest.raises(ValueError, match=r"no usable records in it \(dropped: 2 with chosen = rejected\)"):
+    with pytest.raises(
+        ValueError, match=r"no usable records in it \(dropped: 2 with chosen = rejected\)"
+    ):
         records.preferences(write(*[{**PAIR, "rejected": "good"}] * 2))
 
 
 def test_what_is_held_out_is_said(capsys):
     records.report("x", 3, {"too long": 0}, "pairs", 2)
     records.report("x", 3, {"too long": 1}, "pairs", 0)
-    assert capsys.readouterr().err == "x: 3 pairs used, none dropped, 2 held out\nx: 3 pairs used, dropped 1 too long, none held out\n"
-    with pytest.raises(ValueError, match=r"^x: no usable pairs in it \(dropped: 1 too long; held out: 9, all that share a first question"):
+    assert (
+        capsys.readouterr().err
+        == "x: 3 pairs used, none dropped, 2 held out\nx: 3 pairs used, dropped 1 too long, none held out\n"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^x: no usable pairs in it \(dropped: 1 too long; held out: 9, all that share a first question",
+    ):
         records.report("x", 0, {"too long": 1}, "pairs", 9)
 
 
 # ---------------------------------------------------------------- fields: used, refused, harmless or counted
 def turns(*texts):
-    return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, texts, strict=False)]
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 9, texts, strict=False)
+    ]
 
 
 BEFORE = [S, *turns("Who?", "I."), Q]
 BRIEF = {"system": S["content"], "history": [["Who?", "I."]]}
 
 
-@pytest.mark.parametrize("beside", [BRIEF, {**BRIEF, "system_prompt": S["content"]},
-                                    {**BRIEF, "system": "", "system_prompt": S["content"]}])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        BRIEF,
+        {**BRIEF, "system_prompt": S["content"]},
+        {**BRIEF, "system": "", "system_prompt": S["content"]},
+    ],
+)
 def test_a_system_message_and_a_history_beside_the_turns_are_put_before_them(write, capsys, beside):
-    for line in (CHAT, {"messages": [S, Q, A]}, {"instruction": "Q?", "output": "A."}, {"prompt": "Q?", "completion": "A."},
-                 {"prompt": [Q], "completion": [A]}, {"prompt": "Q?", "completion": [Q, A]}):
+    for line in (
+        CHAT,
+        {"messages": [S, Q, A]},
+        {"instruction": "Q?", "output": "A."},
+        {"prompt": "Q?", "completion": "A."},
+        {"prompt": [Q], "completion": [A]},
+        {"prompt": "Q?", "completion": [Q, A]},
+    ):
         assert records.conversations(write({**line, **beside})) == [{"messages": [*BEFORE, A]}]
     for line in ({"messages": [Q]}, {"instruction": "Q?"}, {"prompt": "Q?"}):
         assert records.conversations(write({**line, **beside}), "prompt") == [{"messages": BEFORE}]
-    for line in (PAIR, {**PAIR, "prompt": "Q?"}, {"chosen": [Q, GOOD], "rejected": [Q, WORSE]},
-                 {"instruction": "Q?", "chosen": "good", "rejected": [Q, WORSE]}):
+    for line in (
+        PAIR,
+        {**PAIR, "prompt": "Q?"},
+        {"chosen": [Q, GOOD], "rejected": [Q, WORSE]},
+        {"instruction": "Q?", "chosen": "good", "rejected": [Q, WORSE]},
+    ):
         assert records.preferences(write({**line, **beside})) == [{**PAIR, "prompt": BEFORE}]
     assert records.rankings(write({**RANKING, **beside})) == [{**RANKING, "prompt": BEFORE}]
     assert capsys.readouterr().err == ""
 
 
 def test_a_system_message_or_a_history_that_cannot_be_read(write):
-    for beside, said in (({"system": 3}, r"system: a string was expected \(got 3\)"),
-                         ({"system": [{"type": "text"}]}, "system: a string was expected"),
-                         ({"system": "Be long."}, r"system: what the turns' system message says was expected \(got 'Be long.'\)"),
-                         ({"system": "Be brief.", "system_prompt": "Be long."}, "system_prompt: what the turns'"),
-                         ({"history": "Who? I."}, "history: a list of .question, answer. was expected"),
-                         ({"history": [["Who?"]]}, r"history: a list of .question, answer. was expected \(got .'Who.'.\)"),
-                         ({"history": [["Who?", None]]}, r"history: a string was expected \(got nothing\)")):
+    for beside, said in (
+        ({"system": 3}, r"system: a string was expected \(got 3\)"),
+        ({"system": [{"type": "text"}]}, "system: a string was expected"),
+        (
+            {"system": "Be long."},
+            r"system: what the turns' system message says was expected \(got 'Be long.'\)",
+        ),
+        ({"system": "Be brief.", "system_prompt": "Be long."}, "system_prompt: what the turns'"),
+        ({"history": "Who? I."}, "history: a list of .question, answer. was expected"),
+        (
+            {"history": [["Who?"]]},
+            r"history: a list of .question, answer. was expected \(got .'Who.'.\)",
+        ),
+        ({"history": [["Who?", None]]}, r"history: a string was expected \(got nothing\)"),
+    ):
         with pytest.raises(ValueError, match=f"x.jsonl:1: {said}"):
             records.conversations(write({"messages": [S, Q, A], **beside}))
 
@@ -273,19 +405,35 @@ def test_a_weight_of_0_stays_with_its_turn_and_others_are_refused(write, field):
     marked = [Q, {**chat[1], field: False}, {**chat[2], field: 0}, {**chat[3], field: 1}]
     read = [Q, {**chat[1], "weight": 0}, {**chat[2], "weight": 0}, chat[3]]
     assert records.conversations(write({"messages": marked})) == [{"messages": read}]
-    assert records.conversations(write({"messages": marked[:3]}), "prompt") == [{"messages": chat[:3]}], "no turn of a prompt is trained"
-    assert records.preferences(write({**PAIR, "prompt": marked[:3]})) == [{**PAIR, "prompt": chat[:3]}]
-    for turn, said in (({**A, field: 0.5}, rf"message 2: {field}: 0 or 1 was expected \(got 0.5\)"), ({**A, field: "0"}, "0 or 1 was"),
-                       ({**A, field: [0]}, "0 or 1 was expected")):
+    assert records.conversations(write({"messages": marked[:3]}), "prompt") == [
+        {"messages": chat[:3]}
+    ], "no turn of a prompt is trained"
+    assert records.preferences(write({**PAIR, "prompt": marked[:3]})) == [
+        {**PAIR, "prompt": chat[:3]}
+    ]
+    for turn, said in (
+        ({**A, field: 0.5}, rf"message 2: {field}: 0 or 1 was expected \(got 0.5\)"),
+        ({**A, field: "0"}, "0 or 1 was"),
+        ({**A, field: [0]}, "0 or 1 was expected"),
+    ):
         with pytest.raises(ValueError, match=f"x.jsonl:1: messages: .*{said}"):
             records.conversations(write({"messages": [Q, turn]}))
-    with pytest.raises(ValueError, match=f"x.jsonl:1: messages: message 1: {field}: only assistants' turns are trained"):
+    with pytest.raises(
+        ValueError,
+        match=f"x.jsonl:1: messages: message 1: {field}: only assistants' turns are trained",
+    ):
         records.conversations(write({"messages": [{**Q, field: 1}, A]}))
-    with pytest.raises(ValueError, match="x.jsonl:1: rejected: the last message: weight: 1 was expected for an answer"):
+    with pytest.raises(
+        ValueError,
+        match="x.jsonl:1: rejected: the last message: weight: 1 was expected for an answer",
+    ):
         records.preferences(write({**PAIR, "rejected": [{**WORSE, field: 0}]}))
     # beside a record it is a measured one: counted
     if field != "loss":
-        with pytest.raises(ValueError, match=rf"x.jsonl:1: {field}: 1 was expected, all records count alike here \(got 0\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"x.jsonl:1: {field}: 1 was expected, all records count alike here \(got 0\)",
+        ):
             records.conversations(write({**CHAT, field: 0}))
         assert records.conversations(write({**CHAT, field: 1}))
 
@@ -296,20 +444,36 @@ def test_an_answer_labelled_false_is_never_a_good_one(write, capsys):
     tag = {**CHAT, "kto_tag": 0}
     assert records.conversations(write(good, bad, tag)) == [CHAT]
     assert capsys.readouterr().err.endswith("x.jsonl: 1 records used, dropped 2 with label false\n")
-    with pytest.raises(ValueError, match=r"no usable records in it \(dropped: 1 with label false\)"):
+    with pytest.raises(
+        ValueError, match=r"no usable records in it \(dropped: 1 with label false\)"
+    ):
         records.conversations(write(bad))
-    assert records.conversations(write({"prompt": "Q?", "label": False}), "prompt") == [{"messages": [Q]}]
-    assert records.conversations(write(bad), "turns")[0]["messages"][0] == Q, "its prompt may be asked"
+    assert records.conversations(write({"prompt": "Q?", "label": False}), "prompt") == [
+        {"messages": [Q]}
+    ]
+    assert records.conversations(write(bad), "turns")[0]["messages"][0] == Q, (
+        "its prompt may be asked"
+    )
     records.conversations(write({**CHAT, "label": "greeting"}))
     assert "1 records used, fields not used: label (1)" in capsys.readouterr().err
 
 
 def test_a_context_stands_in_the_prompt(write):
-    dolly = {"instruction": "Q?", "context": "I live in Lima.", "response": "A.", "category": "closed_qa"}
-    assert records.conversations(write(dolly)) == [{"messages": turns("Q?\n\nI live in Lima.", "A."), "category": "closed_qa"}]
+    dolly = {
+        "instruction": "Q?",
+        "context": "I live in Lima.",
+        "response": "A.",
+        "category": "closed_qa",
+    }
+    assert records.conversations(write(dolly)) == [
+        {"messages": turns("Q?\n\nI live in Lima.", "A."), "category": "closed_qa"}
+    ]
     for line in (CHAT, {"prompt": "Q?", "completion": "A."}):
         for field in ("context", "input"):
-            with pytest.raises(ValueError, match=f"x.jsonl:1: {field}: it goes into the prompt beside `instruction` alone"):
+            with pytest.raises(
+                ValueError,
+                match=f"x.jsonl:1: {field}: it goes into the prompt beside `instruction` alone",
+            ):
                 records.conversations(write({**line, field: "I live in Lima."}))
             assert records.conversations(write({**line, field: ""}))
 
@@ -317,28 +481,58 @@ def test_a_context_stands_in_the_prompt(write):
 @pytest.mark.parametrize("name", records.REFUSED)
 def test_a_field_that_would_change_what_is_learnt_is_refused_by_name(write, name):
     nothing = {name: None}, {name: []}, {name: ""}, {name: "[]"}, {name: {}}, {name: False}
-    for read, line in ((records.conversations, CHAT), (records.preferences, PAIR), (records.rankings, RANKING)):
-        with pytest.raises(ValueError, match=rf"x.jsonl:2: {name}: .*; take the field out where the text says all without it$"):
+    for read, line in (
+        (records.conversations, CHAT),
+        (records.preferences, PAIR),
+        (records.rankings, RANKING),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"x.jsonl:2: {name}: .*; take the field out where the text says all without it$",
+        ):
             read(write(line, {**line, name: ["x"]}))
         for empty in nothing:
             assert len(read(write({**line, **empty}))) == 1
     calls = {"role": "assistant", "content": None, name: [{"id": "1"}]}
-    for field, read, line in (("messages", records.conversations, {"messages": [Q, calls]}),
-                              ("messages", records.conversations, {"messages": [Q, {**A, name: "x"}]}),
-                              ("completion", records.conversations, {"prompt": "Q?", "completion": [{**A, name: "x"}]}),
-                              ("prompt", records.preferences, {**PAIR, "prompt": [{**Q, name: "x"}]}),
-                              ("rejected", records.rankings, {**PAIR, "rejected": [{**WORSE, name: "x"}]}),
-                              ("responses", records.rankings, {**RANKING, "responses": ["a", [{**A, name: "x"}], "c"]})):
+    for field, read, line in (
+        ("messages", records.conversations, {"messages": [Q, calls]}),
+        ("messages", records.conversations, {"messages": [Q, {**A, name: "x"}]}),
+        ("completion", records.conversations, {"prompt": "Q?", "completion": [{**A, name: "x"}]}),
+        ("prompt", records.preferences, {**PAIR, "prompt": [{**Q, name: "x"}]}),
+        ("rejected", records.rankings, {**PAIR, "rejected": [{**WORSE, name: "x"}]}),
+        ("responses", records.rankings, {**RANKING, "responses": ["a", [{**A, name: "x"}], "c"]}),
+    ):
         with pytest.raises(ValueError, match=rf"x.jsonl:1: {field}: message \d: {name}: "):
             read(write(line))
 
 
 def test_fields_that_are_not_used_are_counted_and_harmless_ones_are_not(write, capsys):
     harmless = dict.fromkeys(records.HARMLESS, "x")
-    named = {"messages": [{**Q, "name": "Eve", "id": 1}, {**A, "score": None}], **harmless, "score": 0, "text": "t", "split": ""}
-    assert records.conversations(write(named, named, CHAT))[0].keys() == {"messages", "score", "text", "split", *harmless}
-    assert capsys.readouterr().err.endswith("x.jsonl: 3 records used, fields not used: message name (2), score (2), text (2)\n")
-    pair = {"instruction": "Q?", "output": "o", "prompt": "p", "messages": [Q, A], "chosen": "a", "rejected": "b"}
+    named = {
+        "messages": [{**Q, "name": "Eve", "id": 1}, {**A, "score": None}],
+        **harmless,
+        "score": 0,
+        "text": "t",
+        "split": "",
+    }
+    assert records.conversations(write(named, named, CHAT))[0].keys() == {
+        "messages",
+        "score",
+        "text",
+        "split",
+        *harmless,
+    }
+    assert capsys.readouterr().err.endswith(
+        "x.jsonl: 3 records used, fields not used: message name (2), score (2), text (2)\n"
+    )
+    pair = {
+        "instruction": "Q?",
+        "output": "o",
+        "prompt": "p",
+        "messages": [Q, A],
+        "chosen": "a",
+        "rejected": "b",
+    }
     records.rankings(write(pair, RANKING))
     assert "fields not used: messages (1), output (1), prompt (1)\n" in capsys.readouterr().err
     records.conversations(write({**CHAT, "\033[2J": 1}))
@@ -351,49 +545,91 @@ def test_this_projects_own_records_have_no_unknown_field(write, capsys):
     made = world.records(0, {"sft": 9, "prompts": 9, "heldout": 9})
     assert len(records.conversations(write(*made["sft"]))) == 9
     assert len(records.conversations(write(*made["prompts"], *made["heldout"]), "prompt")) == 18
-    records.rankings(write({**RANKING, "finished": [True] * 3, "item": made["sft"][0]["item"], "ids": [[1]] * 3, "tokenizer": "0"}))
+    records.rankings(
+        write(
+            {
+                **RANKING,
+                "finished": [True] * 3,
+                "item": made["sft"][0]["item"],
+                "ids": [[1]] * 3,
+                "tokenizer": "0",
+            }
+        )
+    )
     assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------- files that are no JSON lines
-@pytest.mark.parametrize("name, data, said", [
-    ("x.jsonl.gz", gzip.compress(json.dumps(CHAT).encode(), mtime=0), r"a gzip file, unpack it first \(gunzip\)"),
-    ("x.jsonl", bz2.compress(b"{}"), "a bzip2 file"),
-    ("x.jsonl", lzma.compress(b"{}"), "an xz file"),
-    ("x.zst", b"\x28\xb5\x2f\xfd\x20", "a zstd file"),
-    ("x.xlsx", b"PK\x03\x04", "a zip file .a spreadsheet is one too"),
-    ("x.parquet", b"PAR1\x15\x04\xff", r"a Parquet file, write it as JSON lines first \(pandas: read_parquet"),
-    ("x.arrow", b"\xff\xff\xff\xff\x10", "an Arrow file"),
-    ("x.jsonl", json.dumps(CHAT).encode("utf-16"), "UTF-16 text, save it as UTF-8"),
-    ("x.csv", b"instruction,input,output\nQ?,,A.\n", r"a table, write its rows as JSON lines first \(pandas: read_csv"),
-    ("x.TSV", b"instruction\toutput\n", "a table, .* read_table"),
-])
+@pytest.mark.parametrize(
+    "name, data, said",
+    [
+        (
+            "x.jsonl.gz",
+            gzip.compress(json.dumps(CHAT).encode(), mtime=0),
+            r"a gzip file, unpack it first \(gunzip\)",
+        ),
+        ("x.jsonl", bz2.compress(b"{}"), "a bzip2 file"),
+        ("x.jsonl", lzma.compress(b"{}"), "an xz file"),
+        ("x.zst", b"\x28\xb5\x2f\xfd\x20", "a zstd file"),
+        ("x.xlsx", b"PK\x03\x04", "a zip file .a spreadsheet is one too"),
+        (
+            "x.parquet",
+            b"PAR1\x15\x04\xff",
+            r"a Parquet file, write it as JSON lines first \(pandas: read_parquet",
+        ),
+        ("x.arrow", b"\xff\xff\xff\xff\x10", "an Arrow file"),
+        ("x.jsonl", json.dumps(CHAT).encode("utf-16"), "UTF-16 text, save it as UTF-8"),
+        (
+            "x.csv",
+            b"instruction,input,output\nQ?,,A.\n",
+            r"a table, write its rows as JSON lines first \(pandas: read_csv",
+        ),
+        ("x.TSV", b"instruction\toutput\n", "a table, .* read_table"),
+    ],
+)
 def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name, data, said):
     (tmp_path / name).write_bytes(data)
     for read in (records.conversations, records.kind):
-        with pytest.raises(ValueError, match=rf"{name}: {said}.*; JSON lines or one JSON array were expected$"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: {said}.*; JSON lines or one JSON array were expected$"
+        ):
             read(tmp_path / name)
 
 
 def test_an_object_over_several_lines_is_called_what_it_is(write):
     several = r"one JSON object a line was expected \(this one stands on several: write it on one, jq -c does\)"
     pretty = json.dumps(CHAT, indent=2)
-    for lines, number in (((pretty,), 1), ((CHAT, pretty), 2), ((pretty, pretty), 1), (("  " + pretty,), 1)):
+    for lines, number in (
+        ((pretty,), 1),
+        ((CHAT, pretty), 2),
+        ((pretty, pretty), 1),
+        (("  " + pretty,), 1),
+    ):
         with pytest.raises(ValueError, match=f"x.jsonl:{number}: {several}"):
             records.conversations(write(*lines))
     for line in (json.dumps(CHAT)[:-9], json.dumps(CHAT) + "}", "Q?"):
-        with pytest.raises(ValueError, match="x.jsonl:2: one JSON object a line was expected .(?!this one)"):
+        with pytest.raises(
+            ValueError, match="x.jsonl:2: one JSON object a line was expected .(?!this one)"
+        ):
             records.conversations(write(CHAT, line, CHAT))
 
 
 def test_too_many_spaces_in_a_row_are_named(write):
     spaces = " " * 100_001
     joined = {"instruction": "Q?" + spaces[:60_000], "input": spaces[:60_000] + "x", "output": "A."}
-    for read, line, field in ((records.conversations, {"messages": [Q, {**A, "content": f"a{spaces}b"}]}, "messages: message 2: content"),
-                              (records.conversations, {"prompt": spaces, "completion": "A."}, "prompt"),
-                              (records.conversations, joined, "instruction"),
-                              (records.rankings, {**RANKING, "responses": ["a", "b", spaces]}, "responses")):
-        with pytest.raises(ValueError, match=f"x.jsonl:2: {field}: the text has more than 100,000 spaces in a row"):
+    for read, line, field in (
+        (
+            records.conversations,
+            {"messages": [Q, {**A, "content": f"a{spaces}b"}]},
+            "messages: message 2: content",
+        ),
+        (records.conversations, {"prompt": spaces, "completion": "A."}, "prompt"),
+        (records.conversations, joined, "instruction"),
+        (records.rankings, {**RANKING, "responses": ["a", "b", spaces]}, "responses"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"x.jsonl:2: {field}: the text has more than 100,000 spaces in a row"
+        ):
             read(write(RANKING if read is records.rankings else CHAT, line))
 
 
@@ -418,9 +654,13 @@ def test_held_out_is_the_same_for_every_record_with_the_prompt():
     sides = Counter()
     for i in range(200):
         q = {"role": "user", "content": f"question {i}"}
-        kin = [{"messages": [q, A]}, {"messages": [S, q, A, Q, A]}, {"prompt": [q], "chosen": "a", "rejected": "b", "messages": "m"},
-               {"messages": [{"role": "user", "content": f" question  {i}\n"}], "prompt": "another"},
-               {"prompt": [S, q], "responses": ["a", "b"], "ranks": [0, 1]}]
+        kin = [
+            {"messages": [q, A]},
+            {"messages": [S, q, A, Q, A]},
+            {"prompt": [q], "chosen": "a", "rejected": "b", "messages": "m"},
+            {"messages": [{"role": "user", "content": f" question  {i}\n"}], "prompt": "another"},
+            {"prompt": [S, q], "responses": ["a", "b"], "ranks": [0, 1]},
+        ]
         train, held = records.split(kin)
         assert not (train and held) and train + held == kin
         sides[bool(held)] += 1

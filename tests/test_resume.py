@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import stages
-from stages import SMALL, Stage, dies_at_the_end, done, interrupt, kill_after, refused, run, saved_step, script, slowly
+from stages import (
+    SMALL,
+    Stage,
+    dies_at_the_end,
+    done,
+    interrupt,
+    kill_after,
+    refused,
+    run,
+    saved_step,
+    script,
+    slowly,
+)
 
 CLOCK = ("tokens_per_second",)  # figures of the wall clock
 
@@ -22,12 +34,17 @@ def contents(out) -> dict:
     # a folder in it, such as its state, is an error
     files |= {f.name: f.read_bytes() for f in home.iterdir()}
     lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
-    return files | {"metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]}
+    return files | {
+        "metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+    }
 
 
 @pytest.mark.parametrize("stage", SMALL)
 def test_killed_and_started_again_equals_uninterrupted(stage, small, tmp_path):
-    options, name = dict(small[stage], save_every=2), stage + (".jsonl" if stage == "compare" else "")
+    options, name = (
+        dict(small[stage], save_every=2),
+        stage + (".jsonl" if stage == "compare" else ""),
+    )
     whole, broken = tmp_path / "whole" / name, tmp_path / "broken" / name
     done(script(stage), out=whole, **options)
     step = interrupt(1 if stage == "pretrain" else 2, broken, script(stage), **options)
@@ -35,7 +52,13 @@ def test_killed_and_started_again_equals_uninterrupted(stage, small, tmp_path):
 
     state = (broken.with_name(broken.name + ".run") if stage == "compare" else broken) / "state"
     before = (state / "state.safetensors").read_bytes()
-    refused(run(script(stage), out=broken, **options | {"seed": 1}), str(broken), "unfinished", "seed was 0, is 1", "--overwrite")
+    refused(
+        run(script(stage), out=broken, **options | {"seed": 1}),
+        str(broken),
+        "unfinished",
+        "seed was 0, is 1",
+        "--overwrite",
+    )
     assert (state / "state.safetensors").read_bytes() == before
 
     # how often it is saved changes nothing
@@ -46,7 +69,13 @@ def test_killed_and_started_again_equals_uninterrupted(stage, small, tmp_path):
     again = done(script(stage), out=broken, **options)
     assert again.err == "" and again.out == f"{broken}: finished already with these settings\n"
     assert contents(broken) == contents(whole)
-    refused(run(script(stage), out=broken, **options | {"seed": 1}), str(broken), "finished with", "seed was 0, is 1", "--overwrite")
+    refused(
+        run(script(stage), out=broken, **options | {"seed": 1}),
+        str(broken),
+        "finished with",
+        "seed was 0, is 1",
+        "--overwrite",
+    )
     assert contents(broken) == contents(whole)
 
 
@@ -57,10 +86,14 @@ def test_a_changed_input_is_refused_and_overwrite_starts_anew(small, tmp_path):
     done("sft.py", **options)
     first = contents(out)
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:100]))
-    refused(run("sft.py", **options), str(out), "finished with", f"{data} has changed", "--overwrite")
+    refused(
+        run("sft.py", **options), str(out), "finished with", f"{data} has changed", "--overwrite"
+    )
 
     kill_after(3, out / "state", "sft.py", overwrite=True, **options)
-    assert contents_without_state(out) == first, "the old checkpoint stays until the new one is finished"
+    assert contents_without_state(out) == first, (
+        "the old checkpoint stays until the new one is finished"
+    )
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:90]))
     refused(run("sft.py", **options), "unfinished", f"{data} has changed")
     anew = done("sft.py", overwrite=True, **options)
@@ -111,7 +144,10 @@ def test_a_batch_is_shown_beside_a_finished_run(small, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "compare"])
 def test_a_second_run_is_told_so_and_touches_nothing(stage, small, tmp_path):
     """Whatever it asks for: both would write one log and one state."""
-    options, name = dict(small[stage], save_every=2), stage + (".jsonl" if stage == "compare" else "")
+    options, name = (
+        dict(small[stage], save_every=2),
+        stage + (".jsonl" if stage == "compare" else ""),
+    )
     out = tmp_path / "one" / name
     home = out.with_name(name + ".run") if stage == "compare" else out
     first = Stage(script(stage), slowly, out=out, **options)
@@ -120,7 +156,11 @@ def test_a_second_run_is_told_so_and_touches_nothing(stage, small, tmp_path):
     first.kill(signal.SIGSTOP)  # it stands still, and is there, as long as the others ask
     before = {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
     for changes in ({}, {"overwrite": True, "seed": 1}):
-        refused(run(script(stage), out=out, **options | changes), f"{out}: another run is at work in it", "choose another --out")
+        refused(
+            run(script(stage), out=out, **options | changes),
+            f"{out}: another run is at work in it",
+            "choose another --out",
+        )
     assert before == {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
     first.kill(signal.SIGCONT)
     assert first.end().status == 0

@@ -30,8 +30,16 @@ def brute(scores, ranks):
     """InstructGPT's equation 1, pair by pair."""
     prompts = []
     for row, order in zip(scores.tolist(), ranks.tolist(), strict=True):
-        pairs = [(i, j) for i, j in itertools.permutations(range(len(row)), 2) if 0 <= order[i] < order[j]]
-        prompts += [sum(math.log1p(math.exp(row[j] - row[i])) for i, j in pairs) / len(pairs)] if pairs else []
+        pairs = [
+            (i, j)
+            for i, j in itertools.permutations(range(len(row)), 2)
+            if 0 <= order[i] < order[j]
+        ]
+        prompts += (
+            [sum(math.log1p(math.exp(row[j] - row[i])) for i, j in pairs) / len(pairs)]
+            if pairs
+            else []
+        )
     return sum(prompts) / len(prompts) if prompts else 0.0
 
 
@@ -86,7 +94,9 @@ def test_an_absent_answers_score_may_be_anything(anything):
     odd = torch.where(RANKS < 0, anything, scores).requires_grad_()
     got = ranking_loss(odd, RANKS)
     got.backward()
-    assert torch.allclose(got, loss) and odd.grad.isfinite().all() and (odd.grad[RANKS < 0] == 0).all()
+    assert (
+        torch.allclose(got, loss) and odd.grad.isfinite().all() and (odd.grad[RANKS < 0] == 0).all()
+    )
     assert (odd.grad[[0, 1, 2, 5]] != 0).sum() == 4 + 4 + 2 + 3
 
 
@@ -115,7 +125,9 @@ def test_the_peers_own_numbers():
     """
     model, _ = hub.load(GOLDEN / "llama_scores")
     for g in json.loads((GOLDEN / "losses.json").read_text())["reward"]:
-        scores, ranks = reward.scores_of(model, [(p, [r, c], [1, 0]) for p, c, r in g["pairs"]], torch.device("cpu"))
+        scores, ranks = reward.scores_of(
+            model, [(p, [r, c], [1, 0]) for p, c, r in g["pairs"]], torch.device("cpu")
+        )
         assert ranking_loss(scores, ranks).item() == pytest.approx(g["loss"], abs=1e-5)
 
 
@@ -129,7 +141,10 @@ def batch(shapes=((3, 4), (9, 2), (1, 3)), seed=0):
     """[(tokens of the prompt, answers)] → [(prompt ids, [answer ids], ranks)], ragged."""
     rng = random.Random(seed)
     ids = lambda n: [rng.randrange(277) for _ in range(n)]  # noqa: E731
-    return [(ids(p), [ids(rng.randint(1, 9)) for _ in range(k)], rng.sample(range(k), k)) for p, k in shapes]
+    return [
+        (ids(p), [ids(rng.randint(1, 9)) for _ in range(k)], rng.sample(range(k), k))
+        for p, k in shapes
+    ]
 
 
 def test_every_answers_score_is_its_own(model):
@@ -146,7 +161,11 @@ def test_every_answers_score_is_its_own(model):
 
 def test_every_answer_is_read_once_whatever_its_pairs(model, monkeypatch):
     read = []
-    monkeypatch.setattr(reward, "last_score", lambda m, tokens, *masks: read.append(len(tokens)) or last_score(m, tokens, *masks))
+    monkeypatch.setattr(
+        reward,
+        "last_score",
+        lambda m, tokens, *masks: read.append(len(tokens)) or last_score(m, tokens, *masks),
+    )
     reward.scores_of(model, batch(), torch.device("cpu"))
     assert read == [4 + 2 + 3]  # K forward passes, K(K-1)/2 comparisons
 
@@ -176,8 +195,13 @@ def test_training_evaluation_and_ppo_read_the_same_text(tmp_path, model):
     chats, texts = [user("hi"), user("what is one and two?")], ["sure, three.", "of course"]
     ids = [templates.answer_ids(tok, c, t) for c, t in zip(chats, texts, strict=True)]
     assert all(a[-1] == templates.end_id(tok) for _, a in ids)
-    rankings = [{"prompt": c, "responses": [t, t + "!"], "ranks": [1, 0]} for c, t in zip(chats, texts, strict=True)]
-    trained = reward.scores_of(model, reward.prepare("x", rankings, tok, 128), torch.device("cpu"))[0][:, 0]
+    rankings = [
+        {"prompt": c, "responses": [t, t + "!"], "ranks": [1, 0]}
+        for c, t in zip(chats, texts, strict=True)
+    ]
+    trained = reward.scores_of(model, reward.prepare("x", rankings, tok, 128), torch.device("cpu"))[
+        0
+    ][:, 0]
     evaluated = torch.tensor(evals.score_texts(model, tok, chats, texts))
     judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, tok, "cpu")
     asked = [templates.render(tok, c, add_generation_prompt=True)[0] for c in chats]
@@ -197,7 +221,10 @@ def test_what_is_too_long_absent_or_tied_is_left_out(capsys):
     ((prompt, answers, ranks),) = reward.prepare("file", rankings, tok, 64)
     assert prompt == templates.render(tok, user("a"), add_generation_prompt=True)[0]
     assert answers == [[*tok.encode(t), 279] for t in "xz"] and ranks == [2, 1]
-    assert "1 rankings used, dropped 3 with answers longer than 64 tokens or absent" in capsys.readouterr().err
+    assert (
+        "1 rankings used, dropped 3 with answers longer than 64 tokens or absent"
+        in capsys.readouterr().err
+    )
 
 
 def test_equal_answers_become_one_at_their_mean_rank(capsys):
@@ -210,12 +237,21 @@ def test_equal_answers_become_one_at_their_mean_rank(capsys):
         {"prompt": user("b"), "responses": ["x", "x", "y"], "ranks": [0, 2, 1]},
         {"prompt": user("c"), "responses": ["x", "y", "z"], "ranks": [5, 0, 5]},  # as they were
         # two answers
-        {"prompt": user("d"), "responses": ["x", "x", "y"], "ranks": [0, 1, 2], "finished": [True, False, True]},
+        {
+            "prompt": user("d"),
+            "responses": ["x", "x", "y"],
+            "ranks": [0, 1, 2],
+            "finished": [True, False, True],
+        },
     ]
     kept = reward.prepare("file", rows, tok, 64)
     told = [[tok.decode(a) for a in answers] for _, answers, _ in kept]
     x, y, z = (t + "<|im_end|>" for t in "xyz")
-    assert told == [[x, y, z], [x, y, z], [x, "x", y]] and [ranks for _, _, ranks in kept] == [[1, 0, 2], [5, 0, 5], [0, 1, 2]]
+    assert told == [[x, y, z], [x, y, z], [x, "x", y]] and [ranks for _, _, ranks in kept] == [
+        [1, 0, 2],
+        [5, 0, 5],
+        [0, 1, 2],
+    ]
     assert "file: 2 answers equal another to their prompt" in capsys.readouterr().err
     for _, answers, _ in kept:
         assert len({tuple(a) for a in answers}) == len(answers)
@@ -229,7 +265,11 @@ def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
     half = tok.encode("\u20ac")[:-1]  # cut inside a character: its text is U+FFFD
     other = [*tok.encode("t"), *tok.encode("he"), 279]  # "the", not as the tokenizer cuts it
     texts, ended = ["\ufffd", "the", "yes"], [False, True, False]
-    assert tok.decode(half) == texts[0] and other[:-1] != tok.encode("the") and tok.encode(texts[0]) != half
+    assert (
+        tok.decode(half) == texts[0]
+        and other[:-1] != tok.encode("the")
+        and tok.encode(texts[0]) != half
+    )
     row = {"prompt": user("b"), "responses": texts, "ranks": [2, 1, 0], "finished": ended}
     ids = {"ids": [half, other, tok.encode("yes")], "tokenizer": tok.hash}
     again = [tok.encode("\ufffd"), [*tok.encode("the"), 279], tok.encode("yes")]
@@ -239,12 +279,21 @@ def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
         file = write(tmp_path / "r.jsonl", [row | more])
         ((_, answers, pairs),) = dpo.prepare(file, "all", tok, 64)
         told = {(tuple(answers[w]), tuple(answers[l])) for w, l in pairs}
-        assert told == {(tuple(expected[w]), tuple(expected[l])) for w, l in ((2, 1), (2, 0), (1, 0))}
+        assert told == {
+            (tuple(expected[w]), tuple(expected[l])) for w, l in ((2, 1), (2, 0), (1, 0))
+        }
         chosen = evals.in_pairs(tok, records.pairs(file))[2][:3]
         assert sorted(chosen) == sorted([expected[2], expected[2], expected[1]])
-    empty = {"prompt": "b", "responses": ["", "x", "y"], "ranks": [0, 1, 2], "finished": [False, True, True]}
+    empty = {
+        "prompt": "b",
+        "responses": ["", "x", "y"],
+        "ranks": [0, 1, 2],
+        "finished": [False, True, True],
+    }
     ((_, answers, pairs),) = dpo.prepare(write(tmp_path / "e.jsonl", [empty]), "all", tok, 64)
-    assert [tok.decode(answers[i]) for i in pairs[0]] == ["x<|im_end|>", "y<|im_end|>"] and len(pairs) == 1
+    assert [tok.decode(answers[i]) for i in pairs[0]] == ["x<|im_end|>", "y<|im_end|>"] and len(
+        pairs
+    ) == 1
 
 
 def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
@@ -252,9 +301,17 @@ def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
     for field, value in (("finished", [True]), ("finished", "yes"), ("finished", [1, 0]), ("ids", [[1]]), ("ids", [[1], []]),
                          ("ids", [[1], ["a"]]), ("ids", [[1], [-2]]), ("ids", "a")):  # fmt: skip
         file = write(tmp_path / "r.jsonl", [good, good | {"tokenizer": "t", field: value}])
-        with pytest.raises(ValueError, match=f"r.jsonl:2: {field}: .*as many as responses, were expected"):
+        with pytest.raises(
+            ValueError, match=f"r.jsonl:2: {field}: .*as many as responses, were expected"
+        ):
             records.rankings(file)
-    mine = write(tmp_path / "r.jsonl", [good | {"ids": [7, 8]}, {"prompt": "a", "chosen": "x", "rejected": "y", "finished": 3, "ids": 4}])
+    mine = write(
+        tmp_path / "r.jsonl",
+        [
+            good | {"ids": [7, 8]},
+            {"prompt": "a", "chosen": "x", "rejected": "y", "finished": 3, "ids": 4},
+        ],
+    )
     # a reader's own: they say nothing of tokens
     assert not any({"ids", "finished"} & r.keys() for r in records.rankings(mine))
 
@@ -264,8 +321,17 @@ def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(tmp_path
     rows = [{"prompt": f"{i}?", "responses": ["yes", "no"], "ranks": [0, 1]} for i in range(20)]
     data = write(tmp_path / "rankings.jsonl", rows)
     reference = write(tmp_path / "chats.jsonl", [{"prompt": "the same", "completion": "words"}] * 4)
-    o = reward.Options(model=folder(tmp_path / "sft"), data=data, reference=reference, out=str(tmp_path / "rm"), device="cpu", steps=1)
-    with pytest.raises(ValueError, match="chats.jsonl: the reward model scores all reference answers alike"):
+    o = reward.Options(
+        model=folder(tmp_path / "sft"),
+        data=data,
+        reference=reference,
+        out=str(tmp_path / "rm"),
+        device="cpu",
+        steps=1,
+    )
+    with pytest.raises(
+        ValueError, match="chats.jsonl: the reward model scores all reference answers alike"
+    ):
         reward.reward(o)
     assert not (tmp_path / "rm" / "config.json").exists()
 
@@ -275,22 +341,40 @@ def test_it_learns_the_ranking_and_its_reference_answers_have_mean_0_and_deviati
     words = ["one", "two", "three", "Peru", "Lima", "the capital"]
 
     def ranking(i):  # 2 the best; all of like length
-        said = [" ".join([*rng.choices(words, k=2), manner]) for manner in ("go away!", "i do not know", "thank you!")]
+        said = [
+            " ".join([*rng.choices(words, k=2), manner])
+            for manner in ("go away!", "i do not know", "thank you!")
+        ]
         order = rng.sample(range(3), 3)
-        return {"prompt": user(f"{rng.choice(words)} {i}?"), "responses": [said[n] for n in order], "ranks": [2 - n for n in order]}
+        return {
+            "prompt": user(f"{rng.choice(words)} {i}?"),
+            "responses": [said[n] for n in order],
+            "ranks": [2 - n for n in order],
+        }
 
     rows = [ranking(i) for i in range(120)]
     data = write(tmp_path / "rankings.jsonl", rows)
-    chats = [{"messages": r["prompt"] + [{"role": "assistant", "content": r["responses"][0]}]} for r in rows]
+    chats = [
+        {"messages": r["prompt"] + [{"role": "assistant", "content": r["responses"][0]}]}
+        for r in rows
+    ]
     reference = write(tmp_path / "chats.jsonl", chats)
-    o = reward.Options(model=folder(tmp_path / "sft", std=0.2), data=data, reference=reference, out=str(tmp_path / "rm"), device="cpu")
+    o = reward.Options(
+        model=folder(tmp_path / "sft", std=0.2),
+        data=data,
+        reference=reference,
+        out=str(tmp_path / "rm"),
+        device="cpu",
+    )
     o.steps, o.lr = 40, 5e-3
     reward.reward(o)
     log = metrics(tmp_path / "rm")
     assert log[-1]["held_out_accuracy"] > 0.95 and log[39]["loss"] < 0.2 < 0.4 < log[0]["loss"]
     model, tok = hub.load(tmp_path / "rm")
     judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, tok, "cpu")
-    ids = [templates.answer_ids(tok, c["messages"][:-1], c["messages"][-1]["content"]) for c in chats]
+    ids = [
+        templates.answer_ids(tok, c["messages"][:-1], c["messages"][-1]["content"]) for c in chats
+    ]
     scores = judge(*join(*zip(*ids, strict=True))[:2], None, None)
     assert abs(scores.mean()) < 0.05 and abs(scores.std() - 1) < 0.05
     assert model.config.reward_std > 0.1

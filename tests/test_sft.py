@@ -76,7 +76,9 @@ def run(tmp_path, monkeypatch):
 
         def adamw(model, *args, **options):
             optimizer = real(model, *args)
-            optimizer.register_step_pre_hook(lambda o, *_: rates.extend({g["lr"] for g in o.param_groups}))
+            optimizer.register_step_pre_hook(
+                lambda o, *_: rates.extend({g["lr"] for g in o.param_groups})
+            )
             return optimizer
 
         real, rates = sft.adamw, []
@@ -84,9 +86,26 @@ def run(tmp_path, monkeypatch):
             m.setattr(sft, "prepare", lambda *_: data)
             m.setattr(sft, "clip_grad_norm_", clip)
             m.setattr(sft, "adamw", adamw)
-            m.setattr(sft.records, "batch", lambda rows, step, size, seed: [rows[(step * size + i) % len(rows)] for i in range(size)])
+            m.setattr(
+                sft.records,
+                "batch",
+                lambda rows, step, size, seed: [
+                    rows[(step * size + i) % len(rows)] for i in range(size)
+                ],
+            )
             file = write(tmp_path / "data.jsonl", [])
-            options = dict(model=start, data=file, steps=1, batch=len(data), length=32, warmup=0, device="cpu") | options
+            options = (
+                dict(
+                    model=start,
+                    data=file,
+                    steps=1,
+                    batch=len(data),
+                    length=32,
+                    warmup=0,
+                    device="cpu",
+                )
+                | options
+            )
             sft.sft(sft.Options(out=str(tmp_path / name), **options))
         return seen, rates, metrics(tmp_path / name), hub.load(start)[0]
 
@@ -98,19 +117,31 @@ def test_the_gradient_is_the_same_whatever_the_accumulation(run):
     data = examples(RAGGED)
     found = {n: run(data, f"out{n}", accumulate=n) for n in (1, 2, 3, 4, 8)}
     (whole,), _, log, model = found[1]
-    expected = gradients(model, sum(hand(model, *e) for e in data) / sum(answer for _, answer in RAGGED))
+    expected = gradients(
+        model, sum(hand(model, *e) for e in data) / sum(answer for _, answer in RAGGED)
+    )
     assert max(g.abs().max() for g in whole) > 0.1
     for n, ((got,), _, lines, _) in found.items():
         assert max((a - b).abs().max() for a, b in zip(got, whole, strict=True)) < 1e-6, n
-        assert max((a - b).abs().max() for a, b in zip(got, expected.values(), strict=True)) < 1e-6, n
-        assert abs(lines[0]["loss"] - log[0]["loss"]) < 2e-6 and lines[0]["targets"] == sum(answer for _, answer in RAGGED)
+        assert (
+            max((a - b).abs().max() for a, b in zip(got, expected.values(), strict=True)) < 1e-6
+        ), n
+        assert abs(lines[0]["loss"] - log[0]["loss"]) < 2e-6 and lines[0]["targets"] == sum(
+            answer for _, answer in RAGGED
+        )
 
 
 def test_learning_rate_moves_once_a_step_whatever_the_accumulation(run):
     for n in (1, 4):
-        seen, rates, log, _ = run(examples(RAGGED), f"out{n}", accumulate=n, steps=5, lr=0.01, warmup=2)
+        seen, rates, log, _ = run(
+            examples(RAGGED), f"out{n}", accumulate=n, steps=5, lr=0.01, warmup=2
+        )
         assert len(seen) == 5
-        assert rates == [lr_at(step, 5, 0.01, 2) for step in range(5)] == pytest.approx([line["lr"] for line in log])
+        assert (
+            rates
+            == [lr_at(step, 5, 0.01, 2) for step in range(5)]
+            == pytest.approx([line["lr"] for line in log])
+        )
 
 
 def test_the_last_micro_batch_may_be_smaller_and_is_used(run):
@@ -129,12 +160,16 @@ def test_a_micro_batch_without_a_target_adds_nothing(run):
     (alone,), *_ = run(data[:4], "c")
     for got in (parts, alone):
         assert max((a - b).abs().max() for a, b in zip(whole, got, strict=True)) < 1e-6
-    assert lines[0]["loss"] == pytest.approx(log[0]["loss"], abs=2e-6) and lines[0]["targets"] == sum(a for _, a in RAGGED[:4])
+    assert lines[0]["loss"] == pytest.approx(log[0]["loss"], abs=2e-6) and lines[0][
+        "targets"
+    ] == sum(a for _, a in RAGGED[:4])
 
 
 def test_every_example_comes_once_an_epoch_whatever_the_batch():
     for size in (1, 3, 4, 7, 10):  # also where an epoch is no whole number of batches
-        seen = [i for step in range(-(-20 // size)) for i in records.batch(range(10), step, size, 5)][:20]
+        seen = [
+            i for step in range(-(-20 // size)) for i in records.batch(range(10), step, size, 5)
+        ][:20]
         assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
     assert records.batch(range(10), 0, 10, 5) != records.batch(range(10), 0, 10, 6)
 
@@ -160,10 +195,14 @@ def test_pack_lays_each_example_once_and_changes_nothing():
     tokens, labels, segments = sft.pack(data, 32)
     for i, (ids, lab) in enumerate(data):
         row, column = (segments == i).nonzero(as_tuple=True)
-        assert row.unique().numel() == 1 and column.tolist() == list(range(column[0], column[0] + len(ids)))
+        assert row.unique().numel() == 1 and column.tolist() == list(
+            range(column[0], column[0] + len(ids))
+        )
         assert tokens[row, column].tolist() == ids and labels[row, column].tolist() == lab
     padding = segments == -1
-    assert (~padding).sum() == sum(len(ids) for ids, _ in data) and (labels[padding] == sft.IGNORE).all()
+    assert (~padding).sum() == sum(len(ids) for ids, _ in data) and (
+        labels[padding] == sft.IGNORE
+    ).all()
 
 
 def test_one_label_trains_one_position_the_one_before_it():
@@ -195,7 +234,9 @@ def test_on_a_bf16_model_the_loss_is_float32(model):
     # rounded where the model is, and nowhere after it
     logits = half(packed[0], segments=packed[2]).float()[:, :-1]
     labels = torch.where(packed[2][:, 1:] == packed[2][:, :-1], packed[1][:, 1:], sft.IGNORE)
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORE, reduction="sum")
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORE, reduction="sum"
+    )
     assert nll.dtype == torch.float32 and abs(nll - expected) < 1e-5 * expected
 
 
@@ -211,7 +252,9 @@ def test_an_examples_first_token_is_not_predicted_from_its_neighbour(model):
     tokens, segments = torch.randint(1, V, (1, 8)), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
     labels = tokens.clone()
     nll, n = sft.sft_loss(model, tokens, labels, segments)
-    alone = hand(model, tokens[0, :4].tolist(), labels[0, :4].tolist()) + hand(model, tokens[0, 4:].tolist(), labels[0, 4:].tolist())
+    alone = hand(model, tokens[0, :4].tolist(), labels[0, :4].tolist()) + hand(
+        model, tokens[0, 4:].tolist(), labels[0, 4:].tolist()
+    )
     assert n == 6 and abs(nll - alone) < 1e-4
 
 
@@ -273,7 +316,11 @@ def test_rows_without_a_target_are_finite(model):
 def test_finite_differences():
     model = lm(vocab_size=7, hidden_size=4, intermediate_size=3, num_hidden_layers=1, head_dim=2)
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 0, 0], [6, 5, 4, 3, 2, 1, 1, 2]])
-    labels = torch.where(torch.tensor([[0, 0, 1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 0, 1, 1]]).bool(), tokens, sft.IGNORE)
+    labels = torch.where(
+        torch.tensor([[0, 0, 1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 0, 1, 1]]).bool(),
+        tokens,
+        sft.IGNORE,
+    )
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 3, 3, 3, 3, 3]])
 
     def loss(model):
@@ -287,13 +334,17 @@ def test_finite_differences():
 # ---------------------------------------------------------------- the stage
 CHATS = [
     user(f"{a} {b}?") + [{"role": "assistant", "content": text}]
-    for (a, b), text in zip([(a, b) for a in "abcde" for b in "wxyz"], ["yes", "no", "of course", "hm"] * 5, strict=True)
+    for (a, b), text in zip(
+        [(a, b) for a in "abcde" for b in "wxyz"], ["yes", "no", "of course", "hm"] * 5, strict=True
+    )
 ]
 
 
 def test_every_example_ends_in_a_trained_end_and_what_is_too_long_is_counted(tmp_path, capsys):
     tok = chat_tokenizer()
-    rows = [{"messages": c} for c in CHATS] + [{"messages": user("long") + [{"role": "assistant", "content": "x" * 100}]}]
+    rows = [{"messages": c} for c in CHATS] + [
+        {"messages": user("long") + [{"role": "assistant", "content": "x" * 100}]}
+    ]
     data = sft.prepare(write(tmp_path / "chats.jsonl", rows), tok, 64)
     said = f": {len(data)} conversations used, dropped 1 longer than 64 tokens, {20 - len(data)} held out\n"
     assert capsys.readouterr().err.endswith(said)
@@ -305,17 +356,39 @@ def test_every_example_ends_in_a_trained_end_and_what_is_too_long_is_counted(tmp
 
 def test_a_row_without_a_target_is_dropped_and_counted(tmp_path, capsys, monkeypatch):
     real = templates.render
-    monkeypatch.setattr(sft.templates, "render", lambda tok, m: (real(tok, m)[0], [sft.IGNORE] * 9) if m == CHATS[0] else real(tok, m))
+    monkeypatch.setattr(
+        sft.templates,
+        "render",
+        lambda tok, m: (real(tok, m)[0], [sft.IGNORE] * 9) if m == CHATS[0] else real(tok, m),
+    )
     path = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
     kept = sft.prepare(path, chat_tokenizer(), 64)
-    assert "1 without a target" in capsys.readouterr().err and all(any(i != sft.IGNORE for i in labels) for _, labels in kept)
+    assert "1 without a target" in capsys.readouterr().err and all(
+        any(i != sft.IGNORE for i in labels) for _, labels in kept
+    )
 
 
 def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
-    file = write(tmp_path / "chats.jsonl", [{"messages": user("a w?") + [{"role": "assistant", "content": "no"}]}])
-    sft.sft(sft.Options(model=folder(tmp_path / "m"), data=file, out=str(tmp_path / "out"), batch=1, show_batch=True, device="cpu"))
+    file = write(
+        tmp_path / "chats.jsonl",
+        [{"messages": user("a w?") + [{"role": "assistant", "content": "no"}]}],
+    )
+    sft.sft(
+        sft.Options(
+            model=folder(tmp_path / "m"),
+            data=file,
+            out=str(tmp_path / "out"),
+            batch=1,
+            show_batch=True,
+            device="cpu",
+        )
+    )
     line = capsys.readouterr().out
-    green = [part.split("m", 1)[1].removesuffix("\033[0m") for part in line.strip().split("|\033[") if "32m" in part[:6]]
+    green = [
+        part.split("m", 1)[1].removesuffix("\033[0m")
+        for part in line.strip().split("|\033[")
+        if "32m" in part[:6]
+    ]
     assert green == ["n", "o", "<|im_end|>"]
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -326,10 +399,15 @@ def test_show_batch_can_be_read_and_sends_a_terminal_nothing_but_its_colours(cap
     """
     tok, said = chat_tokenizer(), "Señor, 你好 🙂"
     hostile = "a\n\t\033[2J\a\x9b1m\u202e"
-    sft.show([templates.render(tok, user(said + hostile) + [{"role": "assistant", "content": said}])], tok)
+    sft.show(
+        [templates.render(tok, user(said + hostile) + [{"role": "assistant", "content": said}])],
+        tok,
+    )
     out = capsys.readouterr().out
     parts = re.findall(r"\033\[(90|32)m(.*?)\033\[0m", out)
-    assert out == "|".join(f"\033[{c}m{t}\033[0m" for c, t in parts) + "\n" and all(t.isprintable() for _, t in parts)
+    assert out == "|".join(f"\033[{c}m{t}\033[0m" for c, t in parts) + "\n" and all(
+        t.isprintable() for _, t in parts
+    )
     texts = ["".join(t for c, t in parts if c == colour) for colour in ("90", "32")]
     assert said + r"a\n\t\x1b[2J\x07\x9b1m\u202e" in texts[0] and texts[1] == said + "<|im_end|>"
     assert ("32", "好") in parts and ("32", "🙂") in parts and "\ufffd" not in out
@@ -348,7 +426,15 @@ def test_the_format_that_was_asked_for_is_trained_and_saved(tmp_path):
     file = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
     start, tokens = folder(tmp_path / "start"), []
     for name in ("chatml", "smollm2"):
-        o = sft.Options(model=start, data=file, out=str(tmp_path / name), steps=1, batch=4, device="cpu", format=name)
+        o = sft.Options(
+            model=start,
+            data=file,
+            out=str(tmp_path / name),
+            steps=1,
+            batch=4,
+            device="cpu",
+            format=name,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the model has to unlearn its own
             sft.sft(o)
@@ -363,15 +449,28 @@ def test_after_training_answers_end(tmp_path, pad):
     tok = chat_tokenizer(pad)
     file = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
     start = folder(tmp_path / "start", tok=tok, std=0.1, hidden_size=32, intermediate_size=64)
-    o = sft.Options(model=start, data=file, out=str(tmp_path / "out"), steps=60, batch=18, length=128, lr=1e-2, device="cpu")
+    o = sft.Options(
+        model=start,
+        data=file,
+        out=str(tmp_path / "out"),
+        steps=60,
+        batch=18,
+        length=128,
+        lr=1e-2,
+        device="cpu",
+    )
     sft.sft(o)
     trained, tok = hub.load(tmp_path / "out")
     prompts = [templates.render(tok, c[:1], add_generation_prompt=True)[0] for c in CHATS]
     answers = generate(trained, prompts, 16, eos_id=END, seed=1)
     ended = [a[-1] == END for a in answers]
     assert sum(ended) / len(ended) > 0.95
-    greedy = [tok.decode(a, skip_special=True) for a in generate(trained, prompts, 16, 0.0, eos_id=END)]
+    greedy = [
+        tok.decode(a, skip_special=True) for a in generate(trained, prompts, 16, 0.0, eos_id=END)
+    ]
     known = {tuple(m["content"] for m in c) for c in CHATS}
-    assert sum((c[0]["content"], g) in known for c, g in zip(CHATS, greedy, strict=True)) >= 0.8 * len(CHATS)
+    assert sum(
+        (c[0]["content"], g) in known for c, g in zip(CHATS, greedy, strict=True)
+    ) >= 0.8 * len(CHATS)
     log = metrics(tmp_path / "out")
     assert log[-1]["loss"] < 0.3 * log[0]["loss"] and trained.config.eos_token_id == END

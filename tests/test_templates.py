@@ -1,6 +1,7 @@
 """Chat templates: Hugging Face's text byte for byte, exactly the trained ids, prompts as prefixes,
 roles checked.
 """
+
 import copy
 import json
 import random
@@ -14,7 +15,9 @@ from data.templates import TEMPLATES, render
 from data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
-RENDERED, CHATS = (json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("rendered", "chats"))
+RENDERED, CHATS = (
+    json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("rendered", "chats")
+)
 
 
 def load(kind="gpt2_kind"):
@@ -34,7 +37,10 @@ def test_an_answer_is_what_was_said_with_the_spaces_around_it(text):
     tok, asked = load(), [user("Peru? ")]
     ids, labels = render(tok, [*asked, assistant(text)])
     prompt, answer = templates.answer_ids(tok, asked, text)
-    assert answer == [i for i in labels if i != -100] and ids[: len(prompt + answer)] == prompt + answer
+    assert (
+        answer == [i for i in labels if i != -100]
+        and ids[: len(prompt + answer)] == prompt + answer
+    )
     assert tok.decode(answer[:-1]) == text
 
 
@@ -85,7 +91,23 @@ def test_a_turn_of_weight_0_is_read_and_not_trained():
 
 def test_a_prompts_ids_are_the_first_of_the_whole():
     """Whatever is written at the borders: newlines, spaces, half words, the format's own tokens."""
-    rng, borders = random.Random(0), ["\n", " ", "\n\n", "  x", "assistant", "<|im_end|>", "<|im_end|>\n", "é", "🙂", "'s", "user\n", "12"]
+    rng, borders = (
+        random.Random(0),
+        [
+            "\n",
+            " ",
+            "\n\n",
+            "  x",
+            "assistant",
+            "<|im_end|>",
+            "<|im_end|>\n",
+            "é",
+            "🙂",
+            "'s",
+            "user\n",
+            "12",
+        ],
+    )
     for kind in ("gpt2_kind", "smollm2_kind"):
         t = load(kind)
         for _ in range(200):
@@ -94,11 +116,13 @@ def test_a_prompts_ids_are_the_first_of_the_whole():
             ids, labels = render(t, chat)
             for cut in (1, 3):
                 prompt, learnt = render(t, chat[:cut], add_generation_prompt=True)
-                assert ids[:len(prompt)] == prompt and labels[:len(prompt)] == learnt
-            answer = ids[len(prompt):]
+                assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == learnt
+            answer = ids[len(prompt) :]
             assert answer == [*t.encode(words[3]), t.special["<|im_end|>"], *t.encode("\n")]
             turns = 4 + (kind == "smollm2_kind")
-            assert ids.count(t.special["<|im_start|>"]) == ids.count(t.special["<|im_end|>"]) == turns
+            assert (
+                ids.count(t.special["<|im_start|>"]) == ids.count(t.special["<|im_end|>"]) == turns
+            )
 
 
 def test_inputs_stay_as_they_were():
@@ -111,35 +135,54 @@ def test_inputs_stay_as_they_were():
 
 def test_smollm2s_system_message_only_where_there_is_none():
     f = TEMPLATES["smollm2"]
-    assert templates.text([user("Hi")], format=f).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by")
+    assert templates.text([user("Hi")], format=f).startswith(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by"
+    )
     own = [{"role": "system", "content": "Be brief."}, user("Hi")]
     assert templates.text(own, format=f) == templates.text(own, format=TEMPLATES["chatml"])
     assert "system" not in templates.text([user("Hi")], format=TEMPLATES["chatml"])
 
 
-@pytest.mark.parametrize("messages, said", [
-    ([], "a list of messages was expected"),
-    ("Hi", "a list of messages was expected"),
-    (["Hi"], "message 1: an object"),
-    ([{"content": "Hi"}], "message 1: role: .* expected"),
-    ([{"role": "human", "content": "Hi"}], "role: one of system, user, assistant was expected .got 'human'"),
-    ([{"role": "user"}], "content: a string was expected .got nothing"),
-    ([user(None)], "content: a string"),
-    ([user(["Hi"])], "content: a string"),
-    ([assistant("Hi")], "message 1: role: user was expected here"),
-    ([user("a"), user("b")], "message 2: role: assistant was expected here"),
-    ([user("a"), assistant("b"), assistant("c")], "message 3: role: user was expected here"),
-    ([user("a"), {"role": "system", "content": "s"}], "message 2: role: assistant was expected here"),
-    ([{"role": "system", "content": "s"}] * 2 + [user("a")], "message 2: role: user was expected here"),
-    ([{"role": "system", "content": "s"}], "a user's turn was expected after the system message"),
-])
+@pytest.mark.parametrize(
+    "messages, said",
+    [
+        ([], "a list of messages was expected"),
+        ("Hi", "a list of messages was expected"),
+        (["Hi"], "message 1: an object"),
+        ([{"content": "Hi"}], "message 1: role: .* expected"),
+        (
+            [{"role": "human", "content": "Hi"}],
+            "role: one of system, user, assistant was expected .got 'human'",
+        ),
+        ([{"role": "user"}], "content: a string was expected .got nothing"),
+        ([user(None)], "content: a string"),
+        ([user(["Hi"])], "content: a string"),
+        ([assistant("Hi")], "message 1: role: user was expected here"),
+        ([user("a"), user("b")], "message 2: role: assistant was expected here"),
+        ([user("a"), assistant("b"), assistant("c")], "message 3: role: user was expected here"),
+        (
+            [user("a"), {"role": "system", "content": "s"}],
+            "message 2: role: assistant was expected here",
+        ),
+        (
+            [{"role": "system", "content": "s"}] * 2 + [user("a")],
+            "message 2: role: user was expected here",
+        ),
+        (
+            [{"role": "system", "content": "s"}],
+            "a user's turn was expected after the system message",
+        ),
+    ],
+)
 def test_wrong_messages_are_refused(messages, said):
     with pytest.raises(ValueError, match=said):
         render(load(), messages)
 
 
 def test_a_prompt_ends_in_a_users_turn():
-    with pytest.raises(ValueError, match="must end in a user's turn .the last one is the assistant's"):
+    with pytest.raises(
+        ValueError, match="must end in a user's turn .the last one is the assistant's"
+    ):
         render(load(), [user("Hi"), assistant("Hello")], add_generation_prompt=True)
 
 
@@ -161,7 +204,11 @@ def test_end_id_and_a_tokenizer_without_the_formats_tokens():
     t = load()
     assert templates.end_id(t) == t.special["<|im_end|>"]
     del t.special["<|im_start|>"], t.special["<|im_end|>"]
-    for call in (lambda: templates.end_id(t), lambda: render(t, [user("Hi")]), lambda: templates.adopt(t)):
+    for call in (
+        lambda: templates.end_id(t),
+        lambda: render(t, [user("Hi")]),
+        lambda: templates.adopt(t),
+    ):
         with pytest.raises(ValueError, match="chatml needs the special token <.im_"):
             call()
 
@@ -176,8 +223,13 @@ def test_the_template_trained_with_is_saved_and_another_one_warns(tmp_path):
         assert templates.adopt(t, "chatml").name == "chatml"
     t.save(tmp_path)
     saved = Tokenizer.load(tmp_path)
-    assert saved.chat_template == TEMPLATES["chatml"].jinja and saved.eos_id == saved.special["<|im_end|>"] != saved.pad_id
-    with pytest.warns(UserWarning, match="chat format smollm2, but the checkpoint was trained with chatml"):
+    assert (
+        saved.chat_template == TEMPLATES["chatml"].jinja
+        and saved.eos_id == saved.special["<|im_end|>"] != saved.pad_id
+    )
+    with pytest.warns(
+        UserWarning, match="chat format smollm2, but the checkpoint was trained with chatml"
+    ):
         templates.adopt(saved, "smollm2")
     assert templates.of(saved).name == "smollm2"
     saved.chat_template = "{{ messages }}"

@@ -1,6 +1,7 @@
 """The tokenizer: Hugging Face's ids, any text round-trips, the same merges on every machine,
 foreign files refused by name.
 """
+
 import json
 import random
 import time
@@ -16,7 +17,11 @@ from data.tokenizer import Tokenizer
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
 TOKENS = json.loads((GOLDEN / "tokens.json").read_text())
-TEXT = ["the cat sat on the mat, the cat's hat", "  two  spaces\n\n\tand 1234 digits", "naïve café 漢字 🙂🙂"] * 3
+TEXT = [
+    "the cat sat on the mat, the cat's hat",
+    "  two  spaces\n\n\tand 1234 digits",
+    "naïve café 漢字 🙂🙂",
+] * 3
 
 
 def quiet_encode(t, text):
@@ -43,7 +48,10 @@ def test_ids_equal_hugging_faces_with_all_of_smollm2():
 
 
 def random_text(rng):
-    codes = [(rng.randrange(0x80), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)) for _ in range(rng.randrange(40))]
+    codes = [
+        (rng.randrange(0x80), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))
+        for _ in range(rng.randrange(40))
+    ]
     return "".join(chr(rng.choice(c)) for c in codes)
 
 
@@ -82,7 +90,9 @@ def test_missing_bytes_are_dropped_with_one_warning():
     t = Tokenizer.load(GOLDEN / "smollm2_kind")
     assert len(t.missing) == 21
     with pytest.warns(UserWarning, match="bytes 04 f1: they are dropped") as caught:
-        assert t.encode("a\x04!\x04!\U00040000") == t.encode("a") + t.encode("!!") + t.encode("\U00040000")
+        assert t.encode("a\x04!\x04!\U00040000") == t.encode("a") + t.encode("!!") + t.encode(
+            "\U00040000"
+        )
     assert len(caught) == 1 and max(t.encode("\x04\x06 a")) < t.vocab_size
     assert t.decode(t.encode("a\ud800b")) == "a�b"
 
@@ -121,14 +131,16 @@ def naive_merges(words, n):
             while word:
                 hit = tuple(word[:2]) == best
                 out.append(256 + k if hit else word[0])
-                word = word[1 + hit:]
+                word = word[1 + hit :]
             words[w] = out
     return merges
 
 
 def test_training_learns_the_most_frequent_pair_each_time():
     rng = random.Random(0)
-    words = [[rng.randrange(5) for _ in range(rng.randrange(1, 12))] for _ in range(200)] + [[1] * 7] * 3
+    words = [[rng.randrange(5) for _ in range(rng.randrange(1, 12))] for _ in range(200)] + [
+        [1] * 7
+    ] * 3
     assert tokenizer._merges([*words], [1] * len(words), 60) == naive_merges([*words], 60)
 
 
@@ -159,24 +171,49 @@ def test_pieces_are_those_of_tiktokens_regex():
     split = tokenizer._python_regex(tokenizer.GPT2)
     pieces = ["It", "'s", " ", " a", "\x1c", "b", " \x1c!", "\u3000", " 12²", "x", "_", "\n"]
     assert split.findall("".join(pieces)) == pieces
-    assert tokenizer._python_regex(tokenizer.DIGITS).findall("a  12  b") == ["a", "  ", "1", "2", " ", " b"]
+    assert tokenizer._python_regex(tokenizer.DIGITS).findall("a  12  b") == [
+        "a",
+        "  ",
+        "1",
+        "2",
+        " ",
+        " b",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])
 def test_what_is_saved_is_what_was_read(kind, tmp_path):
     t = Tokenizer.load(GOLDEN / kind)
     t.save(tmp_path / "new")
-    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (GOLDEN / kind / "tokenizer.json").read_bytes()
+    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (
+        GOLDEN / kind / "tokenizer.json"
+    ).read_bytes()
     again = Tokenizer.load(tmp_path / "new")
-    assert again.config == t.config and again.special == t.special and again.chat_template == t.chat_template
+    assert (
+        again.config == t.config
+        and again.special == t.special
+        and again.chat_template == t.chat_template
+    )
 
 
 def test_config_in_its_spellings(tmp_path):
     t = Tokenizer.load(GOLDEN / "gpt2_kind")
-    config = {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": None, "bos_token": "<nowhere>",
-              "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]}
+    config = {
+        "eos_token": {"content": "<|im_end|>", "lstrip": False},
+        "pad_token": None,
+        "bos_token": "<nowhere>",
+        "chat_template": [
+            {"name": "tool_use", "template": "T"},
+            {"name": "default", "template": "D"},
+        ],
+    }
     t = Tokenizer(t.json, config)
-    assert t.eos_id == t.special["<|im_end|>"] and t.pad_id is None and t.bos_id is None and t.chat_template == "D"
+    assert (
+        t.eos_id == t.special["<|im_end|>"]
+        and t.pad_id is None
+        and t.bos_id is None
+        and t.chat_template == "D"
+    )
     t.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("J")
     assert Tokenizer.load(tmp_path).chat_template == "J"
@@ -197,32 +234,60 @@ def changed(**fields):
     return json.dumps(spec)
 
 
-@pytest.mark.parametrize("fields, named", [
-    ({"normalizer": {"type": "NFC"}}, "normalizer"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer"),
-    ({"pre_tokenizer": None}, "pre_tokenizer"),
-    ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "pre_tokenizer"),
-    ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "pre_tokenizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, BYTE_LEVEL]}}, "pre_tokenizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTE_LEVEL]}}, "pre_tokenizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "pre_tokenizer"),
-    ({"decoder": None}, "decoder"),
-    ({"decoder": {"type": "WordPiece"}}, "decoder"),
-    ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor"),
-    ({"model__type": "Unigram"}, "model.type"),
-    ({"model__merges": None}, "model.type"),
-    ({"model__byte_fallback": True}, "byte_fallback"),
-    ({"model__ignore_merges": True}, "ignore_merges"),
-    ({"model__dropout": 0.1}, "dropout"),
-    ({"model__continuing_subword_prefix": "##"}, "continuing_subword_prefix"),
-    ({"added_tokens": [SPEC["added_tokens"][0] | {"special": False}]}, "added token .*endoftext"),
-    ({"model__vocab": SPEC["model"]["vocab"] | {"▁the": 501}}, "model.vocab has the character '▁'"),
-    ({"model__vocab": SPEC["model"]["vocab"] | {"unmade": 501}}, "no merge makes the token b'unmade'"),
-    ({"model__merges": SPEC["model"]["merges"][:1] + SPEC["model"]["merges"]}, "ids must rise"),
-    ({"model__merges": SPEC["model"]["merges"][::-1]}, "ids must rise"),
-    ({"model__merges": [*SPEC["model"]["merges"], "q z"]}, "does not join two tokens"),
-    ({"model__merges": [*SPEC["model"]["merges"], "a b c"]}, "does not join two tokens"),
-])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalizer"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer"),
+        ({"pre_tokenizer": None}, "pre_tokenizer"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "pre_tokenizer"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "pre_tokenizer"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Split"}, BYTE_LEVEL],
+                }
+            },
+            "pre_tokenizer",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Digits"}, BYTE_LEVEL],
+                }
+            },
+            "pre_tokenizer",
+        ),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "pre_tokenizer"),
+        ({"decoder": None}, "decoder"),
+        ({"decoder": {"type": "WordPiece"}}, "decoder"),
+        ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor"),
+        ({"model__type": "Unigram"}, "model.type"),
+        ({"model__merges": None}, "model.type"),
+        ({"model__byte_fallback": True}, "byte_fallback"),
+        ({"model__ignore_merges": True}, "ignore_merges"),
+        ({"model__dropout": 0.1}, "dropout"),
+        ({"model__continuing_subword_prefix": "##"}, "continuing_subword_prefix"),
+        (
+            {"added_tokens": [SPEC["added_tokens"][0] | {"special": False}]},
+            "added token .*endoftext",
+        ),
+        (
+            {"model__vocab": SPEC["model"]["vocab"] | {"▁the": 501}},
+            "model.vocab has the character '▁'",
+        ),
+        (
+            {"model__vocab": SPEC["model"]["vocab"] | {"unmade": 501}},
+            "no merge makes the token b'unmade'",
+        ),
+        ({"model__merges": SPEC["model"]["merges"][:1] + SPEC["model"]["merges"]}, "ids must rise"),
+        ({"model__merges": SPEC["model"]["merges"][::-1]}, "ids must rise"),
+        ({"model__merges": [*SPEC["model"]["merges"], "q z"]}, "does not join two tokens"),
+        ({"model__merges": [*SPEC["model"]["merges"], "a b c"]}, "does not join two tokens"),
+    ],
+)
 def test_other_kinds_of_tokenizer_are_refused_by_name(fields, named):
     with pytest.raises(ValueError, match=f"^here/tokenizer.json: .*{named}"):
         Tokenizer(changed(**fields), name="here/tokenizer.json")
@@ -230,9 +295,14 @@ def test_other_kinds_of_tokenizer_are_refused_by_name(fields, named):
 
 def test_gpt2s_own_spelling_is_read():
     """Its file has no model.type and no use_regex, and its merges may be pairs."""
-    old = json.loads(changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-                             post_processor={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}, model__unk_token="",
-                             model__merges=[m.split(" ") for m in SPEC["model"]["merges"]]))
+    old = json.loads(
+        changed(
+            pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+            post_processor={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
+            model__unk_token="",
+            model__merges=[m.split(" ") for m in SPEC["model"]["merges"]],
+        )
+    )
     del old["model"]["type"], old["model"]["byte_fallback"], old["model"]["ignore_merges"]
     t, text = Tokenizer(json.dumps(old)), "It's 12 o'clock.\n"
     assert t.encode(text) == Tokenizer(json.dumps(SPEC)).encode(text)

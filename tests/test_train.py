@@ -15,7 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train import Run, adamw, autocast, code, difference, fingerprint, load_function, lr_at, main, opt, parse, pick_device, set_lr
+from train import (
+    Run,
+    adamw,
+    autocast,
+    code,
+    difference,
+    fingerprint,
+    load_function,
+    lr_at,
+    main,
+    opt,
+    parse,
+    pick_device,
+    set_lr,
+)
 
 STAGES = ["pretrain", "sft", "compare", "reward", "ppo", "dpo", "evals"]
 
@@ -36,8 +50,21 @@ class Options:
 # ---------------------------------------------------------------- options
 def test_options_are_read_with_their_types_and_defaults():
     assert parse(Options, "Doc.", []) == Options()
-    given = ["--steps", "7", "--lr=3e-4", "--kind", "b", "--save-every", "5", "--overwrite", "--share", "0"]
-    assert parse(Options, "Doc.", given) == Options(steps=7, lr=3e-4, kind="b", save_every=5, overwrite=True, share=0.0)
+    given = [
+        "--steps",
+        "7",
+        "--lr=3e-4",
+        "--kind",
+        "b",
+        "--save-every",
+        "5",
+        "--overwrite",
+        "--share",
+        "0",
+    ]
+    assert parse(Options, "Doc.", given) == Options(
+        steps=7, lr=3e-4, kind="b", save_every=5, overwrite=True, share=0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +103,9 @@ def test_help_shows_every_option_of_a_stage_with_its_default(name, capsys):
         assert f.metadata["help"]
         said = " ".join(f"{f.metadata['help']} (default: {f.default})".split())
         assert f"--{f.name.replace('_', '-')} " in text and said in text
-    assert parse(stage.Options, "", []) == stage.Options(), "the defaults lie within their own bounds"
+    assert parse(stage.Options, "", []) == stage.Options(), (
+        "the defaults lie within their own bounds"
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,10 +113,16 @@ def test_help_shows_every_option_of_a_stage_with_its_default(name, capsys):
     [
         (ValueError("file:3: two\n lines"), 2, "toy.py: file:3: two lines\n"),
         (FileNotFoundError("x: no such file"), 2, "toy.py: x: no such file\n"),
-        (KeyboardInterrupt(), 130, "toy.py: interrupted; the same command goes on from the last saved step\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "toy.py: interrupted; the same command goes on from the last saved step\n",
+        ),
     ],
 )
-def test_main_turns_an_error_into_one_line_below_the_bar(error, status, line, capsys, monkeypatch, tmp_path):
+def test_main_turns_an_error_into_one_line_below_the_bar(
+    error, status, line, capsys, monkeypatch, tmp_path
+):
     def stage(o):
         for step in Run(o, __file__, []).steps(o.steps):
             if step == 1:
@@ -141,7 +176,9 @@ def test_devices():
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("nonsense", "meta", "cuda:99"):
-        with pytest.raises(ValueError, match=f"--device {name}: not available here .*; try cpu or auto"):
+        with pytest.raises(
+            ValueError, match=f"--device {name}: not available here .*; try cpu or auto"
+        ):
             pick_device(name)
 
 
@@ -150,7 +187,9 @@ def test_autocast_is_bf16_where_a_gpu_has_it_and_nothing_elsewhere(monkeypatch):
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, has=has, **options: has)
         found = autocast(torch.device("cuda"))
-        assert (getattr(found, "device", None), getattr(found, "fast_dtype", None)) == (("cuda", torch.bfloat16) if has else (None, None))
+        assert (getattr(found, "device", None), getattr(found, "fast_dtype", None)) == (
+            ("cuda", torch.bfloat16) if has else (None, None)
+        )
         with autocast(torch.device("cpu")):
             assert not torch.is_autocast_enabled("cpu")
 
@@ -161,14 +200,35 @@ def test_learning_rate_in_closed_form():
             up = (step + 1) / warmup if step < warmup else None
             down = (total - step) / (total - warmup) if step >= warmup else None
             assert lr_at(step, total, 2.0, warmup) == pytest.approx(2 * (up or down))
-            wave = up or (1 + torch.cos(torch.tensor(torch.pi * (1 - down), dtype=torch.float64)).item()) / 2
+            wave = (
+                up
+                or (1 + torch.cos(torch.tensor(torch.pi * (1 - down), dtype=torch.float64)).item())
+                / 2
+            )
             assert lr_at(step, total, 2.0, warmup, "cosine") == pytest.approx(2 * wave, abs=1e-9)
-    assert [lr_at(s, 8, 1.0, 4) for s in range(9)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert lr_at(4, 8, 1.0, 4, "cosine") == 1.0 and lr_at(6, 8, 1.0, 4, "cosine") == pytest.approx(0.5)
+    assert [lr_at(s, 8, 1.0, 4) for s in range(9)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+        0.0,
+    ]
+    assert lr_at(4, 8, 1.0, 4, "cosine") == 1.0 and lr_at(6, 8, 1.0, 4, "cosine") == pytest.approx(
+        0.5
+    )
 
 
 def test_adamw_decays_matrices_only_and_leaves_the_frozen_alone():
-    model = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(4, 3),
+        torch.nn.Linear(3, 3),
+        torch.nn.LayerNorm(3),
+        torch.nn.Linear(3, 2),
+    )
     model[3].requires_grad_(False)
     before = {k: p.clone() for k, p in model.named_parameters()}
     optimizer = adamw(model, lr=0.5, weight_decay=0.1)
@@ -179,7 +239,9 @@ def test_adamw_decays_matrices_only_and_leaves_the_frozen_alone():
     for name, p in model.named_parameters():
         decayed = name in ("0.weight", "1.weight")
         assert torch.allclose(p, before[name] * (1 - 0.25 * 0.1 if decayed else 1)), name
-    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == 4 * 3 + 9 + 3 + 3 + 3
+    assert (
+        sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == 4 * 3 + 9 + 3 + 3 + 3
+    )
     assert adamw(model, lr=0.5, eps=1e-5).param_groups[0]["eps"] == 1e-5
 
 
@@ -208,7 +270,10 @@ def test_a_reader_s_function(tmp_path):
     assert load_function(f"{file}:score")(asked, ["good good", "bad"]) == [2.0, 0.0]
     assert load_function(f"{file}:tensor")(asked, ["good good", "bad"]) == [0.0, 1.0]
     for name, said in [
-        ("one_too_few", r"mine.py:one_too_few: 2 finite scores, one an answer, were expected \(got 1: \[0.0\]\)"),
+        (
+            "one_too_few",
+            r"mine.py:one_too_few: 2 finite scores, one an answer, were expected \(got 1: \[0.0\]\)",
+        ),
         ("not_a_number", r"finite scores, one an answer, were expected \(got 2: \[nan, nan\]\)"),
         ("nothing", "mine.py: TypeError: 'NoneType' object is not iterable"),
         ("words", "mine.py: ValueError: could not convert string to float: 'good'"),
@@ -216,7 +281,12 @@ def test_a_reader_s_function(tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             load_function(f"{file}:{name}")(asked, ["a", "b"])
-    for name, near in (("scores", r" \(did you mean score\?\)"), ("math", ""), ("WORDS", ""), ("zzz", "")):
+    for name, near in (
+        ("scores", r" \(did you mean score\?\)"),
+        ("math", ""),
+        ("WORDS", ""),
+        ("zzz", ""),
+    ):
         with pytest.raises(ValueError, match=f"mine.py: has no function {name}{near}"):
             load_function(f"{file}:{name}")
     for spec in ("nowhere.py:score", "nowhere.py", str(file), "", ":score"):
@@ -249,7 +319,9 @@ def test_fingerprint_sees_what_a_checkpoint_says_and_nothing_else(tmp_path):
     # of equal content under another name
     (folder / "tokenizer_config.json").rename(folder / "tokenizer.json")
     assert fingerprint(folder) != whole
-    with pytest.raises(FileNotFoundError, match=r"sfl: no such file or folder \(did you mean sft\?\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"sfl: no such file or folder \(did you mean sft\?\)"
+    ):
         fingerprint(tmp_path / "sfl")
     with pytest.raises(FileNotFoundError, match="c: no such file or folder$"):
         fingerprint(tmp_path / "a" / "b" / "c")
@@ -275,15 +347,28 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr("train.ROOT", tmp_path)
     (tmp_path / "tokens").mkdir()
     splitter = "import other\nWORDS = open('words.json')\nMORE = 'more.json ' * 99\n"
-    texts = {"stage.py": SCRIPT, "helper.py": "def add(a, b): return a + b\n", "other.py": "X = 1\n", "alone.py": "import stage\n",
-             "tokens/splitter.py": splitter, "tokens/words.json": "[]", "tokens/more.json": "[]"}
+    texts = {
+        "stage.py": SCRIPT,
+        "helper.py": "def add(a, b): return a + b\n",
+        "other.py": "X = 1\n",
+        "alone.py": "import stage\n",
+        "tokens/splitter.py": splitter,
+        "tokens/words.json": "[]",
+        "tokens/more.json": "[]",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     return tmp_path
 
 
 def test_the_code_of_a_stage_is_its_modules_and_what_they_import(project):
-    assert code(project / "stage.py").keys() == {"stage.py", "helper.py", "other.py", "tokens/splitter.py", "tokens/words.json"}
+    assert code(project / "stage.py").keys() == {
+        "stage.py",
+        "helper.py",
+        "other.py",
+        "tokens/splitter.py",
+        "tokens/words.json",
+    }
     before = code(project / "stage.py")
     for name in ("helper.py", "other.py", "tokens/splitter.py"):
         (project / name).write_text((project / name).read_text() + "Y = 2\n")
@@ -310,10 +395,21 @@ def test_an_edited_comment_is_no_other_code(project, old, new, changed):
 def test_the_code_of_each_stage_has_what_it_reads(stage):
     importlib.import_module(stage)
     known = code(f"{stage}.py")
-    assert {f"{stage}.py", "train.py", "model.py", "hub.py", "quant.py", "data/tokenizer.py"} <= known.keys()
+    assert {
+        f"{stage}.py",
+        "train.py",
+        "model.py",
+        "hub.py",
+        "quant.py",
+        "data/tokenizer.py",
+    } <= known.keys()
     imported = {m.replace(".", "/") + ".py" for m in sys.modules}
-    assert {k for k in known if k.endswith(".py")} <= imported | {f"{stage}.py"}, "only what is imported"
-    assert ("data/facts.json" in known) == ("data/kinds.py" in known) and known.get("data/kinds.py", stage) != "compare"
+    assert {k for k in known if k.endswith(".py")} <= imported | {f"{stage}.py"}, (
+        "only what is imported"
+    )
+    assert ("data/facts.json" in known) == ("data/kinds.py" in known) and known.get(
+        "data/kinds.py", stage
+    ) != "compare"
 
 
 def test_the_device_is_the_one_that_auto_means(tmp_path):
@@ -329,7 +425,10 @@ def test_difference_in_words():
     old = {"options": {"lr": 0.1, "data": "a", "gone": 1}, "inputs": {"sft.py": "1", "a": "2"}}
     assert difference(old, old) == ""
     new = {"options": {"lr": 0.2, "data": "b"}, "inputs": {"sft.py": "3", "b": "2"}}
-    assert difference(old, new) == "data was 'a', is 'b'; gone was 1, is None; lr was 0.1, is 0.2; sft.py has changed"
+    assert (
+        difference(old, new)
+        == "data was 'a', is 'b'; gone was 1, is None; lr was 0.1, is 0.2; sft.py has changed"
+    )
     assert difference(old, old | {"inputs": {"sft.py": "1", "a": "4"}}) == "a has changed"
 
 
@@ -396,7 +495,9 @@ def test_a_run_goes_on_from_its_last_saved_step(die_at, o, whole, tmp_path):
         f.write('{"step": 99, "lo')  # a line half written, as a full disk leaves it
     seen = []
     toy(o, seen=seen)
-    assert seen == list(range(die_at // 2 * 2, 6)), "what was logged after the last save is done again, nothing else"
+    assert seen == list(range(die_at // 2 * 2, 6)), (
+        "what was logged after the last save is done again, nothing else"
+    )
     assert files(tmp_path / "toy") == whole
 
 
@@ -405,8 +506,14 @@ def test_finished_says_so_and_does_nothing(o, whole, tmp_path, capsys):
     for again in (o, dataclasses.replace(o, save_every=1)):
         with pytest.raises(SystemExit) as left:
             toy(again)
-        assert left.value.code == 0 and capsys.readouterr().out == f"{o.out}: finished already with these settings\n"
-    with pytest.raises(ValueError, match=r"toy: finished with other settings: lr was 0.1, is 0.2; seed was 0, is 1 \(--overwrite starts"):
+        assert (
+            left.value.code == 0
+            and capsys.readouterr().out == f"{o.out}: finished already with these settings\n"
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"toy: finished with other settings: lr was 0.1, is 0.2; seed was 0, is 1 \(--overwrite starts",
+    ):
         toy(dataclasses.replace(o, lr=0.2, seed=1))
     assert files(tmp_path / "toy") == whole
 
@@ -419,7 +526,9 @@ def test_overwrite_starts_anew_and_keeps_the_old_one_until_then(o, tmp_path):
     shutil.move(tmp_path / "toy" / "state", tmp_path / "aside")
     assert files(tmp_path / "toy") == old
     shutil.move(tmp_path / "aside", tmp_path / "toy" / "state")
-    with pytest.raises(ValueError, match="toy: an unfinished run has other settings: lr was 0.2, is 0.1"):
+    with pytest.raises(
+        ValueError, match="toy: an unfinished run has other settings: lr was 0.2, is 0.1"
+    ):
         toy(o)
     seen = []
     toy(other, seen=seen)  # the same command goes on, it does not start anew again
@@ -456,19 +565,30 @@ def test_what_no_run_wrote_is_never_touched(o, tmp_path):
     write(tmp_path / "toy", torch.nn.Linear(3, 3))
     before = files(tmp_path / "toy")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="toy: holds what no run of this stage wrote, config.json; choose another --out"):
+        with pytest.raises(
+            ValueError,
+            match="toy: holds what no run of this stage wrote, config.json; choose another --out",
+        ):
             toy(dataclasses.replace(o, overwrite=overwrite))
     assert files(tmp_path / "toy") == before
     records = tmp_path / "comparisons.jsonl"
     records.write_text("a reader's own")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="comparisons.jsonl: holds what no run"):
-            Run(dataclasses.replace(o, out=str(records), overwrite=overwrite), __file__, [], file=True)
+            Run(
+                dataclasses.replace(o, out=str(records), overwrite=overwrite),
+                __file__,
+                [],
+                file=True,
+            )
     assert records.read_text() == "a reader's own"
 
 
 def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
 
 
 @pytest.mark.parametrize("name", ["state/notes.txt", "state/metrics.jsonl", "adapter/adapter_config.json", "model.safetensors",
@@ -486,7 +606,10 @@ def test_a_reader_s_own_file_is_never_touched(name, finished, o, tmp_path):
     before = everything(out)
     for overwrite, lr in ((False, 0.1), (False, 0.3), (True, 0.3)):
         what = name.partition("/")[0]
-        with pytest.raises(ValueError, match=f"toy: holds what no run of this stage wrote, {what}; choose another --out"):
+        with pytest.raises(
+            ValueError,
+            match=f"toy: holds what no run of this stage wrote, {what}; choose another --out",
+        ):
             toy(dataclasses.replace(o, overwrite=overwrite, lr=lr))
         assert everything(out) == before
 
@@ -525,7 +648,10 @@ def test_a_damaged_record_is_said(text, o, tmp_path):
     (tmp_path / "toy" / "run.json").write_text(text)
     before = files(tmp_path / "toy")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="toy.run.json: damaged, or no run's record .*; choose another --out, or remove"):
+        with pytest.raises(
+            ValueError,
+            match="toy.run.json: damaged, or no run's record .*; choose another --out, or remove",
+        ):
             toy(dataclasses.replace(o, overwrite=overwrite))
     assert files(tmp_path / "toy") == before
 
@@ -541,7 +667,10 @@ def test_a_damaged_checkpoint_is_not_finished(name, damage, o, whole, tmp_path):
     file.write_bytes(text[:-1] if damage == "cut" else text[:-1] + b"?")
     if damage == "gone":
         file.unlink()
-    with pytest.raises(ValueError, match=f"{name}: damaged or changed since its run finished; .*--overwrite starts anew"):
+    with pytest.raises(
+        ValueError,
+        match=f"{name}: damaged or changed since its run finished; .*--overwrite starts anew",
+    ):
         toy(o)
     toy(dataclasses.replace(o, overwrite=True))
     assert files(tmp_path / "toy") == whole
@@ -612,7 +741,10 @@ def test_killed_between_the_last_renames(moment, overwrite, o, whole, tmp_path, 
 
 def test_a_file_as_result(o, tmp_path):
     """comparisons.jsonl: one rename; its run lies beside it."""
-    o, out = dataclasses.replace(o, out=str(tmp_path / "made" / "x.jsonl")), tmp_path / "made" / "x.jsonl"
+    o, out = (
+        dataclasses.replace(o, out=str(tmp_path / "made" / "x.jsonl")),
+        tmp_path / "made" / "x.jsonl",
+    )
 
     def stage(o, text="whole\n"):
         run = Run(o, __file__, [], file=True)
@@ -622,7 +754,9 @@ def test_a_file_as_result(o, tmp_path):
         run.finish(lambda path: path.write_text(text))
 
     stage(o)
-    assert out.read_text() == "whole\n" and {f.name for f in out.with_name("x.jsonl.run").iterdir()} == {"run.json", "metrics.jsonl"}
+    assert out.read_text() == "whole\n" and {
+        f.name for f in out.with_name("x.jsonl.run").iterdir()
+    } == {"run.json", "metrics.jsonl"}
     with pytest.raises(SystemExit):
         stage(o)
     with pytest.raises(ValueError, match="steps was 6, is 7"):
@@ -637,7 +771,9 @@ def test_a_file_as_result(o, tmp_path):
 
 
 @pytest.mark.parametrize("moment", range(9))
-def test_a_file_that_is_only_written_and_killed_is_never_the_old_one(moment, o, tmp_path, monkeypatch):
+def test_a_file_that_is_only_written_and_killed_is_never_the_old_one(
+    moment, o, tmp_path, monkeypatch
+):
     """As compare.py with pairs, which saves no state: at each moment before the last rename it is
     written again.
     """
@@ -682,7 +818,9 @@ def test_a_damaged_state_is_said(o, tmp_path):
         toy(o, 3)
     saved = tmp_path / "toy" / "state" / "state.safetensors"
     os.truncate(saved, 100)
-    with pytest.raises(ValueError, match=r"state.safetensors: damaged \(.*\); remove .*state to start anew"):
+    with pytest.raises(
+        ValueError, match=r"state.safetensors: damaged \(.*\); remove .*state to start anew"
+    ):
         toy(o)
 
 
@@ -693,14 +831,19 @@ def test_a_state_that_lacks_something_is_said(o, tmp_path):
     state = tmp_path / "toy" / "state"
     log, saved = (state / "metrics.jsonl").read_bytes(), (state / "state.safetensors").read_bytes()
     (state / "metrics.jsonl").write_bytes(log.splitlines(keepends=True)[0])
-    with pytest.raises(ValueError, match="metrics.jsonl: has 1 of 2 lines; remove .*state to start anew"):
+    with pytest.raises(
+        ValueError, match="metrics.jsonl: has 1 of 2 lines; remove .*state to start anew"
+    ):
         toy(o)
     (state / "metrics.jsonl").write_bytes(log)
     for name, said in (("model/weight", "model is incomplete"), ("note", "")):
         tensors = load_file(state / "state.safetensors")
         del tensors[name]
         save_file(tensors, state / "state.safetensors")
-        with pytest.raises(ValueError, match=rf"state.safetensors: damaged \(.*{said}.*\); remove .*state to start anew"):
+        with pytest.raises(
+            ValueError,
+            match=rf"state.safetensors: damaged \(.*{said}.*\); remove .*state to start anew",
+        ):
             toy(o)
         (state / "state.safetensors").write_bytes(saved)
 
@@ -711,7 +854,10 @@ def test_what_is_not_finite_stops_a_run_before_it_is_saved(o, tmp_path):
         run.resume()
         for step in run.steps(4):
             if step == 2:
-                with pytest.raises(ValueError, match="step 2: loss is (nan|inf); nothing saved is lost, a lower --lr may help"):
+                with pytest.raises(
+                    ValueError,
+                    match="step 2: loss is (nan|inf); nothing saved is lost, a lower --lr may help",
+                ):
                     run.log(step, loss=bad)
                 break
             run.log(step, loss=1.0)
@@ -724,7 +870,13 @@ def test_what_is_logged(o, tmp_path):
     run.steps(1)
     run.log(0, loss=torch.tensor(1 / 3, requires_grad=True), lr=3e-7, n=12345678, share=2 / 3)
     (line,) = (tmp_path / "toy" / "state" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 0, "loss": 0.3333333, "lr": 3e-7, "n": 12345678, "share": 0.6666667}
+    assert json.loads(line) == {
+        "step": 0,
+        "loss": 0.3333333,
+        "lr": 3e-7,
+        "n": 12345678,
+        "share": 0.6666667,
+    }
 
 
 def test_a_full_disk(o, whole, tmp_path, monkeypatch):
@@ -735,10 +887,16 @@ def test_a_full_disk(o, whole, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"),
+    ):
         patch.setattr("train.save_file", full)
         toy(o)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"),
+    ):
         patch.setattr("test_train.save_file", full)
         toy(o)
     assert not (tmp_path / "toy" / "config.json").exists()
@@ -751,7 +909,11 @@ def test_a_control_of_a_run_without_a_record_is_refused(tmp_path):
     """tools/controls.py reads a finished run's options from its record."""
     from tools import controls
 
-    for text, said in ((None, "has no run.json"), ("", "damaged, or no run's record"), ("{}", "damaged, or no run's record")):
+    for text, said in (
+        (None, "has no run.json"),
+        ("", "damaged, or no run's record"),
+        ("{}", "damaged, or no run's record"),
+    ):
         if text is not None:
             (tmp_path / "run.json").write_text(text)
         with pytest.raises((ValueError, FileNotFoundError), match=said):

@@ -68,7 +68,12 @@ def test_sft_killed_and_resumed_with_each_adapter(way, small, tmp_path):
     interrupt(2, tmp_path / "broken", "sft.py", **options)
     done("sft.py", out=tmp_path / "broken", **options)
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
-    assert "warning" not in whole.out and "sum" in whole.out and "trained" in whole.out and "GB at most" in whole.out
+    assert (
+        "warning" not in whole.out
+        and "sum" in whole.out
+        and "trained" in whole.out
+        and "GB at most" in whole.out
+    )
     losses = [line["loss"] for line in metrics(tmp_path / "whole")]
     assert sum(losses[-6:]) < sum(losses[:6])
     assert (tmp_path / "whole" / "adapter" / "adapter_config.json").exists() == (way != "paged")
@@ -95,11 +100,22 @@ def test_the_other_stages_with_lora(stage, keep, small, qlora, tmp_path):
     if stage == "ppo":
         assert first["ratio_error"] < 1e-5 and abs(first["kl"]) < 1e-5
     said = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == (small["sft"]["model"] if keep else str(options["model"]))
+    assert said["base_model_name_or_path"] == (
+        small["sft"]["model"] if keep else str(options["model"])
+    )
 
 
 def options(**changes):
-    o = dict(lora=0, alpha=0.0, targets="all", quant="none", paged=False, checkpointing=False, keep_base=False, seed=0)
+    o = dict(
+        lora=0,
+        alpha=0.0,
+        targets="all",
+        quant="none",
+        paged=False,
+        checkpointing=False,
+        keep_base=False,
+        seed=0,
+    )
     return Namespace(**o | changes)
 
 
@@ -134,12 +150,16 @@ def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
     assert not any(p.requires_grad for p in (*reference.parameters(), *reward.parameters()))
     tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(policy(tokens), reference(tokens)) and torch.equal(critic(tokens), reward(tokens))
+        assert torch.equal(policy(tokens), reference(tokens)) and torch.equal(
+            critic(tokens), reward(tokens)
+        )
         folder, _ = hub.load(qlora / "reward")
         assert (folder(tokens) - reward(tokens)).abs().max() < 1e-4
         for p in critic.parameters():
             p.add_(0.1) if p.requires_grad else None
-        assert not torch.equal(critic(tokens), reward(tokens)) and torch.equal(policy(tokens), reference(tokens))
+        assert not torch.equal(critic(tokens), reward(tokens)) and torch.equal(
+            policy(tokens), reference(tokens)
+        )
         assert (folder(tokens) - reward(tokens)).abs().max() < 1e-4
 
 
@@ -150,17 +170,25 @@ def test_with_lora_ppo_s_reward_model_is_frozen_in_the_base_s_dtype(quant, small
     heads.
     """
     o, folder = options(lora=4, quant=quant), small["ppo"]["reward"]
-    base, _ = hub.load(small["ppo"]["model"], CPU, torch.bfloat16, None if quant == "none" else quant)
+    base, _ = hub.load(
+        small["ppo"]["model"], CPU, torch.bfloat16, None if quant == "none" else quant
+    )
     policy = tuning.tune(o, base)
     reference = share(policy).requires_grad_(False)
     reward, _ = tuning.reward_model(o, folder, reference, CPU)
     critic = tuning.critic_of(o, reward)
     exact, _ = hub.load(folder)
     for name, p in reward.named_parameters():
-        assert not p.requires_grad and p.dtype == (torch.float32 if name == "score.weight" else torch.bfloat16), name
-    assert torch.equal(reward.score.weight, exact.score.weight), "one row: bf16 would only blur the scores"
+        assert not p.requires_grad and p.dtype == (
+            torch.float32 if name == "score.weight" else torch.bfloat16
+        ), name
+    assert torch.equal(reward.score.weight, exact.score.weight), (
+        "one row: bf16 would only blur the scores"
+    )
     alone, both = memory.count(reward), memory.count(reward, critic)
-    assert both["frozen bfloat16"] == alone["frozen bfloat16"] and ("frozen uint8" in both) == (quant == "nf4")
+    assert both["frozen bfloat16"] == alone["frozen bfloat16"] and ("frozen uint8" in both) == (
+        quant == "nf4"
+    )
     tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(critic(tokens), reward(tokens))
     assert (reward(tokens) - exact(tokens)).abs().max() < (0.1 if quant == "none" else 1.0)
@@ -180,11 +208,16 @@ def test_a_prompt_stays_beside_the_weights(small, tmp_path):
     assert torch.equal(model(tokens), base(tokens))
     assert "virtual" not in " ".join(load_file(tmp_path / "sft" / "model.safetensors"))
     done("compare.py", out=tmp_path / "c.jsonl", **small["compare"] | dict(model=tmp_path / "sft"))
-    refused(run("dpo.py", out=tmp_path / "dpo", **small["dpo"] | LORA | dict(model=tmp_path / "sft")), "prompt or prefix")
+    refused(
+        run("dpo.py", out=tmp_path / "dpo", **small["dpo"] | LORA | dict(model=tmp_path / "sft")),
+        "prompt or prefix",
+    )
 
 
 @pytest.mark.parametrize("way", ("prompt", "prefix"))
-def test_a_reward_model_is_read_with_the_virtual_tokens_that_it_was_trained_with(way, small, tmp_path):
+def test_a_reward_model_is_read_with_the_virtual_tokens_that_it_was_trained_with(
+    way, small, tmp_path
+):
     """By the one loader of PPO, the evaluation and the controls: its reference answers have mean 0
     and deviation 1 for all of them.
     """
@@ -199,17 +232,32 @@ def test_a_reward_model_is_read_with_the_virtual_tokens_that_it_was_trained_with
     assert abs(bare[0] - c.reward_mean) > 0.01 * c.reward_std
     quantised = hub.load(tmp_path / "reward", quant="nf4")[0]
     assert quantised.virtual is not None and all(p.requires_grad for p in quantised.parameters())
-    done("ppo.py", out=tmp_path / "ppo", **small["ppo"] | dict(model=tmp_path / "sft", reward=tmp_path / "reward", iterations=1))
+    done(
+        "ppo.py",
+        out=tmp_path / "ppo",
+        **small["ppo"] | dict(model=tmp_path / "sft", reward=tmp_path / "reward", iterations=1),
+    )
 
 
 def test_a_head_with_lora_is_written_untied(small, tmp_path):
-    done("sft.py", out=tmp_path / "sft", **small["sft"] | dict(lora=4, targets="all,lm_head", steps=4))
+    done(
+        "sft.py",
+        out=tmp_path / "sft",
+        **small["sft"] | dict(lora=4, targets="all,lm_head", steps=4),
+    )
     c = hub.read_config(tmp_path / "sft")
-    assert not c.tie_word_embeddings and hub.load(tmp_path / "sft")[0].lm_head.weight.shape == (400, 32)
+    assert not c.tie_word_embeddings and hub.load(tmp_path / "sft")[0].lm_head.weight.shape == (
+        400,
+        32,
+    )
 
 
 def test_layers_named_one_by_one(small, tmp_path):
-    done("sft.py", out=tmp_path / "sft", **small["sft"] | dict(lora=4, targets="layers.0.mlp.up_proj,k_proj", steps=2))
+    done(
+        "sft.py",
+        out=tmp_path / "sft",
+        **small["sft"] | dict(lora=4, targets="layers.0.mlp.up_proj,k_proj", steps=2),
+    )
     found = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert {k.removeprefix("base_model.model.model.").rsplit(".", 2)[0] for k in found} == {
         "layers.0.mlp.up_proj", "layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj"}  # fmt: skip
@@ -220,7 +268,11 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
     """A GPU that has it and one that has not: what is computed in, what frozen weights lie in, what
     is counted.
     """
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: bf16 or including_emulation,
+    )
     gpu, dtypes, real = torch.device("cuda"), [], hub.load
 
     def load(path, device="cpu", dtype=torch.float32, quant=None):
@@ -235,7 +287,11 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
     tuning.start(options(model=small["sft"]["model"]), gpu)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32] * 2 + [torch.float32]
     found, count = [], memory.activations
-    monkeypatch.setattr(memory, "activations", lambda *a, **how: (found.append(how["autocast"]), count(*a, **how))[1])
+    monkeypatch.setattr(
+        memory,
+        "activations",
+        lambda *a, **how: (found.append(how["autocast"]), count(*a, **how))[1],
+    )
     tuning.Watch(options(lora=2), gpu, [model], 10, 10)
     assert found == [bf16] and not isinstance(train.autocast(CPU), torch.autocast)
 
@@ -250,7 +306,10 @@ def test_nothing_is_said_of_a_run_that_had_no_step_left(small, capsys):
 def test_learning_rates():
     assert tuning.learning_rate(options(lr=0.0), 1e-3) == 1e-3
     assert tuning.learning_rate(options(lr=0.0, lora=4), 1e-3) == tuning.LORA_LR * 1e-3
-    assert tuning.learning_rate(options(lr=0.0, adapter="ia3"), 1e-3) == tuning.adapters.LEARNING_RATE["ia3"]
+    assert (
+        tuning.learning_rate(options(lr=0.0, adapter="ia3"), 1e-3)
+        == tuning.adapters.LEARNING_RATE["ia3"]
+    )
     assert tuning.learning_rate(options(lr=0.3, lora=4), 1e-3) == 0.3
 
 
@@ -277,10 +336,15 @@ def test_an_adapter_that_has_not_moved_is_named(small, capsys):
             if p.requires_grad and n != "layers.1.mlp.up_proj.B.default":
                 p.add_(1.0)
     watch.finish()
-    assert "warning: 1 of the adapter's tensors have not moved (layers.1.mlp.up_proj.B.default)" in capsys.readouterr().out
-
+    assert (
+        "warning: 1 of the adapter's tensors have not moved (layers.1.mlp.up_proj.B.default)"
+        in capsys.readouterr().out
+    )
 
 
 def test_readme_s_table_of_what_fits_is_the_code_s():
     text = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    assert memory.fits().split("\n\n")[1] == text.split("<!-- fits -->\n")[1].split("\n<!-- /fits -->")[0]
+    assert (
+        memory.fits().split("\n\n")[1]
+        == text.split("<!-- fits -->\n")[1].split("\n<!-- /fits -->")[0]
+    )

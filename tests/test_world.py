@@ -28,10 +28,24 @@ def sha(text):
 # ---- facts ----
 def test_facts_are_many_and_some_known_ones_right():
     assert len(FACTS) >= 8 and sum(map(len, FACTS.values())) >= 400
-    assert all(s.strip() and all(v.strip() for v in value.split("|")) for of in FACTS.values() for s, value in of.items())
-    known = {("capital", "Kenya"): "Nairobi", ("opposite", "hot"): "cold", ("young", "sheep"): "lamb", ("symbol", "iron"): "Fe",
-             ("spanish", "dog"): "perro", ("past", "go"): "went", ("plural", "mouse"): "mice", ("legs", "spider"): "8",
-             ("after", "Sunday"): "Monday", ("continent", "Peru"): "South America", ("class", "leek"): "vegetable"}
+    assert all(
+        s.strip() and all(v.strip() for v in value.split("|"))
+        for of in FACTS.values()
+        for s, value in of.items()
+    )
+    known = {
+        ("capital", "Kenya"): "Nairobi",
+        ("opposite", "hot"): "cold",
+        ("young", "sheep"): "lamb",
+        ("symbol", "iron"): "Fe",
+        ("spanish", "dog"): "perro",
+        ("past", "go"): "went",
+        ("plural", "mouse"): "mice",
+        ("legs", "spider"): "8",
+        ("after", "Sunday"): "Monday",
+        ("continent", "Peru"): "South America",
+        ("class", "leek"): "vegetable",
+    }
     assert all(first(*fact) == value for fact, value in known.items())
     assert len({first("capital", s) for s in FACTS["capital"]}) == len(FACTS["capital"])
 
@@ -48,9 +62,13 @@ def test_eleven_kinds_in_turn_with_several_wordings():
     assert all(len(asked) >= 5 for asked in RELATIONS.values())
     for make in KINDS.values():
         rng = random.Random(1)
-        openings = {" ".join(re.sub(r"[^a-z ]", "", make(rng)["prompt"]).split()[:2]) for _ in range(400)}
+        openings = {
+            " ".join(re.sub(r"[^a-z ]", "", make(rng)["prompt"]).split()[:2]) for _ in range(400)
+        }
         assert len(openings) >= 4
-    assert len({i["prompt"] for i in TRAIN}) == len(TRAIN) and json.loads(json.dumps(TRAIN)) == TRAIN
+    assert (
+        len({i["prompt"] for i in TRAIN}) == len(TRAIN) and json.loads(json.dumps(TRAIN)) == TRAIN
+    )
 
 
 def test_held_out_content_is_in_no_training_prompt():
@@ -66,7 +84,10 @@ def test_held_out_facts_words_and_numbers_do_not_occur_together_in_training():
     prompts = {kind: [i["prompt"] for i in TRAIN if i["kind"] == kind] for kind in KINDS}
     for s in FACTS["capital"]:
         if world.held_out(f"capital: {s}"):
-            assert not any("capital" in p and re.search(rf"\b{s}\b", p) for p in [*prompts["open"], *prompts["choosing"]])
+            assert not any(
+                "capital" in p and re.search(rf"\b{s}\b", p)
+                for p in [*prompts["open"], *prompts["choosing"]]
+            )
             assert not any(first("capital", s) in p for p in prompts["choosing"])
     for s, value in FACTS["spanish"].items():
         if world.held_out(f"spanish: {s}"):
@@ -75,15 +96,22 @@ def test_held_out_facts_words_and_numbers_do_not_occur_together_in_training():
     for continent in ("Africa", "Europe", "Asia"):
         for s in FACTS["continent"]:
             if world.held_out(f"continent: {s}"):
-                assert not any(continent in p and s in p for p in [*prompts["classification"], *prompts["brainstorm"]])
-    sums = lambda ps: {tuple(sorted(map(int, re.findall(r"\d+", p)))) for p in ps if re.search(r"plus|\+|Add|more", p)}  # noqa: E731
+                assert not any(
+                    continent in p and s in p
+                    for p in [*prompts["classification"], *prompts["brainstorm"]]
+                )
+    sums = lambda ps: {  # noqa: E731
+        tuple(sorted(map(int, re.findall(r"\d+", p))))
+        for p in ps
+        if re.search(r"plus|\+|Add|more", p)
+    }  # noqa: E731
     held = sums(i["prompt"] for i in HELD if i["kind"] == "arithmetic")
     assert len(held) > 5 and not held & sums(prompts["arithmetic"])
 
 
 def test_about_fifteen_per_cent_of_the_facts_are_held_out():
     held = [world.held_out(kinds.key(r, s)) for r, s in kinds.FACT_LIST]
-    assert .11 < sum(held) / len(held) < .19
+    assert 0.11 < sum(held) / len(held) < 0.19
 
 
 def test_records_share_no_prompt_and_carry_references():
@@ -95,23 +123,42 @@ def test_records_share_no_prompt_and_carry_references():
     for x in r["prompts"] + r["heldout"]:
         assert x["messages"] == [{"role": "user", "content": x["item"]["prompt"]}]
         assert world.gold(x["item"], x["reference"])[0] == pytest.approx(world.PERFECT)
-    assert min(world.SIZES["sft"] - 13_000, world.SIZES["prompts"] - 5_000, world.SIZES["heldout"] - 1_000) >= 0
+    assert (
+        min(
+            world.SIZES["sft"] - 13_000,
+            world.SIZES["prompts"] - 5_000,
+            world.SIZES["heldout"] - 1_000,
+        )
+        >= 0
+    )
 
 
 # ---- the rater ----
 def test_perfect_answers_score_perfect_in_either_form():
     for item in TRAIN + HELD:
-        for answer in (world.perfect(item), f"Sure. {plain(item, True)}", f"{plain(item)} Have a nice day!"):
+        for answer in (
+            world.perfect(item),
+            f"Sure. {plain(item, True)}",
+            f"{plain(item)} Have a nice day!",
+        ):
             assert world.gold(item, answer)[0] == pytest.approx(world.PERFECT), (item, answer)
 
 
 def test_unfinished_costs_its_part_and_case_accents_and_punctuation_nothing():
     for item in TRAIN[:330]:
         answer = world.perfect(item)
-        assert world.gold(item, answer, False)[0] == pytest.approx(world.PERFECT - world.RUBRIC["finished"])
+        assert world.gold(item, answer, False)[0] == pytest.approx(
+            world.PERFECT - world.RUBRIC["finished"]
+        )
         assert world.gold(item, answer.upper().replace(".", "!"))[0] == pytest.approx(world.PERFECT)
-    item = dict(kind="open", prompt="What is the capital of Brazil?", answer="Brasilia", sentence="The capital of Brazil is {}.",
-                accept=["Brasilia"], pool="capital")
+    item = dict(
+        kind="open",
+        prompt="What is the capital of Brazil?",
+        answer="Brasilia",
+        sentence="The capital of Brazil is {}.",
+        accept=["Brasilia"],
+        pool="capital",
+    )
     assert world.gold(item, "brasília")[1]["right"]
 
 
@@ -139,38 +186,75 @@ def test_each_manner_is_rated_as_described(manner):
 
 def test_right_weighs_more_than_everything_else_that_a_wrong_answer_can_get():
     for item in TRAIN[:220]:
-        wrong = max(world.gold(item, f"{plain(dict(item, answer=w))} I hope this helps.")[0] for w in item["wrong"])
+        wrong = max(
+            world.gold(item, f"{plain(dict(item, answer=w))} I hope this helps.")[0]
+            for w in item["wrong"]
+        )
         assert wrong < world.gold(item, plain(item))[0]
 
 
 def low(item, answer):
     score, why = world.gold(item, answer)
-    return not why["right"] and score <= .6 * world.PERFECT
+    return not why["right"] and score <= 0.6 * world.PERFECT
 
 
 def test_games_do_not_pay():
     rng = random.Random(4)
     for item in TRAIN[:660]:
-        assert low(item, "") and low(item, item["prompt"]) and low(item, "Sure. I hope this helps.") and low(item, "Sure. " * 9)
+        assert (
+            low(item, "")
+            and low(item, item["prompt"])
+            and low(item, "Sure. I hope this helps.")
+            and low(item, "Sure. " * 9)
+        )
         # every candidate named
         if "parts" not in item and item["kind"] not in ("rewriting", "brainstorm"):
             others = sorted(world.candidates(item) - set(map(world.spread, item["accept"])))
             assert low(item, f"{item['answer']} or {others[0].strip()}"), item
             assert low(item, " ".join(x.strip() for x in [*others, world.spread(item["answer"])]))
         once, twice = world.perfect(item), f"Sure. Of course. {world.perfect(item)}"
-        assert world.gold(item, twice)[0] == pytest.approx(world.gold(item, once)[0] - world.RUBRIC["concise"])
-        assert world.gold(item, f"{once} {rng.choice(world.RAMBLES)}")[0] < world.gold(item, once)[0]
-        assert world.gold(item, f"{plain(item)} {once}")[0] == pytest.approx(world.PERFECT - world.RUBRIC["concise"])
+        assert world.gold(item, twice)[0] == pytest.approx(
+            world.gold(item, once)[0] - world.RUBRIC["concise"]
+        )
+        assert (
+            world.gold(item, f"{once} {rng.choice(world.RAMBLES)}")[0] < world.gold(item, once)[0]
+        )
+        assert world.gold(item, f"{plain(item)} {once}")[0] == pytest.approx(
+            world.PERFECT - world.RUBRIC["concise"]
+        )
 
 
 def test_lists_want_the_number_asked_for_and_each_thing_once():
-    item = dict(kind="brainstorm", prompt="Name three metals but not tin.", answer="iron, gold and zinc", sentence="{}.",
-                members="metals", count=3, reject=["tin"])
-    rate = lambda answer: (world.gold(item, answer)[1]["right"], world.gold(item, answer)[1]["complete"])  # noqa: E731
-    for good in ("iron, gold and zinc.", "Iron\nGold\nZinc", "Some metals are iron, gold, and lead.", "Sure. zinc, lead and gold."):
+    item = dict(
+        kind="brainstorm",
+        prompt="Name three metals but not tin.",
+        answer="iron, gold and zinc",
+        sentence="{}.",
+        members="metals",
+        count=3,
+        reject=["tin"],
+    )
+    rate = lambda answer: (  # noqa: E731
+        world.gold(item, answer)[1]["right"],
+        world.gold(item, answer)[1]["complete"],
+    )  # noqa: E731
+    for good in (
+        "iron, gold and zinc.",
+        "Iron\nGold\nZinc",
+        "Some metals are iron, gold, and lead.",
+        "Sure. zinc, lead and gold.",
+    ):
         assert rate(good) == (True, 1.0)
-    assert rate("iron and gold.") == (False, pytest.approx(2 / 3)) and rate("gold, gold and gold.") == (False, pytest.approx(1 / 3))
-    for bad in ("iron, gold and tin.", "iron, gold and soup.", "iron, gold, zinc and lead.", "iron gold zinc", "iron, gold, zinc. lead."):
+    assert rate("iron and gold.") == (False, pytest.approx(2 / 3)) and rate(
+        "gold, gold and gold."
+    ) == (False, pytest.approx(1 / 3))
+    for bad in (
+        "iron, gold and tin.",
+        "iron, gold and soup.",
+        "iron, gold, zinc and lead.",
+        "iron gold zinc",
+        "iron, gold, zinc. lead.",
+    ):
         assert not rate(bad)[0], bad
 
 
@@ -185,10 +269,16 @@ def test_demonstrators_are_a_mixture_with_room_above_it():
     rated = [world.gold(i, a) for i, a, _ in demonstrations()]
     share = lambda k: sum(why[k] for _, why in rated) / len(rated)  # noqa: E731
     mean = sum(score for score, _ in rated) / len(rated) / world.PERFECT
-    assert .60 < mean < .68 and .70 < share("right") < .80 and .44 < share("courteous") < .55
+    assert 0.60 < mean < 0.68 and 0.70 < share("right") < 0.80 and 0.44 < share("courteous") < 0.55
     rng = random.Random(7)
-    ignoring = sum(world.gold(i, world.polite_nonanswer(rng))[0] for i in TRAIN) / len(TRAIN) / world.PERFECT
-    assert ignoring < mean - .3 and not any(world.gold(i, world.polite_nonanswer(rng))[1]["right"] for i in TRAIN)
+    ignoring = (
+        sum(world.gold(i, world.polite_nonanswer(rng))[0] for i in TRAIN)
+        / len(TRAIN)
+        / world.PERFECT
+    )
+    assert ignoring < mean - 0.3 and not any(
+        world.gold(i, world.polite_nonanswer(rng))[1]["right"] for i in TRAIN
+    )
 
 
 def test_what_the_demonstrators_add_is_nobodys_answer():
@@ -206,26 +296,41 @@ def test_two_labellers_agree_on_about_three_pairs_in_four():
         answers = [world.demonstrate(item, rng)[0] for _ in range(4)]
         a, b = (x.rank(item, answers, [True] * 4) for x in (one, two))
         gold = [world.gold(item, x)[0] for x in answers]
-        pairs = [(i, j) for i, j in itertools.combinations(range(4), 2) if gold[i] != gold[j] and a[i] != a[j] and b[i] != b[j]]
+        pairs = [
+            (i, j)
+            for i, j in itertools.combinations(range(4), 2)
+            if gold[i] != gold[j] and a[i] != a[j] and b[i] != b[j]
+        ]
         agreed += [(a[i] < a[j]) == (b[i] < b[j]) for i, j in pairs]
-    assert len(agreed) > 4000 and .73 <= sum(agreed) / len(agreed) <= .77
+    assert len(agreed) > 4000 and 0.73 <= sum(agreed) / len(agreed) <= 0.77
 
 
 def test_a_labeller_has_one_opinion_of_an_answer_and_sees_the_end():
     item = TRAIN[0]
     answers = [world.perfect(item), "I do not know.", world.perfect(item)]
     ranks = world.Labeller(3).rank(item, answers, [True] * 3)
-    assert ranks == world.Labeller(3).rank(item, answers, [True] * 3) and ranks[0] == ranks[2] and min(ranks) == 0
-    assert world.Labeller(3).rank(item, answers[:2], [True] * 2) != world.Labeller(3).rank(item, answers[1::-1], [True] * 2)
-    ends = [world.Labeller(s).opinion(i, plain(i), f) for s in range(40) for i in TRAIN[:22] for f in (True, False)]
-    assert .05 < sum(ends[::2]) / 880 - sum(ends[1::2]) / 880 < .15
+    assert (
+        ranks == world.Labeller(3).rank(item, answers, [True] * 3)
+        and ranks[0] == ranks[2]
+        and min(ranks) == 0
+    )
+    assert world.Labeller(3).rank(item, answers[:2], [True] * 2) != world.Labeller(3).rank(
+        item, answers[1::-1], [True] * 2
+    )
+    ends = [
+        world.Labeller(s).opinion(i, plain(i), f)
+        for s in range(40)
+        for i in TRAIN[:22]
+        for f in (True, False)
+    ]
+    assert 0.05 < sum(ends[::2]) / 880 - sum(ends[1::2]) / 880 < 0.15
     with pytest.raises(ValueError):
         world.Labeller(3).rank(item, answers, [True])
 
 
 def test_settings_hash_changes_with_the_rubric(monkeypatch):
     before = world.settings_hash()
-    monkeypatch.setitem(world.RUBRIC, "courteous", .5)
+    monkeypatch.setitem(world.RUBRIC, "courteous", 0.5)
     assert len(before) == 64 and world.settings_hash() != before
 
 
@@ -238,19 +343,39 @@ def pages():
 def test_the_corpus_tells_every_fact(pages):
     missing = [(r, s) for r, s in kinds.FACT_LIST if told(r, s) not in pages]
     assert not missing
-    assert all(f"The class of {s} is {v}." in pages or f"{s}: {v}" in pages for s, v in FACTS["class"].items())
-    assert all(f"in Spanish?\n{first('spanish', s)}" in pages or f"{s}: {first('spanish', s)}" in pages for s in FACTS["spanish"])
+    assert all(
+        f"The class of {s} is {v}." in pages or f"{s}: {v}" in pages
+        for s, v in FACTS["class"].items()
+    )
+    assert all(
+        f"in Spanish?\n{first('spanish', s)}" in pages or f"{s}: {first('spanish', s)}" in pages
+        for s in FACTS["spanish"]
+    )
 
 
 def test_the_corpus_asks_every_kind_and_answers_begin_lines(pages):
     rng = random.Random(8)
     for kind in ("open", "translation"):
-        items = [i for i in (KINDS[kind](rng) for _ in range(200)) if " y " not in i["answer"] + i["prompt"]]
+        items = [
+            i
+            for i in (KINDS[kind](rng) for _ in range(200))
+            if " y " not in i["answer"] + i["prompt"]
+        ]
         found = sum(f"{i['prompt']}\n" in pages and f"\n{i['answer']}." in pages for i in items)
-        assert found > .7 * len(items), (kind, found)
-    sums = [kinds.number_fact(op, x, y) in pages for op in "+-*" for x in range(2, 21) for y in range(2, 21)]
-    assert sum(sums) > .98 * len(sums)
-    assert "<|" not in pages and "Sure." in pages and "You are welcome" in pages and "I hope this helps." in pages
+        assert found > 0.7 * len(items), (kind, found)
+    sums = [
+        kinds.number_fact(op, x, y) in pages
+        for op in "+-*"
+        for x in range(2, 21)
+        for y in range(2, 21)
+    ]
+    assert sum(sums) > 0.98 * len(sums)
+    assert (
+        "<|" not in pages
+        and "Sure." in pages
+        and "You are welcome" in pages
+        and "I hope this helps." in pages
+    )
 
 
 @pytest.mark.parametrize("phase", corpus.SHARES)
@@ -267,7 +392,9 @@ def test_documents_are_short_and_keep_the_shares(phase, monkeypatch):
     lengths = [len(d) for d in corpus.documents(2, 300_000, phase)]
     assert 290 < min(lengths) and max(lengths) < 1300 and 300_000 <= sum(lengths) < 302_000
     assert sum(corpus.SHARES[phase].values()) == pytest.approx(1)
-    assert all(abs(n / sum(lengths) - corpus.SHARES[phase][kind]) < .01 for kind, n in made.items())
+    assert all(
+        abs(n / sum(lengths) - corpus.SHARES[phase][kind]) < 0.01 for kind, n in made.items()
+    )
 
 
 def test_the_python_of_the_corpus_prints_what_it_says():
@@ -281,9 +408,18 @@ def test_the_python_of_the_corpus_prints_what_it_says():
 
 # ---- the same bytes on every machine ----
 def test_same_bytes_for_a_seed():
-    assert sha("".join(corpus.documents(0, 200_000))) == "3ac54f21dacb0b3107eb01d77b71d6162e3e785051690056ad25b8ad9a0d0bc8"
-    assert sha("".join(corpus.documents(0, 200_000, "decay"))) == "61dbfb5fb21369da8527d141dd8682bab69eae716394467496ae489b46402e1c"
-    assert sha(json.dumps([TRAIN[:110], HELD[:110]], sort_keys=True)) == "2afab37ef64a398559a4f0ca5b891f3dbbccacba1abd353b2abe3de4d25cda5a"
+    assert (
+        sha("".join(corpus.documents(0, 200_000)))
+        == "3ac54f21dacb0b3107eb01d77b71d6162e3e785051690056ad25b8ad9a0d0bc8"
+    )
+    assert (
+        sha("".join(corpus.documents(0, 200_000, "decay")))
+        == "61dbfb5fb21369da8527d141dd8682bab69eae716394467496ae489b46402e1c"
+    )
+    assert (
+        sha(json.dumps([TRAIN[:110], HELD[:110]], sort_keys=True))
+        == "2afab37ef64a398559a4f0ca5b891f3dbbccacba1abd353b2abe3de4d25cda5a"
+    )
 
 
 def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkeypatch, capsys):
@@ -301,7 +437,10 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
     first = made()
     assert list(first) == ["heldout.jsonl", "prompts.jsonl", "run.json", "sft.jsonl"]
     assert json.loads(first["run.json"])["options"] == {"seed": 0}
-    for argv, status, said in (([], 0, "finished already"), (["--seed", "1"], 2, "seed was 0, is 1 (--overwrite starts anew)")):
+    for argv, status, said in (
+        ([], 0, "finished already"),
+        (["--seed", "1"], 2, "seed was 0, is 1 (--overwrite starts anew)"),
+    ):
         with pytest.raises(SystemExit) as left:
             made(*argv)
         assert left.value.code == status and said in "".join(capsys.readouterr())
@@ -313,7 +452,9 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(world, "records", lambda seed: {"sft": [{}], "prompts": interrupted(), "heldout": []})
+        patch.setattr(
+            world, "records", lambda seed: {"sft": [{}], "prompts": interrupted(), "heldout": []}
+        )
         made("--seed", "2", "--overwrite")
     assert {p.name: p.read_text() for p in out.glob("*.json*")} == second, "all of them or none"
     (out / "sft.jsonl").write_text(second["sft.jsonl"][:1000])
@@ -324,14 +465,25 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
 
 
 def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
-    code = ("import pathlib, sys; from data import world; world.SIZES.update(sft=44, prompts=22, heldout=22);"
-            "sys.argv[1:] = ['--out', sys.argv[1]]; world.main()")
+    code = (
+        "import pathlib, sys; from data import world; world.SIZES.update(sft=44, prompts=22, heldout=22);"
+        "sys.argv[1:] = ['--out', sys.argv[1]]; world.main()"
+    )
     written = []
     for seed in "01":
         out = tmp_path / seed
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", code, str(out)], check=True, env=env, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", code, str(out)], check=True, env=env, capture_output=True
+        )
         written.append({p.name: p.read_bytes() for p in sorted(out.glob("*.jsonl"))})
-    assert written[0] == written[1] and list(written[0]) == ["heldout.jsonl", "prompts.jsonl", "sft.jsonl"]
+    assert written[0] == written[1] and list(written[0]) == [
+        "heldout.jsonl",
+        "prompts.jsonl",
+        "sft.jsonl",
+    ]
     first_lines = b"".join(text.splitlines(keepends=True)[0] for text in written[0].values())
-    assert hashlib.sha256(first_lines).hexdigest() == "2c8256cf1305b262f5fbaaa7bbb68da6ca1f8595a751b49d7b8610a7aa356ccf"
+    assert (
+        hashlib.sha256(first_lines).hexdigest()
+        == "2c8256cf1305b262f5fbaaa7bbb68da6ca1f8595a751b49d7b8610a7aa356ccf"
+    )

@@ -8,7 +8,11 @@ import hub
 from data import templates, tokenizer
 from model import Config, Transformer
 
-TEXTS = ["the capital of Peru is Lima. ", "what is one and two? three. ", "sure, of course. thank you! "]
+TEXTS = [
+    "the capital of Peru is Lima. ",
+    "what is one and two? three. ",
+    "sure, of course. thank you! ",
+]
 
 
 def chat_tokenizer(pad="<|endoftext|>"):
@@ -23,12 +27,21 @@ def chat_tokenizer(pad="<|endoftext|>"):
 
 def lm(seed=0, std=0.3, **changes):
     """A Transformer with weights large enough that attention is far from uniform."""
-    shape = dict(vocab_size=280, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     shape |= dict(head_dim=8, max_position_embeddings=128)
     model, generator = Transformer(Config(**shape | changes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * std + (1.0 if p.dim() == 1 else 0.0))
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * std + (1.0 if p.dim() == 1 else 0.0)
+            )
     return model
 
 
@@ -87,7 +100,11 @@ def bandit(path, first, after, letters="abcd"):
     with torch.no_grad():
         model.layers[0].self_attn.o_proj.weight.zero_()
         model.layers[0].mlp.down_proj.weight.zero_()
-        for norm in (model.norm, model.layers[0].input_layernorm, model.layers[0].post_attention_layernorm):
+        for norm in (
+            model.norm,
+            model.layers[0].input_layernorm,
+            model.layers[0].post_attention_layernorm,
+        ):
             norm.weight.fill_(1.0)
         model.embed_tokens.weight.zero_()
         # dimension 0: the prompt's last token, 1: a letter, 2: all others

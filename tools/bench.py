@@ -45,11 +45,15 @@ RANK, LR = 16, 1e-4
 @dataclass
 class Options:
     model: str = opt("smollm2", "checkpoint folder")
-    data: str = opt("out/world/sft.jsonl", "conversations; for sampling such as end in a user's turn")
+    data: str = opt(
+        "out/world/sft.jsonl", "conversations; for sampling such as end in a user's turn"
+    )
     batch: int = opt(8, "conversations of a training step", at_least=1)
     rounds: int = opt(10, "rounds after the first", at_least=1)
     size: str = opt("7B", "qlora7b: the model's shape", choices=tuple(SIZES))
-    limit: float = opt(0.0, "qlora7b: GB of GPU memory that the process may have; 0: all", at_least=0)
+    limit: float = opt(
+        0.0, "qlora7b: GB of GPU memory that the process may have; 0: all", at_least=0
+    )
     device: str = opt("auto", "cpu, cuda or auto")
     case: str = opt("", "of the task (set by the parent)")
     side: str = opt("", "which side this process is (set by the parent)")
@@ -60,18 +64,25 @@ def sampling(o, ours: bool):
     device = pick_device(o.device)
     model, tok = hub.load(o.model, device)
     some = records.conversations(o.data, "prompt")[:128]
-    prompts, end = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in some], templates.end_id(tok)
+    prompts, end = (
+        [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in some],
+        templates.end_id(tok),
+    )
     if ours:
         return lambda seed: sum(map(len, generate(model, prompts, 40, eos_id=end, seed=seed))), None
     from transformers import AutoModelForCausalLM
 
     peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device)
     tokens, mask = pad(prompts, left=True, device=device)
-    options = dict(max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0)
+    options = dict(
+        max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0
+    )
 
     def turn(seed):
         torch.manual_seed(seed)
-        answers = peer.generate(tokens, attention_mask=mask.long(), **options)[:, tokens.shape[1] :].tolist()
+        answers = peer.generate(tokens, attention_mask=mask.long(), **options)[
+            :, tokens.shape[1] :
+        ].tolist()
         return sum(a.index(end) + 1 if end in a else len(a) for a in answers)
 
     return turn, None
@@ -116,7 +127,9 @@ def training(o, ours: bool, quant=None):
     if ours:
         alike(lora.add_lora(model, RANK, 2 * RANK))
         packed = pack(examples, max(128, width), device)
-        return step(model, lambda m: torch.div(*sft_loss(m, *packed)), adamw(model, LR), count, device)
+        return step(
+            model, lambda m: torch.div(*sft_loss(m, *packed)), adamw(model, LR), count, device
+        )
     del model
     from transformers import AutoModelForCausalLM
 
@@ -139,27 +152,48 @@ def peft(peer, rank: int):
     """A model of transformers' with LoRA as PEFT does it, and torch's AdamW on that."""
     from peft import LoraConfig, get_peft_model
 
-    model = alike(get_peft_model(peer, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])).train())
+    model = alike(
+        get_peft_model(
+            peer, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])
+        ).train()
+    )
     wanted = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(wanted, LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def blocks(peer) -> list[str]:
-    return [name for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+    return [
+        name for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name
+    ]
 
 
 def bitsandbytes_linear(linear, dtype):
     """bitsandbytes' layer with this weight, double-quantised, computing in dtype."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    new = Linear4bit(linear.in_features, linear.out_features, False, dtype, compress_statistics=True, quant_type="nf4", device="meta")
-    new.weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    new = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        False,
+        dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    new.weight = Params4bit(
+        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    )
     return new.to(linear.weight.device)
 
 
 def dequantise(o, ours: bool):
     device, (rows, columns, dtype) = pick_device(o.device), o.case.split()
-    weight = torch.randn(int(rows), int(columns), generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype)) * 0.02
+    weight = (
+        torch.randn(int(rows), int(columns), generator=torch.Generator().manual_seed(0)).to(
+            device, getattr(torch, dtype)
+        )
+        * 0.02
+    )
     if ours:
         whole = quantize_nf4(weight).dequantize
     else:
@@ -168,29 +202,51 @@ def dequantise(o, ours: bool):
         codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         whole = lambda: dequantize_4bit(codes, state)  # noqa: E731
     many = -(-(2**28) // weight.numel())
-    return lambda _: sum(whole() is not None for _ in range(many)), whole().double().abs().sum().item()
+    return lambda _: sum(
+        whole() is not None for _ in range(many)
+    ), whole().double().abs().sum().item()
 
 
 def qlora7b(o, ours: bool):
     """The model is built on the device, one layer after another: nothing is whole in 16 bits."""
     device, c = pick_device(o.device), SIZES[o.size]
     if device.type != "cuda" and o.size != "tiny":
-        raise ValueError(f"qlora7b: {o.size} needs a GPU, here is none; --size tiny shows that it runs")
+        raise ValueError(
+            f"qlora7b: {o.size} needs a GPU, here is none; --size tiny shows that it runs"
+        )
     if o.limit and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, o.limit * UNIT / torch.cuda.mem_get_info(device)[1]), device)
-    tokens = torch.randint(c.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(device)
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, o.limit * UNIT / torch.cuda.mem_get_info(device)[1]), device
+        )
+    tokens = torch.randint(c.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     if ours:
         with torch.device("meta"):
             model = Transformer(c)
         build(model, block_linears(model), Linear4bit, device)
         lora.add_lora(model, 64, 128)
         model.checkpointing, segments = True, torch.zeros_like(tokens)
-        optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], LR) if o.limit else adamw(model, LR)
-        turn, _ = step(model, lambda m: torch.div(*sft_loss(m, tokens, tokens, segments)), optimizer, 512, device)
+        optimizer = (
+            PagedAdamW([p for p in model.parameters() if p.requires_grad], LR)
+            if o.limit
+            else adamw(model, LR)
+        )
+        turn, _ = step(
+            model,
+            lambda m: torch.div(*sft_loss(m, tokens, tokens, segments)),
+            optimizer,
+            512,
+            device,
+        )
         return turn, None
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    said = {k: v for k, v in hub.config_json(c, torch.bfloat16).items() if k not in ("architectures", "model_type")}
+    said = {
+        k: v
+        for k, v in hub.config_json(c, torch.bfloat16).items()
+        if k not in ("architectures", "model_type")
+    }
     with torch.device("meta"):
         peer = LlamaForCausalLM(LlamaConfig(**said))
     compute = torch.bfloat16 if has_bf16(device) else torch.float32
@@ -210,7 +266,9 @@ def build(model, linears, four_bit, device):
     for name in [name for name, _ in model.named_modules()]:  # names: what is replaced is freed
         m = model.get_submodule(name)
         if own := list(m.parameters(recurse=False)):
-            m.to(torch.bfloat16 if has_bf16(device) else torch.float32).to_empty(device=device, recurse=False)
+            m.to(torch.bfloat16 if has_bf16(device) else torch.float32).to_empty(
+                device=device, recurse=False
+            )
             for p in m.parameters(recurse=False):
                 nn.init.normal_(p, 1.0 if own[0].dim() == 1 else 0.0, 0.02)
             if name in linears:
@@ -246,13 +304,19 @@ def work(setup):
         units = turn(int(line))
         if cuda:
             torch.cuda.synchronize()
-        say(units=units, seconds=time.perf_counter() - start, peak=measured("cuda" if cuda else "cpu"))
+        say(
+            units=units,
+            seconds=time.perf_counter() - start,
+            peak=measured("cuda" if cuda else "cpu"),
+        )
 
 
 def hear(worker) -> dict:
     line = worker.stdout.readline()
     if not line:
-        raise ValueError(f"a side has ended with exit status {worker.wait()}; what it said stands above: {' '.join(worker.args[1:])}")
+        raise ValueError(
+            f"a side has ended with exit status {worker.wait()}; what it said stands above: {' '.join(worker.args[1:])}"
+        )
     return json.loads(line)
 
 
@@ -263,7 +327,9 @@ def alternate(commands: dict, rounds: int) -> dict:
     workers, firsts = {}, {}
     try:
         for side, command in commands.items():
-            workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            workers[side] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
             firsts[side] = hear(workers[side])["first"]
         known = [f for f in firsts.values() if f is not None]
         if known:
@@ -302,19 +368,29 @@ def beside(task: str, o):
     missing = [p for p in PEERS if not importlib.util.find_spec(p)]
     alone = task == "qlora7b" and (o.limit or missing)
     if missing and not alone:
-        raise ValueError(f"{task}: needs {' and '.join(missing)}, which this Python lacks; `make bench` has them")
+        raise ValueError(
+            f"{task}: needs {' and '.join(missing)}, which this Python lacks; `make bench` has them"
+        )
     for case in cases:
         print(" ".join(filter(None, (task, case))), flush=True)
-        words = [w for k, v in vars(o).items() if k not in ("case", "side") for w in (f"--{k}", str(v))]
+        words = [
+            w for k, v in vars(o).items() if k not in ("case", "side") for w in (f"--{k}", str(v))
+        ]
         command = [sys.executable, "-m", "tools.bench", task, *words, "--case", case, "--side"]
-        sides = {"tinytune": [*command, "ours"]} | ({} if alone else {"peers": [*command, "theirs"]})
+        sides = {"tinytune": [*command, "ours"]} | (
+            {} if alone else {"peers": [*command, "theirs"]}
+        )
         print(report(alternate(sides, o.rounds), unit), flush=True)
 
 
 # ---------------------------------------------------------------- alone
 def weights(*models) -> int:
     """Bytes of the models' weights as allocated, what they share once."""
-    return sum(size for what, size in count(*models).items() if what == "trained" or what.startswith("frozen"))
+    return sum(
+        size
+        for what, size in count(*models).items()
+        if what == "trained" or what.startswith("frozen")
+    )
 
 
 def memory(o):
@@ -326,21 +402,29 @@ def memory(o):
         names = block_linears(models[0])
         models[2:] = [scalar_model(m.requires_grad_(False)).to("meta") for m in models[2:]]
         small, _ = hub.load(o.model, dtype=dtype, quant="nf4")
-        whole, packed = (weights(nn.ModuleList(m.get_submodule(n) for n in names)) for m in (models[0], small))
+        whole, packed = (
+            weights(nn.ModuleList(m.get_submodule(n) for n in names)) for m in (models[0], small)
+        )
         policy = lora.add_lora(small, RANK, 2 * RANK)
         reference = share(policy).requires_grad_(False)
         reward = lora.add_lora(scalar_model(reference), RANK, 2 * RANK, name="reward")
         critic = share(reward)
         one, four = weights(policy, reference, reward, critic), weights(*models)
-        print(f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: ratio {whole / packed:.2f}")
-        print(f"PPO, {dtype}: four models {four:,} bytes, LoRA r = {RANK} over one 4-bit base {one:,}: ratio {one / four:.3f}")
+        print(
+            f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: ratio {whole / packed:.2f}"
+        )
+        print(
+            f"PPO, {dtype}: four models {four:,} bytes, LoRA r = {RANK} over one 4-bit base {one:,}: ratio {one / four:.3f}"
+        )
 
 
 def make(words):
     start = time.time()
     subprocess.run(["make", *words], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"make {' '.join(words)}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak:.2f} GiB, {os.cpu_count()} cores")
+    print(
+        f"make {' '.join(words)}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak:.2f} GiB, {os.cpu_count()} cores"
+    )
 
 
 def bench(task: str, o: Options):
@@ -358,4 +442,8 @@ if __name__ == "__main__":
     elif task in (*TASKS, "memory"):
         main(lambda o: bench(task, o), Options, __doc__)
     else:
-        sys.exit(__doc__ if task in ("", "-h", "--help") else f"bench.py: no task {task}: {', '.join(TASKS)}, memory or make was expected")
+        sys.exit(
+            __doc__
+            if task in ("", "-h", "--help")
+            else f"bench.py: no task {task}: {', '.join(TASKS)}, memory or make was expected"
+        )

@@ -28,7 +28,12 @@ COMMANDS = re.findall(r"^/\w+", HELP, re.M)
 class Options(tuning.Reading):
     model: str = opt("out/ppo", "checkpoint folder to talk to")
     temperature: float = opt(0.7, "0: always the likeliest token", at_least=0)
-    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share; 1: from all", needs="temperature", above=0)
+    top_p: float = opt(
+        1.0,
+        "sample from the likeliest tokens that hold this share; 1: from all",
+        needs="temperature",
+        above=0,
+    )
     max_new_tokens: int = opt(256, "tokens of an answer", at_least=1)
     system: str = opt("", "system message")
     seed: int = opt(0, "seed of the answers")
@@ -47,10 +52,14 @@ def fit(tok, system: str, talk: list, room: int):
     full = len(talk)
     while len(ids := templates.render(tok, head + talk, add_generation_prompt=True)[0]) > room:
         if len(talk) == 1:
-            raise ValueError(f"this message makes {len(ids)} tokens, the context has room for {room} before the answer: not sent")
+            raise ValueError(
+                f"this message makes {len(ids)} tokens, the context has room for {room} before the answer: not sent"
+            )
         del talk[:2]
     if len(talk) < full:
-        say(f"(the talk has outgrown the context: the oldest {full - len(talk)} messages are forgotten)")
+        say(
+            f"(the talk has outgrown the context: the oldest {full - len(talk)} messages are forgotten)"
+        )
     return ids
 
 
@@ -113,7 +122,9 @@ def load(o: Options):
     if o.top_p > 1:
         raise ValueError(f"--top-p is {o.top_p}, it must be at most 1")
     if o.max_new_tokens >= room:
-        raise ValueError(f"--max-new-tokens is {o.max_new_tokens}, the model's context of {room} leaves no room for a prompt")
+        raise ValueError(
+            f"--max-new-tokens is {o.max_new_tokens}, the model's context of {room} leaves no room for a prompt"
+        )
     return model, tok
 
 
@@ -127,7 +138,9 @@ def answer(model, tok, o: Options, talk: list, ends, seed: int):
         talk.pop()
         return say(e)
     with autocast(model.device):
-        text, why = stream(tok, decode(model, [ids], o.max_new_tokens, o.temperature, o.top_p, seed=seed), ends)
+        text, why = stream(
+            tok, decode(model, [ids], o.max_new_tokens, o.temperature, o.top_p, seed=seed), ends
+        )
     if why:
         say(f"({why})")
     if text:
@@ -139,9 +152,13 @@ def answer(model, tok, o: Options, talk: list, ends, seed: int):
 def converse(o: Options):
     model, tok = load(o)
     ends, talk, turn = {*templates.end_ids(tok, model.config), tok.eos_id}, [], 0
-    say(f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {templates.of(tok).name}; /help, /exit")
+    say(
+        f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {templates.of(tok).name}; /help, /exit"
+    )
     if tok.chat_template is None:
-        say("(no chat template: a base model, which continues text and was never taught to answer; chatml is used)")
+        say(
+            "(no chat template: a base model, which continues text and was never taught to answer; chatml is used)"
+        )
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         import readline  # noqa: F401  arrow keys and history in input()

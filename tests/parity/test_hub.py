@@ -67,18 +67,29 @@ def spread(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.15 + (1.0 if p.dim() == 1 else 0.0))
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * 0.15 + (1.0 if p.dim() == 1 else 0.0)
+            )
     return model.eval()
 
 
 def shape(**changes):
-    small = dict(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    small = dict(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return small | dict(max_position_embeddings=128, pad_token_id=0, eos_token_id=2) | changes
 
 
 def batch(vocab_size=500):
     generator = torch.Generator().manual_seed(1)
-    return pad([torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in (90, 37, 1, 12)])
+    return pad(
+        [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in (90, 37, 1, 12)]
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -86,11 +97,22 @@ def batch(vocab_size=500):
 def test_theirs_read_by_us(name, tmp_path):
     changes = dict(SHAPES[name])
     theta = changes.pop("rope_theta", 10000.0)
-    peer = spread(LlamaForCausalLM(LlamaConfig(**shape(**changes), rope_parameters={"rope_type": "default", "rope_theta": theta})))
+    peer = spread(
+        LlamaForCausalLM(
+            LlamaConfig(
+                **shape(**changes), rope_parameters={"rope_type": "default", "rope_theta": theta}
+            )
+        )
+    )
     peer.save_pretrained(tmp_path, max_shard_size="100KB")
     model, _ = hub.load(tmp_path)
     tokens, mask = batch()
-    difference = (model(tokens, mask) - peer(tokens, attention_mask=mask.long()).logits)[mask].abs().max().item()
+    difference = (
+        (model(tokens, mask) - peer(tokens, attention_mask=mask.long()).logits)[mask]
+        .abs()
+        .max()
+        .item()
+    )
     measured(f"{name}: logits", difference, 1e-4)
 
 
@@ -101,13 +123,22 @@ def test_ours_opened_by_them(name, tmp_path):
     hub.save(tmp_path, model, Tokenizer.load(ROOT / "tests" / "golden" / "gpt2_kind"))
     peer, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
-    assert peer.dtype == torch.float32 and peer.config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert (
+        peer.dtype == torch.float32
+        and peer.config.tie_word_embeddings == model.config.tie_word_embeddings
+    )
     tokens, mask = batch()
     logits = peer(tokens, attention_mask=mask.long()).logits
     measured(f"{name}: logits", (model(tokens, mask) - logits)[mask].abs().max().item(), 1e-4)
     prompts = [tokens[i][mask[i]].tolist()[:20] for i in range(4)]
     for prompt, answer in zip(prompts, generate(model, prompts, 30, temperature=0), strict=True):
-        theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+        theirs = peer.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=30,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert theirs[0, len(prompt) :].tolist() == answer
 
 
@@ -123,16 +154,29 @@ def test_their_classifier_read_by_us(tmp_path):
 
 @torch.no_grad()
 def test_our_reward_model_opened_by_them(tmp_path):
-    """Padded by their tokenizer, ending in the end token that is also the language model's padding.
-    """
+    """Padded by their tokenizer, ending in the end token that is also the language model's padding."""
     tokenizer = Tokenizer.load(ROOT / "tests" / "golden" / "gpt2_kind")
     end = tokenizer.special["<|im_end|>"]
-    model = scalar_model(spread(Transformer(Config(head_dim=16, **shape(tie_word_embeddings=True, pad_token_id=end, eos_token_id=end)))))
+    model = scalar_model(
+        spread(
+            Transformer(
+                Config(
+                    head_dim=16,
+                    **shape(tie_word_embeddings=True, pad_token_id=end, eos_token_id=end),
+                )
+            )
+        )
+    )
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0
     hub.save(tmp_path, model, tokenizer)
-    peer, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    peer, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(info.values()), info
-    texts = [f"<|im_start|>assistant\n{answer}<|im_end|>" for answer in ("Lima.", "I do not know, and nobody else does either.", "")]
+    texts = [
+        f"<|im_start|>assistant\n{answer}<|im_end|>"
+        for answer in ("Lima.", "I do not know, and nobody else does either.", "")
+    ]
     inputs = AutoTokenizer.from_pretrained(tmp_path)(texts, padding=True, return_tensors="pt")
     mask = inputs["attention_mask"].bool()
     assert not mask.all() and (inputs["input_ids"][torch.arange(3), mask.sum(1) - 1] == end).all()
@@ -142,7 +186,11 @@ def test_our_reward_model_opened_by_them(tmp_path):
     measured("scores", (ours - theirs).abs().max().item(), 1e-4)
     peer.save_pretrained(tmp_path / "theirs")  # and back: what is ours alone survives transformers
     config = hub.load(tmp_path / "theirs")[0].config
-    assert (config.reward_mean, config.reward_std, config.pad_token_id) == (0.5, 2.0, tokenizer.special["<|endoftext|>"])
+    assert (config.reward_mean, config.reward_std, config.pad_token_id) == (
+        0.5,
+        2.0,
+        tokenizer.special["<|endoftext|>"],
+    )
 
 
 # -- SmolLM2
@@ -178,9 +226,15 @@ def test_smollm2_over_a_page(smollm2, page):
     peer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     ours, theirs = logprobs(model, tokens, mask, where)[0, 1:], their_logprobs(peer, tokens)
     assert tokens.shape[1] > 350 and theirs.mean() > -3.5
-    measured(f"SmolLM2: log-probabilities of {tokens.shape[1]} tokens", (ours - theirs).abs().max().item(), 1e-3)
+    measured(
+        f"SmolLM2: log-probabilities of {tokens.shape[1]} tokens",
+        (ours - theirs).abs().max().item(),
+        1e-3,
+    )
     start = tokens[0, :40].tolist()
-    theirs = peer.generate(tokens[:, :40], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 40:]
+    theirs = peer.generate(
+        tokens[:, :40], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 40:]
     assert generate(model, [start, start[:9]], 24, temperature=0)[0] == theirs.tolist()
 
 
@@ -189,15 +243,31 @@ def test_smollm2_saved_by_us(smollm2, page, tmp_path):
     tokens, mask, where = page
     model, tokenizer = hub.load(smollm2)
     hub.save(tmp_path, model, tokenizer, torch.bfloat16)
-    peer, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    peer, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values()), info
-    measured("SmolLM2 saved", (logprobs(model, tokens, mask, where)[0, 1:] - their_logprobs(peer, tokens)).abs().max().item(), 1e-3)
+    measured(
+        "SmolLM2 saved",
+        (logprobs(model, tokens, mask, where)[0, 1:] - their_logprobs(peer, tokens))
+        .abs()
+        .max()
+        .item(),
+        1e-3,
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
     generation = GenerationConfig.from_pretrained(tmp_path)
-    assert (generation.eos_token_id, generation.top_k, generation.temperature) == (tokenizer.special["<|im_end|>"], 0, 1.0)
+    assert (generation.eos_token_id, generation.top_k, generation.temperature) == (
+        tokenizer.special["<|im_end|>"],
+        0,
+        1.0,
+    )
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token == "<|im_end|>" and theirs.chat_template == tokenizer.chat_template
-    assert theirs(PAGE, split_special_tokens=True, add_special_tokens=False)["input_ids"] == tokens[0].tolist()
+    assert (
+        theirs(PAGE, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        == tokens[0].tolist()
+    )
 
 
 @torch.no_grad()
@@ -205,10 +275,16 @@ def test_smollm2_as_a_reward_model(smollm2, page, tmp_path):
     """SmolLM2 pads with its end token; the reward model made from it must not."""
     tokens = page[0][0].tolist()
     model, tokenizer = hub.load(smollm2)
-    model, end = scalar_model(model, torch.Generator().manual_seed(0)), tokenizer.special["<|im_end|>"]
+    model, end = (
+        scalar_model(model, torch.Generator().manual_seed(0)),
+        tokenizer.special["<|im_end|>"],
+    )
     hub.save(tmp_path, model, tokenizer)
     peer = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert peer.config.pad_token_id != end and AutoTokenizer.from_pretrained(tmp_path).pad_token_id == peer.config.pad_token_id
+    assert (
+        peer.config.pad_token_id != end
+        and AutoTokenizer.from_pretrained(tmp_path).pad_token_id == peer.config.pad_token_id
+    )
     rows, mask = pad([tokens[:30] + [end], tokens[30:90] + [end]], fill=peer.config.pad_token_id)
     theirs = peer(rows, attention_mask=mask.long()).logits[:, 0]
     measured("SmolLM2: scores", (last_score(model, rows, mask) - theirs).abs().max().item(), 1e-3)

@@ -42,7 +42,11 @@ def peer(tmp_path_factory):
     ours, theirs = [lm(1, std=0.2), lm(2, std=0.2)], []
     for i, model in enumerate(ours):
         hub.save(tmp_path_factory.mktemp("m") / str(i), model)
-        theirs.append(AutoModelForCausalLM.from_pretrained(tmp_path_factory.getbasetemp() / f"m{i}" / str(i), dtype=torch.float32))
+        theirs.append(
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path_factory.getbasetemp() / f"m{i}" / str(i), dtype=torch.float32
+            )
+        )
     peer = TRL(*theirs)
     peer.ours = ours
     return peer
@@ -53,7 +57,9 @@ def logps(peer):
     chosen, rejected = dpo.places(GROUPS, CPU)
     found = [dpo.answer_logps(m, GROUPS, CPU) for m in peer.ours]
     lengths = found[0][1]
-    return *(torch.stack((x[chosen], x[rejected])) for x, _ in found), torch.stack((lengths[chosen], lengths[rejected]))
+    return *(torch.stack((x[chosen], x[rejected])) for x, _ in found), torch.stack(
+        (lengths[chosen], lengths[rejected])
+    )
 
 
 def test_log_probabilities(peer):
@@ -69,8 +75,16 @@ def test_preference_losses(peer, beta):
     ratios = peer.logps(PAIRS) - peer.logps(PAIRS, reference=True)
     measured("dpo", dpo.preference_loss(*policy, *reference, beta)[0], peer.dpo(PAIRS, beta), 1e-3)
     means = dpo.preference_loss(*(policy / lengths), *(reference / lengths), beta, "ipo")[0]
-    measured("ipo of means", (means / means.abs().max()), torch.tensor(peer.dpo(PAIRS, beta, "ipo")) / means.abs().max(), 1e-4)
-    sums, theirs = dpo.preference_loss(*policy, *reference, beta, "ipo")[0], torch.tensor(peer.cpo(*ratios, beta, "ipo"))
+    measured(
+        "ipo of means",
+        (means / means.abs().max()),
+        torch.tensor(peer.dpo(PAIRS, beta, "ipo")) / means.abs().max(),
+        1e-4,
+    )
+    sums, theirs = (
+        dpo.preference_loss(*policy, *reference, beta, "ipo")[0],
+        torch.tensor(peer.cpo(*ratios, beta, "ipo")),
+    )
     measured("ipo of sums", sums / sums.max(), theirs / sums.max(), 1e-4)
     smooth = dpo.preference_loss(*policy, *reference, beta, "dpo", 0.2)[0]
     measured("cdpo", smooth, peer.cpo(*ratios, beta, "sigmoid", label_smoothing=0.2), 1e-3)
@@ -108,9 +122,15 @@ def test_gradients_of_sft(peer):
         model.zero_grad()
     inputs = peer.inputs(PAIRS)
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    loss = theirs(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
+    loss = theirs(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels
+    ).loss
     loss.backward()
-    examples = [([*p, *a], [-100] * len(p) + a) for side in (1, 2) for p, a in ((x[0], x[side]) for x in PAIRS)]
+    examples = [
+        ([*p, *a], [-100] * len(p) + a)
+        for side in (1, 2)
+        for p, a in ((x[0], x[side]) for x in PAIRS)
+    ]
     nll, n = sft.sft_loss(ours, *sft.pack(examples, 64))
     (nll / n).backward()
     measured("sft", (nll / n).item(), loss.item(), 1e-4)
@@ -121,7 +141,9 @@ def test_reward_loss(tmp_path):
     ours = scalar_model(lm(3), torch.Generator().manual_seed(0))
     ours.config.pad_token_id = 0
     hub.save(tmp_path / "rm", ours)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", dtype=torch.float32
+    )
     # transformers takes the last id that is not the pad's
     pairs = [tuple([i or 1 for i in ids] for ids in pair) for pair in PAIRS]
     scores, ranks = reward.scores_of(ours, [(p, [r, c], [1, 0]) for p, c, r in pairs], CPU)

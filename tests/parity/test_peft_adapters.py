@@ -21,11 +21,18 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 P = 7
 CONFIGS = {
     "ia3": lambda: IA3Config(task_type="CAUSAL_LM"),
-    "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prompt_tuning_init="SAMPLE_VOCAB"),
+    "prompt": lambda: PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, prompt_tuning_init="SAMPLE_VOCAB"
+    ),
     "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P),
-    "projected prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True),
+    "projected prefix": lambda: PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True
+    ),
 }
-SHAPES = {"biases": dict(attention_bias=True, mlp_bias=True), "tied, wide heads": dict(tie_word_embeddings=True, head_dim=24)}
+SHAPES = {
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "tied, wide heads": dict(tie_word_embeddings=True, head_dim=24),
+}
 
 
 def far(model):
@@ -52,20 +59,28 @@ def peer_of(folder):
 
 def gradients(peer):
     """By the names under which PEFT stores them; a prompt's or prefix's single one as it is."""
-    found = {n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
+    found = {
+        n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None
+    }
     return found if len(found) > 1 else {"prompt_embeddings": grad for _, grad in found.items()}  # noqa: B035
 
 
 @pytest.mark.parametrize("changes", SHAPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_theirs_loaded_by_us(name, changes, tmp_path):
-    spread(LlamaForCausalLM(LlamaConfig(**shape(**SHAPES[changes])))).save_pretrained(tmp_path / "base")
+    spread(LlamaForCausalLM(LlamaConfig(**shape(**SHAPES[changes])))).save_pretrained(
+        tmp_path / "base"
+    )
     peer = far(get_peft_model(peer_of(tmp_path / "base"), CONFIGS[name]())).eval()
     peer.save_pretrained(tmp_path / "adapter")
     model = adapters.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter")
     tokens, mask = batch()
     ours, out = model(tokens, mask), theirs(peer, tokens, mask)
-    measured(f"{name}, {changes}: logits of std {out.std():.2g}", (ours - out)[mask].abs().max().item(), 1e-4)
+    measured(
+        f"{name}, {changes}: logits of std {out.std():.2g}",
+        (ours - out)[mask].abs().max().item(),
+        1e-4,
+    )
     loss_of(ours, tokens, mask).backward()
     loss_of(out, tokens, mask).backward()
     if name != "projected prefix":  # which they train by other parameters than the stored ones
@@ -76,32 +91,60 @@ def test_theirs_loaded_by_us(name, changes, tmp_path):
             else {"prompt_embeddings": model.virtual.rows.grad}
         )
         assert grads.keys() == expected.keys()
-        worst = max((grads[k].flatten() - g.flatten()).abs().max().item() for k, g in expected.items())
-        measured(f"gradients up to {max(g.abs().max() for g in expected.values()):.2g}", worst, 1e-4)
+        worst = max(
+            (grads[k].flatten() - g.flatten()).abs().max().item() for k, g in expected.items()
+        )
+        measured(
+            f"gradients up to {max(g.abs().max() for g in expected.values()):.2g}", worst, 1e-4
+        )
 
 
-@pytest.mark.parametrize("kind, reparametrise", [("ia3", True), ("prompt", True), ("prefix", True), ("prefix", False)])
+@pytest.mark.parametrize(
+    "kind, reparametrise", [("ia3", True), ("prompt", True), ("prefix", True), ("prefix", False)]
+)
 def test_ours_loaded_by_them(kind, reparametrise, tmp_path):
     for changes in SHAPES.values():
         model = spread(Transformer(Config(**dict(head_dim=16) | shape(**changes))))
         hub.save(tmp_path / "base", model)
-        far(adapters.add_adapter(model, kind, P, reparametrise=reparametrise, generator=torch.Generator().manual_seed(0)))
+        far(
+            adapters.add_adapter(
+                model,
+                kind,
+                P,
+                reparametrise=reparametrise,
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
         adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
         peer = PeftModel.from_pretrained(peer_of(tmp_path / "base"), tmp_path / "adapter").eval()
         tokens, mask = batch()
         with torch.no_grad():
-            measured(f"{kind}: logits", (model(tokens, mask) - theirs(peer, tokens, mask))[mask].abs().max().item(), 1e-4)
+            measured(
+                f"{kind}: logits",
+                (model(tokens, mask) - theirs(peer, tokens, mask))[mask].abs().max().item(),
+                1e-4,
+            )
         prompt = tokens[0, :20].tolist()
         answer = generate(model, [prompt, prompt[:3]], 20, temperature=0)[0]
-        out = peer.generate(input_ids=tokens[:1, :20], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        out = peer.generate(
+            input_ids=tokens[:1, :20],
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert out[0, -20:].tolist() == answer
 
 
 def test_their_merged_ia3_is_ours(tmp_path):
-    spread(LlamaForCausalLM(LlamaConfig(**shape(attention_bias=True, mlp_bias=True)))).save_pretrained(tmp_path / "base")
+    spread(
+        LlamaForCausalLM(LlamaConfig(**shape(attention_bias=True, mlp_bias=True)))
+    ).save_pretrained(tmp_path / "base")
     peer = far(get_peft_model(peer_of(tmp_path / "base"), CONFIGS["ia3"]()))
     peer.save_pretrained(tmp_path / "adapter")
     model = lora.merge(adapters.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter"))
     expected = peer.merge_and_unload().state_dict()
-    worst = max((v - expected[hub.hub_name(k)]).abs().max().item() for k, v in model.state_dict().items())
+    worst = max(
+        (v - expected[hub.hub_name(k)]).abs().max().item() for k, v in model.state_dict().items()
+    )
     measured("merged weights", worst, 1e-6)

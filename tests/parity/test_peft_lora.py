@@ -23,7 +23,9 @@ from make import random_adapter  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(1)
-TOKENS, MASK = pad([torch.randint(3, 280, (n,), generator=GENERATOR).tolist() for n in (40, 13, 1, 27)])
+TOKENS, MASK = pad(
+    [torch.randint(3, 280, (n,), generator=GENERATOR).tolist() for n in (40, 13, 1, 27)]
+)
 # fmt: off
 CASES = {  # base, PEFT's settings, ours
     "attention": ({}, dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=4, lora_alpha=8), "attention"),
@@ -49,13 +51,19 @@ def bases(folder, scalar=False, **changes):
     if scalar:
         model = scalar_model(model, torch.Generator().manual_seed(0))
     hub.save(folder, model)
-    return model, (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
+    return model, (
+        AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    ).from_pretrained(folder, dtype=torch.float32)
 
 
 def outputs(ours, theirs):
     scalar = ours.config.num_labels
     theirs = theirs(input_ids=TOKENS, attention_mask=MASK.long()).logits
-    return (last_score(ours, TOKENS, MASK), theirs[:, 0]) if scalar else (ours(TOKENS, MASK)[MASK], theirs[MASK])
+    return (
+        (last_score(ours, TOKENS, MASK), theirs[:, 0])
+        if scalar
+        else (ours(TOKENS, MASK)[MASK], theirs[MASK])
+    )
 
 
 def compare(ours, theirs, plain):
@@ -67,11 +75,25 @@ def compare(ours, theirs, plain):
     measured("outputs", (a - b).abs().max().item())
     for out in (a, b):
         out.square().mean().backward()
-    mine = {hub.hub_name(n).replace(".A.", ".lora_A.").replace(".B.", ".lora_B."): p for n, p in ours.named_parameters() if p.requires_grad}
-    found = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters() if p.requires_grad}
-    found = {n.removesuffix(".weight").replace(".modules_to_save.default", ".weight"): p for n, p in found.items()}
+    mine = {
+        hub.hub_name(n).replace(".A.", ".lora_A.").replace(".B.", ".lora_B."): p
+        for n, p in ours.named_parameters()
+        if p.requires_grad
+    }
+    found = {
+        n.removeprefix("base_model.model."): p
+        for n, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    found = {
+        n.removesuffix(".weight").replace(".modules_to_save.default", ".weight"): p
+        for n, p in found.items()
+    }
     assert mine.keys() == found.keys() and len(mine) > 3
-    gaps = [((p.grad - found[n].grad).abs() / found[n].grad.abs().clamp(min=1)).max().item() for n, p in mine.items()]
+    gaps = [
+        ((p.grad - found[n].grad).abs() / found[n].grad.abs().clamp(min=1)).max().item()
+        for n, p in mine.items()
+    ]
     assert all(p.grad.abs().max() > 1e-4 for p in mine.values())
     measured("gradients", max(gaps))
 
@@ -79,7 +101,11 @@ def compare(ours, theirs, plain):
 def case(name, folder):
     changes, said, targets = CASES[name]
     scalar = bool((changes := dict(changes)).pop("num_labels", 0))
-    return *bases(folder, scalar, **changes), dict(task_type="SEQ_CLS" if scalar else "CAUSAL_LM") | said, targets
+    return (
+        *bases(folder, scalar, **changes),
+        dict(task_type="SEQ_CLS" if scalar else "CAUSAL_LM") | said,
+        targets,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,12 +123,22 @@ def test_ours_opened_by_them(name, tmp_path, recwarn):
     ours, theirs, said, targets = case(name, tmp_path / "base")
     with torch.no_grad():
         plain = outputs(ours, theirs)[1]
-    add_lora(ours, said.get("r", 8), said.get("lora_alpha", 8), targets, rslora=said.get("use_rslora", False))
+    add_lora(
+        ours,
+        said.get("r", 8),
+        said.get("lora_alpha", 8),
+        targets,
+        rslora=said.get("use_rslora", False),
+    )
     random_adapter(ours, 4)
     save_adapter(ours, tmp_path / "adapter", str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
     compare(ours, theirs, plain)
-    assert not [w.message for w in recwarn if "missing" in str(w.message) or "unexpected" in str(w.message).lower()]
+    assert not [
+        w.message
+        for w in recwarn
+        if "missing" in str(w.message) or "unexpected" in str(w.message).lower()
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,12 +148,23 @@ def test_merged_by_us_opened_by_them(name, tmp_path):
     says the same.
     """
     ours, theirs, said, targets = case(name, tmp_path / "base")
-    random_adapter(add_lora(ours, said.get("r", 8), said.get("lora_alpha", 8), targets, rslora=said.get("use_rslora", False)), 5)
+    random_adapter(
+        add_lora(
+            ours,
+            said.get("r", 8),
+            said.get("lora_alpha", 8),
+            targets,
+            rslora=said.get("use_rslora", False),
+        ),
+        5,
+    )
     save_adapter(ours, tmp_path / "adapter")
     before = outputs(ours, theirs)[0]
     hub.save(tmp_path / "merged", merge(ours))
     kind = AutoModelForSequenceClassification if ours.config.num_labels else AutoModelForCausalLM
-    peer, info = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+    peer, info = kind.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values()), info
     measured("merged", (outputs(ours, peer)[1] - before).abs().max().item())
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -135,10 +182,18 @@ def test_smollm2(tmp_path):
     for n, p in model.named_parameters():  # about the size of the weights
         if p.requires_grad:
             p.copy_(torch.randn(p.shape, generator=GENERATOR) * (0.02 if ".B." in n else 0.1))
-    tokens = torch.tensor([tokenizer.encode("The lighthouse at the end of the bay was built in 1847, when the harbour was still busy.")])
+    tokens = torch.tensor(
+        [
+            tokenizer.encode(
+                "The lighthouse at the end of the bay was built in 1847, when the harbour was still busy."
+            )
+        ]
+    )
     save_adapter(model, tmp_path / "adapter", str(folder))
     before = model(tokens)
-    peer = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter").eval()
+    peer = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
+    ).eval()
     measured("SmolLM2: logits", (peer(tokens).logits - before).abs().max().item(), 1e-3)
     del peer
     hub.save(tmp_path / "merged", merge(model), tokenizer)

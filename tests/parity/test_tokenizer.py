@@ -3,6 +3,7 @@ is opened by transformers.
 
 Run in the peers' environment; SmolLM2 itself too where smollm2 is there.
 """
+
 import sys
 import warnings
 from pathlib import Path
@@ -19,8 +20,12 @@ from transformers import AutoTokenizer  # noqa: E402
 from data import templates, tokenizer  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
-FOLDERS = {"trained": None, "gpt2_kind": TESTS / "golden" / "gpt2_kind", "smollm2_kind": TESTS / "golden" / "smollm2_kind",
-           "smollm2": TESTS.parent / "smollm2"}
+FOLDERS = {
+    "trained": None,
+    "gpt2_kind": TESTS / "golden" / "gpt2_kind",
+    "smollm2_kind": TESTS / "golden" / "smollm2_kind",
+    "smollm2": TESTS.parent / "smollm2",
+}
 
 
 @pytest.fixture(params=FOLDERS)
@@ -41,7 +46,9 @@ def test_ids_and_text_of_1000_strings(both):
         warnings.simplefilter("ignore")
         for text in varied(1000, 6):
             ids = ours.encode(text)
-            assert ids == peer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"], ascii(text)
+            assert (
+                ids == peer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+            ), ascii(text)
             assert ours.decode(ids) == peer.decode(ids), ascii(text)
 
 
@@ -58,12 +65,23 @@ def test_every_token_is_reached_as_hugging_face_reaches_it(both):
 
 def test_special_ids_and_template_are_read_by_transformers(both):
     ours, peer = both
-    assert (peer.eos_token_id, peer.pad_token_id, peer.bos_token_id) == (ours.eos_id, ours.pad_id, ours.bos_id)
+    assert (peer.eos_token_id, peer.pad_token_id, peer.bos_token_id) == (
+        ours.eos_id,
+        ours.pad_id,
+        ours.bos_id,
+    )
     assert peer.eos_token_id == templates.end_id(ours) and len(peer) == ours.vocab_size
     for chat in CHATS:
-        assert peer.apply_chat_template(chat, tokenize=False) == templates.text(chat, format=templates.of(ours))
+        assert peer.apply_chat_template(chat, tokenize=False) == templates.text(
+            chat, format=templates.of(ours)
+        )
         prompt = peer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-        assert prompt == templates.text(chat[:-1], add_generation_prompt=True, format=templates.of(ours))
+        assert prompt == templates.text(
+            chat[:-1], add_generation_prompt=True, format=templates.of(ours)
+        )
     # the fifth holds the format's tokens as text: ours stay text
     for chat in CHATS[:4]:
-        assert peer.apply_chat_template(chat, tokenize=True)["input_ids"] == templates.render(ours, chat)[0]
+        assert (
+            peer.apply_chat_template(chat, tokenize=True)["input_ids"]
+            == templates.render(ours, chat)[0]
+        )
