@@ -141,7 +141,8 @@ def add_adapter(
         raise ValueError(f"{kind!r} is no kind of adapter: {', '.join(PEFT_TYPE)} are")
     if kind != "ia3" and not 0 < tokens < model.context:
         raise ValueError(
-            f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to {model.context - 1}"
+            f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to"
+            f" {model.context - 1}"
         )
     if text is not None and kind == "ia3":
         raise ValueError("a text starts a prompt or a prefix: give no text")
@@ -313,8 +314,14 @@ def load_adapter(model, path, trainable=True):
 
 # What a config may say without changing what is computed here (a stored prefix is the keys and
 # values, however they were made).
-SAID = "peft_type base_model_name_or_path revision peft_version auto_mapping inference_mode init_ia3_weights num_virtual_tokens"
-SAID += " init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
+SAID = (
+    "peft_type base_model_name_or_path revision peft_version auto_mapping inference_mode"
+    " init_ia3_weights num_virtual_tokens"
+)
+SAID += (
+    " init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path"
+    " tokenizer_kwargs"
+)
 SAID += " prefix_projection encoder_hidden_size"
 
 
@@ -325,13 +332,15 @@ def read_config(path: Path, model) -> tuple[str, int]:
     where = path / "adapter_config.json"
     if not where.is_file():
         raise FileNotFoundError(
-            f"{where} is missing: a PEFT folder (adapter_config.json, adapter_model.safetensors) was expected"
+            f"{where} is missing: a PEFT folder (adapter_config.json, adapter_model.safetensors)"
+            " was expected"
         )
     said = read_json(where)
     kind = next((k for k, v in PEFT_TYPE.items() if v == said.get("peft_type")), None)
     if kind is None:
         raise ValueError(
-            f"{where}: peft_type is {said.get('peft_type')!r}, one of {', '.join(PEFT_TYPE.values())} was expected"
+            f"{where}: peft_type is {said.get('peft_type')!r}, one of"
+            f" {', '.join(PEFT_TYPE.values())} was expected"
         )
     ia3 = {"target_modules": sorted(SCALED), "feedforward_modules": sorted(FEEDFORWARD)}
     known = {"task_type": task_type(model)} | (
@@ -343,13 +352,15 @@ def read_config(path: Path, model) -> tuple[str, int]:
             None,
         ):
             raise ValueError(
-                f"{where}: {key} is {value!r}, {known[key]!r} was expected of an adapter for this model"
+                f"{where}: {key} is {value!r}, {known[key]!r} was expected of an adapter for this"
+                " model"
             )
         if value and key not in known and key not in SAID.split():
             raise ValueError(f"{where} asks for {key} = {value!r}, which tinytune does not know")
     tokens = said.get("num_virtual_tokens")
     if kind != "ia3" and (type(tokens) is not int or not 0 < tokens < model.context):
         raise ValueError(
-            f"{where}: num_virtual_tokens is {tokens!r}, a number from 1 to {model.context - 1} was expected"
+            f"{where}: num_virtual_tokens is {tokens!r}, a number from 1 to {model.context - 1} was"
+            " expected"
         )
     return kind, tokens

@@ -65,7 +65,8 @@ def prepare(o: Options, tok, room: int):
     found = records.conversations(o.data, "prompt")
     if o.labeller == "world" and not all(map(world.knows, found)):
         raise ValueError(
-            f"{o.data}: --labeller world knows the embedded world's prompts only (with their `item`); give FILE.py:function"
+            f"{o.data}: --labeller world knows the embedded world's prompts only (with their"
+            " `item`); give FILE.py:function"
         )
     chosen = records.batch(found, 0, min(o.prompts, len(found)), o.seed)
     asked = [
@@ -77,7 +78,8 @@ def prepare(o: Options, tok, room: int):
     records.report(o.data, len(kept), dropped, "prompts", 0)
     if taken := sorted({k for r in chosen for k in r.keys() & set(OWN)}):
         print(
-            f"{o.data}: its fields {', '.join(taken)} are left out: a ranking's own have these names",
+            f"{o.data}: its fields {', '.join(taken)} are left out: a ranking's own have these"
+            " names",
             file=sys.stderr,
         )
     return kept

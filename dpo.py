@@ -231,7 +231,8 @@ def dpo(o: Options):
                 and (losses - math.log(2)).abs().max() > 1e-3
             ):
                 raise ValueError(
-                    f"the first loss is {losses.mean():.4f}, not ln 2: policy and reference differ before training"
+                    f"the first loss is {losses.mean():.4f}, not ln 2: policy and reference differ"
+                    " before training"
                 )
             nll = -(logps / lengths)[chosen]
             ((losses + o.nll * nll).sum() / pairs).backward()

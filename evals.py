@@ -326,9 +326,9 @@ def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
     found = [
         x
         for i in range(0, len(ids), size)
-        for x in logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device))
-        .sum(1)
-        .tolist()
+        for x in (
+            logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
+        )
     ]
     return finite(found, "log-probabilities")
 
@@ -411,7 +411,8 @@ def evaluate_world(o, held, device):
         reward, own = read(o, "reward", reward_place(o), device)
         if own is None or own.hash != tok.hash:
             raise ValueError(
-                f"{reward_place(o)}: its vocabulary is not that of {places['sft']}; train it on the same model"
+                f"{reward_place(o)}: its vocabulary is not that of {places['sft']}; train it on the"
+                " same model"
             )
         results["reward"] = reward_figures(reward, tok, held[:400], fresh, o)
         show("reward", results["reward"])

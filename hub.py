@@ -68,14 +68,16 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
     config = read_config(path)
     if quant not in (None, "nf4"):
         raise ValueError(
-            f'quant = {json.dumps(quant)} is unknown: "nf4" was expected, or nothing for {dtype} weights'
+            f'quant = {json.dumps(quant)} is unknown: "nf4" was expected, or nothing for {dtype}'
+            " weights"
         )
     with torch.device("meta"):  # shapes only: the weights below are the first to take memory
         model = Transformer(config)
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}: they are not a pair"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding"
+            f" {config.vocab_size}: they are not a pair"
         )
     weights = read_weights(path, model, device, dtype, quant)
     quantize_model(
@@ -119,7 +121,8 @@ def expect_language_model(path, model, tokenizer):
         )
     if tokenizer is None:
         raise ValueError(
-            f"{path} has no tokenizer.json: get the checkpoint's own tokenizer.json and tokenizer_config.json"
+            f"{path} has no tokenizer.json: get the checkpoint's own tokenizer.json and"
+            " tokenizer_config.json"
         )
 
 
@@ -129,12 +132,14 @@ def save(path, model, tokenizer=None, dtype=None):
     """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
         raise ValueError(
-            f"{path}: the model has adapters: lora.merge() takes them into the weights, lora.save_adapter() writes them alone"
+            f"{path}: the model has adapters: lora.merge() takes them into the weights,"
+            " lora.save_adapter() writes them alone"
         )
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
     if any(isinstance(m, Linear4bit) for m in model.modules()):
         raise ValueError(
-            f"{path}: a model in 4 bits is not written; put its layers back into 16 or 32 bits first (Linear4bit.dequantize)"
+            f"{path}: a model in 4 bits is not written; put its layers back into 16 or 32 bits"
+            " first (Linear4bit.dequantize)"
         )
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
@@ -180,7 +185,8 @@ def read_config(path: Path) -> Config:
                 f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
             )
             raise ValueError(
-                f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know: {known}"
+                f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know:"
+                f" {known}"
             )
     if "quantization_config" in said:
         packed = (
@@ -192,13 +198,15 @@ def read_config(path: Path) -> Config:
             if packed.get(key) != value:
                 got = f"quantization_config.{key} = {json.dumps(packed.get(key))}"
                 raise ValueError(
-                    f"{where} asks for {got}, which tinytune does not know: only {json.dumps(value)} is"
+                    f"{where} asks for {got}, which tinytune does not know: only"
+                    f" {json.dumps(value)} is"
                 )
     theta = rope_theta(where, said)
     for key in SHAPE:
         if type(said.get(key)) is not int or said[key] < 1:
             raise ValueError(
-                f"{where}: {key} is {json.dumps(said.get(key))}, a number was expected; get the checkpoint's own config.json"
+                f"{where}: {key} is {json.dumps(said.get(key))}, a number was expected; get the"
+                " checkpoint's own config.json"
             )
     heads = said["num_attention_heads"]  # transformers' defaults, where ours are others or none:
     values = {
@@ -228,7 +236,8 @@ def rope_theta(where: Path, said: dict) -> float:
             }
             if value != plain.get(name):
                 raise ValueError(
-                    f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not know: only plain RoPE is"
+                    f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not"
+                    " know: only plain RoPE is"
                 )
             theta = value if name == "rope_theta" else theta
     return theta
@@ -248,13 +257,15 @@ def labels(where: Path, said: dict) -> int:
         return 0
     if kind != SCALAR:
         raise ValueError(
-            f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and {SCALAR} are"
+            f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and"
+            f" {SCALAR} are"
         )
     names = said.get("id2label")
     count = len(names) if isinstance(names, dict | list) else said.get("num_labels", 2)
     if count != 1:
         raise ValueError(
-            f"{where} asks for {count} labels (id2label): a reward model with one label was expected"
+            f"{where} asks for {count} labels (id2label): a reward model with one label was"
+            " expected"
         )
     return 1
 
@@ -269,7 +280,8 @@ def checked(where: Path, c: Config) -> Config:
             or (f.default is MISSING and value < 1)
         ):
             raise ValueError(
-                f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)} was expected"
+                f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)}"
+                " was expected"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}: {f.name} is {value}, a finite number was expected")
@@ -282,17 +294,20 @@ def checked(where: Path, c: Config) -> Config:
             )
     if c.num_hidden_layers > MOST_LAYERS:
         raise ValueError(
-            f"{where}: num_hidden_layers is {c.num_hidden_layers}, at most {MOST_LAYERS:,} was expected"
+            f"{where}: num_hidden_layers is {c.num_hidden_layers}, at most {MOST_LAYERS:,} was"
+            " expected"
         )
     ends = c.eos_token_id if isinstance(c.eos_token_id, list) else []
     if not all(type(i) is int for i in ends):
         raise ValueError(
-            f"{where}: eos_token_id is {json.dumps(ends)}, a number or a list of numbers was expected"
+            f"{where}: eos_token_id is {json.dumps(ends)}, a number or a list of numbers was"
+            " expected"
         )
     heads, kv = c.num_attention_heads, c.num_key_value_heads
     if heads % kv or c.head_dim % 2:
         raise ValueError(
-            f"{where}: {heads} heads must be a multiple of {kv} key/value heads, and head_dim = {c.head_dim} even"
+            f"{where}: {heads} heads must be a multiple of {kv} key/value heads, and head_dim ="
+            f" {c.head_dim} even"
         )
     return c
 
@@ -344,10 +359,11 @@ def token_ids(c: Config, tokenizer) -> dict:
         ids["pad_token_id"] = next((i for i in choice if i is not None and i not in inside), None)
         if ids["pad_token_id"] is None:
             raise ValueError(
-                "a reward model needs a padding token that is not the end token, and the tokenizer "
-                f"has no special token left ({', '.join(special) or 'it has none'}): add one, such "
-                'as <|pad|> with "special": true, to the added_tokens of tokenizer.json, with an id '
-                f"below vocab_size = {c.vocab_size} (a row more in the embedding where all are taken)"
+                "a reward model needs a padding token that is not the end token, and the tokenizer"
+                f" has no special token left ({', '.join(special) or 'it has none'}): add one, such"
+                ' as <|pad|> with "special": true, to the added_tokens of tokenizer.json, with'
+                f" an id below vocab_size = {c.vocab_size} (a row more in the embedding where all"
+                " are taken)"
             )
     return ids
 
@@ -383,11 +399,13 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                         continue
                     if tensor.shape != expected:
                         raise ValueError(
-                            f"{file}: {name} has the shape {tuple(tensor.shape)}, config.json asks for {expected}"
+                            f"{file}: {name} has the shape {tuple(tensor.shape)}, config.json asks"
+                            f" for {expected}"
                         )
                     if not tensor.is_floating_point():
                         raise ValueError(
-                            f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is read"
+                            f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in"
+                            " the blocks' layers is read"
                         )
                     if quant and key in linears:
                         try:
@@ -412,7 +430,8 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
             and not torch.equal(head, weights["embed_tokens.weight"])
         ):
             raise ValueError(
-                f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding; set it to false"
+                f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the"
+                " embedding; set it to false"
             )
         wanted.pop("lm_head.weight")
     missing = [name for name, (key, _) in wanted.items() if key not in weights]
@@ -420,7 +439,8 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
         if names:
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
             raise ValueError(
-                f"{path}: the checkpoint {what} {names[0]}{more}; config.json and weights are not a pair"
+                f"{path}: the checkpoint {what} {names[0]}{more}; config.json and weights are not a"
+                " pair"
             )
     return weights | ({"lm_head.weight": weights["embed_tokens.weight"]} if tied else {})
 
@@ -436,7 +456,8 @@ def weight_files(path: Path) -> list[Path]:
     if not index.is_file():
         there = f"pickled weights only ({pickled[0]})" if pickled else "no weights"
         raise FileNotFoundError(
-            f"{path} has {there}: model.safetensors was expected, as transformers' save_pretrained() writes it"
+            f"{path} has {there}: model.safetensors was expected, as transformers'"
+            " save_pretrained() writes it"
         )
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -452,9 +473,21 @@ def weight_files(path: Path) -> list[Path]:
 def no_checkpoint(path: Path) -> str:
     """Why a path without config.json is no checkpoint, and what to do."""
     if not path.is_dir():
-        return f"{path} is no folder: a checkpoint (config.json, model.safetensors, tokenizer.json) was expected"
+        return (
+            f"{path} is no folder: a checkpoint (config.json, model.safetensors, tokenizer.json)"
+            " was expected"
+        )
     if (path / "adapter_config.json").exists():
-        return f"{path} is an adapter without its model: give the merged checkpoint, the folder above it"
+        return (
+            f"{path} is an adapter without its model: give the merged checkpoint, the folder"
+            " above it"
+        )
     if (path / "state").exists():
-        return f"{path} has no config.json yet: its run has not finished; call the stage again and it goes on"
-    return f"{path} has no config.json: a checkpoint (config.json, model.safetensors, tokenizer.json) was expected"
+        return (
+            f"{path} has no config.json yet: its run has not finished; call the stage again and it"
+            " goes on"
+        )
+    return (
+        f"{path} has no config.json: a checkpoint (config.json, model.safetensors, tokenizer.json)"
+        " was expected"
+    )

@@ -85,7 +85,8 @@ def add_lora(
             known = [*GROUPS, *dict.fromkeys(n.rpartition(".")[2] for n in layers), *layers]
             near = difflib.get_close_matches(word, known, 1, 0)[0]
             raise ValueError(
-                f"add_lora: targets names {word!r}, which is no linear layer of this model (did you mean {near}?)"
+                f"add_lora: targets names {word!r}, which is no linear layer of this model (did you"
+                f" mean {near}?)"
             )
     chosen = {n: layer for n, layer in layers.items() if matches(n, words)}
     most = max((min(m.in_features, m.out_features) for m in chosen.values()), default=0)
@@ -199,7 +200,8 @@ def merge(model):
     """
     if adapters(model) and not any(m.active for m in model.modules() if isinstance(m, LoRALinear)):
         raise ValueError(
-            f"merge: no adapter is in use: call use(model, name) with one of {', '.join(adapters(model))} first"
+            "merge: no adapter is in use: call use(model, name) with one of"
+            f" {', '.join(adapters(model))} first"
         )
     c, training, seeded = model.config, model.training, torch.Generator().manual_seed(0)
     page = torch.randint(
@@ -214,13 +216,15 @@ def merge(model):
         if n == "lm_head" and c.tie_word_embeddings and new.weight is not model.embed_tokens.weight:
             c.tie_word_embeddings = False
             print(
-                "merged: the head has an adapter and the embedding has none: they are untied from here on"
+                "merged: the head has an adapter and the embedding has none: they are untied from"
+                " here on"
             )
     drift, what = (wide(model(page)) - before).abs(), "scores" if c.num_labels else "logits"
     for hook in hooks:
         hook.remove()
     print(
-        f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g}, {drift.mean():.2g} on average"
+        f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g},"
+        f" {drift.mean():.2g} on average"
     )
     return model.cpu().train(training)
 
@@ -357,7 +361,8 @@ def read_config(path: Path, model) -> tuple[dict, dict]:
     where = path / "adapter_config.json"
     if not where.is_file():
         raise FileNotFoundError(
-            f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT writes"
+            f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT"
+            " writes"
         )
     said = {
         "r": 8,
@@ -399,7 +404,8 @@ def read_config(path: Path, model) -> tuple[dict, dict]:
     lacking |= {"modules_to_save": heads} if heads else {}
     for k, v in lacking.items():
         raise ValueError(
-            f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model: plain LoRA is"
+            f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model:"
+            " plain LoRA is"
         )
     checked(where, said)
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -441,7 +447,8 @@ def read_tensors(file: Path, wanted: dict, model) -> dict:
     """
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing: an adapter's weights were expected there, as PEFT's save_pretrained() writes them"
+            f"{file} is missing: an adapter's weights were expected there, as PEFT's"
+            " save_pretrained() writes them"
         )
     try:
         with safe_open(file, "pt") as f:
@@ -469,6 +476,7 @@ def read_tensors(file: Path, wanted: dict, model) -> dict:
     for k, shape in wanted.items():
         if tuple(tensors[k].shape) != shape or not tensors[k].is_floating_point():
             raise ValueError(
-                f"{file}: {k} is {tuple(tensors[k].shape)} in {tensors[k].dtype}, floating point of {shape} was expected"
+                f"{file}: {k} is {tuple(tensors[k].shape)} in {tensors[k].dtype}, floating point of"
+                f" {shape} was expected"
             )
     return tensors

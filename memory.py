@@ -90,7 +90,8 @@ def named(targets) -> set:
     names = {name for word in words for name in TARGETS.get(word, [word])}
     if unknown := names - {*TARGETS["all"], "lm_head"}:
         raise ValueError(
-            f"targets names {min(unknown)!r}: {', '.join([*TARGETS, *TARGETS['all'], 'lm_head'])} were expected"
+            f"targets names {min(unknown)!r}: {', '.join([*TARGETS, *TARGETS['all'], 'lm_head'])}"
+            " were expected"
         )
     return names
 

@@ -301,9 +301,10 @@ def _packed(segments):
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
     positions = here - torch.where(first, here, 0).cummax(1).values
-    return positions, ((segments[:, :, None] == segments[:, None]) & (here <= here[:, None]))[
-        :, None
-    ]
+    return (
+        positions,
+        ((segments[:, :, None] == segments[:, None]) & (here <= here[:, None]))[:, None],
+    )
 
 
 def init_weights(model: Transformer, generator: torch.Generator):
@@ -491,7 +492,8 @@ def prompt_room(model, max_new_tokens: int) -> int:
     """How many tokens a prompt may have. ValueError where the answer alone fills the context."""
     if max_new_tokens >= model.context:
         raise ValueError(
-            f"--max-new-tokens {max_new_tokens}: the model's context is {model.context} tokens, prompt included; give fewer"
+            f"--max-new-tokens {max_new_tokens}: the model's context is {model.context} tokens,"
+            " prompt included; give fewer"
         )
     return model.context - max_new_tokens
 
@@ -511,7 +513,8 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         raise ValueError("generate: a prompt is empty; give at least one token")
     if longest > model.context:
         raise ValueError(
-            f"generate: prompt + answer = {longest} tokens exceed the model's context of {model.context}"
+            f"generate: prompt + answer = {longest} tokens exceed the model's context of"
+            f" {model.context}"
         )
     uniform = torch.rand(
         max_new_tokens, len(prompts), generator=torch.Generator().manual_seed(seed)
@@ -541,8 +544,9 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         finite, all_going = torch.stack((finite, going.all())).tolist()
         if not finite:
             raise ValueError(
-                f"generate: the logits of an answer's token {step + 1} are NaN or infinite: the model's"
-                " weights are damaged, or too large for their type; take another checkpoint"
+                f"generate: the logits of an answer's token {step + 1} are NaN or infinite: the"
+                " model's weights are damaged, or too large for their type; take another"
+                " checkpoint"
             )
         yield rows, ids
         if not all_going:

@@ -185,11 +185,13 @@ def load_reward(o, reference, tok, device):
     model, own = tuning.reward_model(o, spec, reference, device)
     if not model.config.num_labels:
         raise ValueError(
-            f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was expected"
+            f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was"
+            " expected"
         )
     if own is None or vocabulary(own) != vocabulary(tok):
         raise ValueError(
-            f"--reward {spec}: its vocabulary is not the policy's; train it on the same model (reward.py --model)"
+            f"--reward {spec}: its vocabulary is not the policy's; train it on the same model"
+            " (reward.py --model)"
         )
     c = model.config
     tuning.check_spread(f"--reward {spec}", c.reward_mean, c.reward_std)

@@ -43,7 +43,8 @@ class Options:
     device: str = opt("auto", "cpu, cuda or auto")
     fast: bool = opt(
         False,
-        "bf16 and torch.compile on a CPU as well: quicker where it has bf16 units, other last digits",
+        "bf16 and torch.compile on a CPU as well: quicker where it has bf16 units, other last"
+        " digits",
     )
     save_every: int = opt(200, "steps between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")

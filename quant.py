@@ -62,16 +62,20 @@ def to_codes(x, values, size: int):
     absmax = blocks.abs().amax(1)
     if not absmax.isfinite().all():
         raise ValueError(
-            "a weight to be quantised has values that are not finite (inf or nan); get the checkpoint again"
+            "a weight to be quantised has values that are not finite (inf or nan); get the"
+            " checkpoint again"
         )
     share = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     if rest:  # bitsandbytes divides in a last, shorter block: other roundings, other ties
         absmax[-1].clamp_(min=1e-38)
         share[-1] = blocks[-1] / absmax[-1]
     middles = ((values[:-1] + values[1:]) / 2).to(x.device)
-    return torch.bucketize(share.clamp_(-1, 1).view(-1)[: x.numel()], middles, out_int32=True).to(
-        torch.uint8
-    ), absmax
+    return (
+        torch.bucketize(share.clamp_(-1, 1).view(-1)[: x.numel()], middles, out_int32=True).to(
+            torch.uint8
+        ),
+        absmax,
+    )
 
 
 @functools.cache
@@ -172,7 +176,8 @@ class NF4:
             if t is None or t.shape != shape or t.dtype != dtype:
                 there = "missing" if t is None else f"{t.dtype} {tuple(t.shape)}"
                 raise ValueError(
-                    f"{name}{part} is {there}: {dtype} {shape} was expected, as bitsandbytes writes an NF4 weight"
+                    f"{name}{part} is {there}: {dtype} {shape} was expected, as bitsandbytes writes"
+                    " an NF4 weight"
                 )
             if values is not None and not torch.allclose(t.cpu(), values, rtol=0, atol=1e-6):
                 raise ValueError(
@@ -195,7 +200,8 @@ class NF4:
             )
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError):
             raise ValueError(
-                f"{name}.quant_state.bitsandbytes__nf4 is missing, or not what bitsandbytes writes of an NF4 weight"
+                f"{name}.quant_state.bitsandbytes__nf4 is missing, or not what bitsandbytes writes"
+                " of an NF4 weight"
             ) from None
         n = prod(shape)
         blocks = -(-n // size)
@@ -216,7 +222,8 @@ def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"a weight of {weight.dtype} is not quantised: float32, bfloat16 or float16 was expected"
+            f"a weight of {weight.dtype} is not quantised: float32, bfloat16 or float16 was"
+            " expected"
         )
     codes, absmax = to_codes(weight.detach().reshape(-1).float(), NF4_VALUES, block_size)
     if codes.numel() % 2:
@@ -318,7 +325,8 @@ class Linear4bit(nn.Module):
         weight = NF4.from_state_dict(own, name)
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
-                f"{name} has the shape {weight.shape}, {(self.out_features, self.in_features)} was expected"
+                f"{name} has the shape {weight.shape}, {(self.out_features, self.in_features)} was"
+                " expected"
             )
         # load_state_dict(assign=True) takes the tensors themselves
         if not metadata.get("assign_to_params_buffers"):
@@ -559,7 +567,8 @@ class PagedAdamW(torch.optim.Optimizer):
             if saved := state_dict["state"].get(i):
                 if saved["exp_avg"].shape != p.shape:
                     raise ValueError(
-                        f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)}, {list(p.shape)} was expected"
+                        f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)},"
+                        f" {list(p.shape)} was expected"
                     )
                 m, v = self._host_page(p)
                 self.state[p] = {

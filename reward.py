@@ -102,7 +102,8 @@ def prepare(path, rankings, tok, length: int, held=0):
     kept, long, equal = encode(rankings, tok, length)
     if equal:
         print(
-            f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean rank",
+            f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean"
+            " rank",
             file=sys.stderr,
         )
     records.report(
@@ -133,7 +134,8 @@ def prepare_references(path, tok, length: int, seed: int, n=128):
     records.report(path, len(kept), dropped, "reference answers", 0)
     if len({(*p, *a) for p, a in kept}) < 2:
         raise ValueError(
-            f"{path}: two or more reference answers were expected, for the deviation of their scores (got one)"
+            f"{path}: two or more reference answers were expected, for the deviation of their"
+            " scores (got one)"
         )
     return kept
 

@@ -49,7 +49,8 @@ class Options(tuning.Tuning):
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
     lr: float = opt(
         0.0,
-        "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the others",
+        "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the"
+        " others",
         at_least=0,
     )
     warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0, below="steps")

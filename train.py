@@ -105,10 +105,15 @@ def without_effect(options, values):
         other, *allowed = f.metadata["needs"].split() or [f.name]
         there = getattr(values, other)
         if value != f.default and not (there in allowed if allowed else there):
-            yield f"{spell(f.name)} has no effect without {spell(other)} {' or '.join(allowed)}".rstrip()
+            yield (
+                f"{spell(f.name)} has no effect without {spell(other)} {' or '.join(allowed)}".rstrip()
+            )
         for bound, other in f.metadata["bounds"].items():
             if isinstance(other, str) and not BOUNDS[bound](value, limit := getattr(values, other)):
-                yield f"{spell(f.name)} is {value}, {bound.replace('_', ' ')} {spell(other)} {limit} was expected: it has no effect beyond"
+                yield (
+                    f"{spell(f.name)} is {value}, {bound.replace('_', ' ')} {spell(other)} {limit}"
+                    " was expected: it has no effect beyond"
+                )
 
 
 def main(stage, options, doc: str):
@@ -205,7 +210,8 @@ def load_function(spec: str):
     found = _call(file, runpy.run_path, file)
     if not callable(found.get(name)):
         raise ValueError(
-            f"{file}: has no function {name}{did_you_mean(name, [k for k, v in found.items() if callable(v)])}"
+            f"{file}: has no function"
+            f" {name}{did_you_mean(name, [k for k, v in found.items() if callable(v)])}"
         )
 
     three = _takes_three(found[name])
@@ -217,7 +223,8 @@ def load_function(spec: str):
         scores = _call(file, lambda: [float(s) for s in found[name](*given)])
         if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
             raise ValueError(
-                f"{spec}: {len(answers)} finite scores, one an answer, were expected (got {len(scores)}: {str(scores)[:60]})"
+                f"{spec}: {len(answers)} finite scores, one an answer, were expected (got"
+                f" {len(scores)}: {str(scores)[:60]})"
             )
         return scores
 
@@ -382,7 +389,8 @@ def read_record(home) -> dict | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     raise ValueError(
-        f"{path}: damaged, or no run's record (options and inputs were expected); choose another --out, or remove {home}"
+        f"{path}: damaged, or no run's record (options and inputs were expected); choose another"
+        f" --out, or remove {home}"
     )
 
 
@@ -407,7 +415,8 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as e:
         raise OSError(
-            f"{path}: cannot be written ({e}); nothing saved is lost, the same command goes on from the last save"
+            f"{path}: cannot be written ({e}); nothing saved is lost, the same command goes on from"
+            " the last save"
         ) from None
 
 
@@ -472,7 +481,8 @@ class Run:
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
                     raise ValueError(
-                        f"{self.out}: another run is at work in it; wait for its end, or choose another --out"
+                        f"{self.out}: another run is at work in it; wait for its end, or choose"
+                        " another --out"
                     ) from None
                 except OSError:
                     pass  # a disk that has no locks
@@ -485,7 +495,8 @@ class Run:
         for name in sorted(self.writes | {"run.json", "metrics.jsonl", "state"}):
             if os.path.lexists(self._place(name)) and not self._is_ours(name, record):
                 raise ValueError(
-                    f"{self.out}: holds what no run of this stage wrote, {name}; choose another --out"
+                    f"{self.out}: holds what no run of this stage wrote, {name}; choose another"
+                    " --out"
                 )
         note = self._note() if self.saved.exists() else None
         if note:
@@ -493,7 +504,8 @@ class Run:
                 return note
             if not overwrite:
                 raise ValueError(
-                    f"{self.out}: an unfinished run has other settings: {changed} (--overwrite starts anew)"
+                    f"{self.out}: an unfinished run has other settings: {changed} (--overwrite"
+                    " starts anew)"
                 )
         elif self.result.exists() and not overwrite:
             if changed := difference(record, self.identity):
@@ -503,7 +515,8 @@ class Run:
             for name, known in record.get("files", {}).items():
                 if not (place := self._place(name)).is_file() or sha256(place) != known:
                     raise ValueError(
-                        f"{place}: damaged or changed since its run finished; get it back, or --overwrite starts anew"
+                        f"{place}: damaged or changed since its run finished; get it back, or"
+                        " --overwrite starts anew"
                     )
             if self.lock:
                 self._clear()
@@ -546,7 +559,8 @@ class Run:
             lines = log.read_bytes().splitlines(keepends=True)
             if len(lines) < self.start:
                 raise ValueError(
-                    f"{log}: has {len(lines)} of {self.start} lines; remove {self.state} to start anew"
+                    f"{log}: has {len(lines)} of {self.start} lines; remove {self.state} to start"
+                    " anew"
                 )
             os.truncate(log, sum(map(len, lines[: self.start])))
 
@@ -578,7 +592,8 @@ class Run:
                         and saved.keys() != _tensors(thing).keys()
                     ):
                         raise ValueError(
-                            f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to start anew"
+                            f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to"
+                            " start anew"
                         )
                     _restore(thing, saved)
         return self.extra
@@ -604,7 +619,8 @@ class Run:
         figures = {k: v.item() if torch.is_tensor(v) else v for k, v in figures.items()}
         if bad := [k for k, v in figures.items() if not math.isfinite(v)]:
             raise ValueError(
-                f"step {step}: {bad[0]} is {figures[bad[0]]}; nothing saved is lost, a lower --lr may help"
+                f"step {step}: {bad[0]} is {figures[bad[0]]}; nothing saved is lost, a lower --lr"
+                " may help"
             )
         figures = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figures.items()}
         with writing(self.state), open(self.state / "metrics.jsonl", "a") as f:

@@ -63,11 +63,13 @@ def check(o):
     """ValueError for options that do not go together."""
     if kind(o) == "weights" and o.quant != "none":
         raise ValueError(
-            f"--quant {o.quant}: 4-bit weights cannot be trained; give --lora R (or --keep-base) too"
+            f"--quant {o.quant}: 4-bit weights cannot be trained; give --lora R (or"
+            " --keep-base) too"
         )
     if o.keep_base and o.lora:
         raise ValueError(
-            "--keep-base goes on with the adapter that is there, --lora makes a new one: give one of them"
+            "--keep-base goes on with the adapter that is there, --lora makes a new one: give one"
+            " of them"
         )
     if getattr(o, "adapter", "none") != "none" and (o.lora or o.keep_base):
         raise ValueError(
@@ -91,7 +93,8 @@ def base_of(path) -> str:
     file = Path(path) / "adapter" / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave --keep-base out"
+            f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave"
+            " --keep-base out"
         )
     base = hub.read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -170,7 +173,8 @@ def reward_model(o, path, reference, device):
         return hub.load(path, device, dtype, None if o.quant == "none" else o.quant)
     if Path(base_of(path)).resolve() != Path(base_of(o.model)).resolve():
         raise ValueError(
-            f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one base was expected"
+            f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one"
+            " base was expected"
         )
     model, said = scalar_model(reference), hub.read_config(Path(path))
     model.config.reward_mean, model.config.reward_std = said.reward_mean, said.reward_std
@@ -296,5 +300,6 @@ class Watch:
         still = lora.unmoved(self.model, self.start) if self.start else []
         if 0 < len(still) < len(self.start):  # where nothing moved no step was left to make
             print(
-                f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are they used?"
+                f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are"
+                " they used?"
             )

@@ -157,7 +157,10 @@ def shopping(rng):
 def places(rng):
     things = rng.sample(SORTED, 3)
     i = rng.randrange(3)
-    return f"The words are {', '.join(things)}.\nWhich word is {('first', 'second', 'last')[i]}?\n{things[i]}."
+    return (
+        f"The words are {', '.join(things)}.\nWhich word is"
+        f" {('first', 'second', 'last')[i]}?\n{things[i]}."
+    )
 
 
 def without(rng):
@@ -299,7 +302,10 @@ def story(rng):
         elif x < 0.85:
             yield f"Then {n} {past(act)} with {m}. "
         else:
-            yield f"{rng.choice(kinds.TAILS)}.\n\n{m} went to the {rng.choice(kinds.PLACES)}. {rng.choice(kinds.WEATHER)}. "
+            yield (
+                f"{rng.choice(kinds.TAILS)}.\n\n{m} went to the {rng.choice(kinds.PLACES)}."
+                f" {rng.choice(kinds.WEATHER)}. "
+            )
 
 
 FUNCTIONS = (  # body, and the call's arguments and value, from numbers x, y, z and a list t

@@ -18,10 +18,13 @@ FACTS = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="ut
 
 # ---- words ----
 NAMES = (
-    "Anna Ben Carla David Emma Felix Greta Henry Ida Jack Kate Leo Maria Nina Oscar Paula Rosa Sam Tom Vera Zoe Max Lily Hugo Peter "
-    "Sara"
+    "Anna Ben Carla David Emma Felix Greta Henry Ida Jack Kate Leo Maria Nina Oscar Paula Rosa Sam"
+    " Tom Vera Zoe Max Lily Hugo Peter Sara"
 ).split()
-CITIES = "Lima Cairo Paris Rome Oslo Madrid Berlin Tokyo Quito Athens London Vienna Dublin Hanoi Lisbon Moscow".split()
+CITIES = (
+    "Lima Cairo Paris Rome Oslo Madrid Berlin Tokyo Quito Athens London Vienna Dublin Hanoi Lisbon"
+    " Moscow".split()
+)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 # each after "at the" or "in the": IN below
 PLACES = "garden park school kitchen forest beach market farm library station".split()
@@ -43,8 +46,8 @@ PAST = {
 }
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOUNS = (
-    "apple banana bear bread cat cow dog door egg fish goat hat horse ink jam key lemon milk nest owl pear queen rice sheep tree "
-    "violin water yard zebra"
+    "apple banana bear bread cat cow dog door egg fish goat hat horse ink jam key lemon milk nest"
+    " owl pear queen rice sheep tree violin water yard zebra"
 ).split()
 SORTED = sorted([*NAMES, *NOUNS], key=str.lower)
 WEATHER = [
@@ -182,7 +185,10 @@ def first(relation, subject):
 
 def key(relation, subject):
     """The name of a fact as content; the two directions of an opposite are one."""
-    return f"{relation}: {' '.join(sorted((subject, first(relation, subject)))) if relation == 'opposite' else subject}"
+    return (
+        f"{relation}:"
+        f" {' '.join(sorted((subject, first(relation, subject)))) if relation == 'opposite' else subject}"
+    )
 
 
 def told(relation, s, v=None):

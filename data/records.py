@@ -246,7 +246,8 @@ def _convert(path, readers):
             kind = _kind(record)
             if kind not in readers:
                 raise ValueError(
-                    f"a {' or '.join(readers)} was expected, this is a {kind}: {READERS[kind]} read those"
+                    f"a {' or '.join(readers)} was expected, this is a {kind}: {READERS[kind]} read"
+                    " those"
                 )
             others = _message_fields(record)
             result = readers[kind](record)
@@ -347,7 +348,8 @@ def _read(path):
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise ValueError(
-            f"{path}:{line}: UTF-8 was expected (got the byte 0x{data[e.start]:02x}): save the file as UTF-8"
+            f"{path}:{line}: UTF-8 was expected (got the byte 0x{data[e.start]:02x}): save the file"
+            " as UTF-8"
         ) from None
     if text.lstrip()[:1] == "[":
         yield from _array(path, text)
@@ -390,7 +392,8 @@ def _array(path, text):
         line, seen = line + text.count("\n", seen, at), at
         if separator != ",":
             raise ValueError(
-                f"{path}:{line}: a comma or the array's end was expected (got {text[at : at + 20]!r})"
+                f"{path}:{line}: a comma or the array's end was expected (got"
+                f" {text[at : at + 20]!r})"
             )
         try:
             value, at = decoder.raw_decode(text, at)
@@ -455,7 +458,8 @@ def _pair(record):
         prompt = _beside(record, prompt)
     else:
         raise ValueError(
-            f"prompt: a string or a list of messages was expected (got {_short(record.get('prompt'))})"
+            "prompt: a string or a list of messages was expected (got"
+            f" {_short(record.get('prompt'))})"
         )
     chosen, rejected = (_answer(record, field, prompt) for field in ("chosen", "rejected"))
     if any(
@@ -477,12 +481,14 @@ def _ranking(record):
     responses = [_answer({"responses": r}, "responses", prompt) for r in responses]
     if not isinstance(ranks, list) or len(ranks) != len(responses):
         raise ValueError(
-            f"ranks: {len(responses)} integers, as many as responses, were expected (got {_short(ranks)})"
+            f"ranks: {len(responses)} integers, as many as responses, were expected (got"
+            f" {_short(ranks)})"
         )
     for rank in ranks:
         if type(rank) is not int or rank < -1:
             raise ValueError(
-                f"ranks: integers from 0, or -1 for an absent answer, were expected (got {_short(rank)})"
+                "ranks: integers from 0, or -1 for an absent answer, were expected (got"
+                f" {_short(rank)})"
             )
     if any(_blank(m["content"]) for m in prompt if m["role"] != "system"):
         return EMPTY
@@ -506,7 +512,8 @@ def _unknown_ids(record, k):
         isinstance(ended, list) and len(ended) == k and all(type(f) is bool for f in ended)
     ):
         raise ValueError(
-            f"finished: {k} times true or false, as many as responses, were expected (got {_short(ended)})"
+            f"finished: {k} times true or false, as many as responses, were expected (got"
+            f" {_short(ended)})"
         )
     lacking = () if ended is not None else ("finished",)
     # ids of what? of some other table, perhaps
@@ -517,7 +524,8 @@ def _unknown_ids(record, k):
         isinstance(a, list) and a and all(type(i) is int and i >= 0 for i in a) for a in ids
     ):
         raise ValueError(
-            f"ids: {k} lists of token ids, as many as responses, were expected beside tokenizer (got {_short(ids)})"
+            f"ids: {k} lists of token ids, as many as responses, were expected beside tokenizer"
+            f" (got {_short(ids)})"
         )
     return lacking
 
@@ -585,7 +593,8 @@ def _answer(record, field, prompt):
         )
     if prompt not in (messages[:-1], _beside(record, messages[:-1])):
         raise ValueError(
-            f"{field}: the prompt's messages and then the answer were expected (got {_short(messages[:-1])} before it)"
+            f"{field}: the prompt's messages and then the answer were expected (got"
+            f" {_short(messages[:-1])} before it)"
         )
     return messages[-1]["content"]
 
@@ -620,7 +629,8 @@ def _untrained(message, number):
 def _ends_in_user(messages, field):
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(
-            f"{field}: messages that end in a user's turn were expected (got {messages[-1]['role'] if messages else 'none'})"
+            f"{field}: messages that end in a user's turn were expected (got"
+            f" {messages[-1]['role'] if messages else 'none'})"
         )
 
 
@@ -633,7 +643,8 @@ def _string(record, field, expected="a string", where=None):
         check_spaces(value)
     except UnicodeEncodeError as e:
         raise ValueError(
-            f"{where or field}: Unicode text was expected (got half a character, \\u{ord(value[e.start]):04x})"
+            f"{where or field}: Unicode text was expected (got half a character,"
+            f" \\u{ord(value[e.start]):04x})"
         ) from None
     except ValueError as e:
         raise ValueError(f"{where or field}: {e}") from None
@@ -658,7 +669,9 @@ def main():
     ppo.py.
     """
     parser = argparse.ArgumentParser(
-        description="Writes the prompts of a file of records: their messages up to the last user's turn."
+        description=(
+            "Writes the prompts of a file of records: their messages up to the last user's turn."
+        )
     )
     parser.add_argument("file", help="conversations, preference pairs or rankings")
     parser.add_argument("out", help="JSONL file for {messages} that end in a user's turn")

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
 
-CHATML_TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+CHATML_TURN = (
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{%"
+    " endfor %}"
+)
 CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -120,11 +123,13 @@ def check(messages):
     for i, m in enumerate(messages):
         if not isinstance(m, dict):
             raise ValueError(
-                f'message {i + 1}: an object with "role" and "content" was expected (got {_short(m)})'
+                f'message {i + 1}: an object with "role" and "content" was expected (got'
+                f" {_short(m)})"
             )
         if m.get("role") not in ROLES:
             raise ValueError(
-                f"message {i + 1}: role: one of {', '.join(ROLES)} was expected (got {_short(m.get('role'))})"
+                f"message {i + 1}: role: one of {', '.join(ROLES)} was expected (got"
+                f" {_short(m.get('role'))})"
             )
         if not isinstance(m.get("content"), str):
             raise ValueError(
@@ -134,8 +139,8 @@ def check(messages):
     for i, m in enumerate(messages[start:]):
         if m["role"] != ROLES[1 + i % 2]:
             raise ValueError(
-                f"message {i + 1 + start}: role: {ROLES[1 + i % 2]} was expected here, user and assistant take turns "
-                f"after at most one system message (got {m['role']})"
+                f"message {i + 1 + start}: role: {ROLES[1 + i % 2]} was expected here, user and"
+                f" assistant take turns after at most one system message (got {m['role']})"
             )
     if len(messages) == start:
         raise ValueError(
@@ -260,6 +265,7 @@ def _encode_own(tokenizer, piece, format):
 def _special(tokenizer, token, format):
     if token not in tokenizer.special:
         raise ValueError(
-            f"the chat format {format.name} needs the special token {token}; the tokenizer has {', '.join(tokenizer.special)}"
+            f"the chat format {format.name} needs the special token {token}; the tokenizer has"
+            f" {', '.join(tokenizer.special)}"
         )
     return tokenizer.special[token]

@@ -88,7 +88,8 @@ class Tokenizer:
             ids += self.encoding._encode_single_piece(data) if data else []
         if not self.warned:
             warnings.warn(
-                f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they are dropped",
+                f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they"
+                " are dropped",
                 stacklevel=3,
             )
             self.warned = True
@@ -104,7 +105,8 @@ class Tokenizer:
         if bad:
             gaps = ", with gaps" if len(self.ids) < self.vocab_size else ""
             raise ValueError(
-                f"cannot decode token {bad[0]}: the tokenizer has the ids 0 to {self.vocab_size - 1}{gaps}"
+                f"cannot decode token {bad[0]}: the tokenizer has the ids 0 to"
+                f" {self.vocab_size - 1}{gaps}"
             )
         return self.encoding.decode(ids, errors="replace")
 
@@ -134,7 +136,8 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(
-                f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was expected"
+                f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was"
+                " expected"
             )
         said, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = read_json(said) if said.is_file() else {}
@@ -191,7 +194,8 @@ def check_spaces(text):
     """
     if len(text) > LONGEST and any(len(run) > LONGEST for run in re.findall(f"[{SPACES}]+", text)):
         raise ValueError(
-            f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split them"
+            f"the text has more than {LONGEST:,} spaces in a row: tiktoken's regex cannot split"
+            " them"
         )
 
 
@@ -206,7 +210,8 @@ def train(texts, vocab_size, special=("<|endoftext|>", "<|im_start|>", "<|im_end
     n_merges = vocab_size - 256 - len(special)
     if n_merges < 0 or not special:
         raise ValueError(
-            f"vocab_size {vocab_size} leaves no room: 256 bytes and at least one special token are needed"
+            f"vocab_size {vocab_size} leaves no room: 256 bytes and at least one special token are"
+            " needed"
         )
     split = _python_regex(GPT2)
     words = Counter()
@@ -288,7 +293,8 @@ def _merges(words, counts, n):
     while len(merges) < n:
         if not heap:
             raise ValueError(
-                f"the text is too short for {n} merges: after {len(merges)} every piece is one token"
+                f"the text is too short for {n} merges: after {len(merges)} every piece is one"
+                " token"
             )
         count, best = heapq.heappop(heap)
         # an entry from before the pair's count changed
@@ -417,7 +423,8 @@ def _pattern(pre, refuse):
         refuse(
             "pre_tokenizer",
             pre,
-            "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits (individual_digits true),",
+            "ByteLevel (add_prefix_space false, use_regex true), alone or after Digits"
+            " (individual_digits true),",
         )
     return DIGITS if digits else GPT2
 
@@ -446,17 +453,20 @@ def _ranks(model, special, name):
             )
         if ranks[token] <= last:
             raise ValueError(
-                f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: the ids must rise"
+                f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}:"
+                " the ids must rise"
             )
         last = ranks[token]
         made.add(token)
     lost = [t for t in ranks if len(t) != 1 and t not in made]
     if lost:
         raise ValueError(
-            f"{name}: no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a single byte or a special token"
+            f"{name}: no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a"
+            " single byte or a special token"
         )
     if model.get("unk_token") and sum(len(t) == 1 for t in ranks) < 256:
         raise ValueError(
-            f"{name}: model.unk_token is {model['unk_token']!r} and single bytes are missing: they would be dropped here"
+            f"{name}: model.unk_token is {model['unk_token']!r} and single bytes are missing: they"
+            " would be dropped here"
         )
     return ranks

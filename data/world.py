@@ -152,7 +152,7 @@ def check_list(item, words):
     sentences without members pass.
     """
     members = {normal(m) for m in THEMES[item["members"]]} - {normal(x) for x in item["reject"]}
-    member = (
+    member = (  # noqa: E731
         lambda i, t: next(  # noqa: E731
             (m for m in members if t == m or (i == 0 and t[-len(m) :] == m)), None
         )

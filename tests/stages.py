@@ -52,7 +52,7 @@ class Stage:
         argv = [
             a
             for k, v in options.items()
-            for a in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))
+            for a in [f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)])
         ]
         self.streams = tempfile.mkdtemp()
         for name in ("out", "err"):

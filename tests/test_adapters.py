@@ -533,9 +533,10 @@ def test_loaded_in_a_fresh_process(name, tmp_path):
     model, tokens = adapted(name), rows((9,))
     A.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     code = (
-        "import sys, torch, hub, adapters; from safetensors.torch import save_file; at = sys.argv[1]\n"
-        f"model = adapters.load_adapter(hub.load(at + '/base')[0], at + '/adapter')\n"
-        f"save_file({{'out': model(torch.tensor({tokens})).detach()}}, at + '/out.safetensors')"
+        "import sys, torch, hub, adapters; from safetensors.torch import save_file; at ="
+        " sys.argv[1]\nmodel = adapters.load_adapter(hub.load(at + '/base')[0], at +"
+        f" '/adapter')\nsave_file({{'out': model(torch.tensor({tokens})).detach()}}, at +"
+        " '/out.safetensors')"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(A.__file__).parent

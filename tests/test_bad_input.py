@@ -276,7 +276,8 @@ def test_a_file_in_which_nothing_usable_is_left(refuses, lines, small):
     for stage in ("ppo", "compare"):
         refuses(
             stage,
-            "no usable prompts in it (dropped: 1 longer than 136 tokens (the context less --max-new-tokens))",
+            "no usable prompts in it (dropped: 1 longer than 136 tokens (the context less"
+            " --max-new-tokens))",
             data=asked,
         )
     refuses(

@@ -419,7 +419,7 @@ def test_what_is_logged(run):
 def test_simpo_has_no_reference_and_gets_sums_with_lengths_of_the_whole_answers(run):
     calls, _ = run(loss="simpo", beta=2.0, gamma=0.5)
     assert calls["reference_logps"] == calls["preference_loss"] == []
-    ((chosen, rejected, n_chosen, n_rejected, beta, gamma), _) = calls["simpo_loss"][0]
+    (chosen, rejected, n_chosen, n_rejected, beta, gamma), _ = calls["simpo_loss"][0]
     model, _ = hub.load(run.start)
     expected = {(len(c), len(r)): [] for _, c, r in pairs_of(run)}
     for p, c, r in pairs_of(run):

@@ -165,9 +165,9 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
     ]
     chats.append(
         {
-            "messages": chats[0]["messages"]
-            + user("and?")
-            + [{"role": "assistant", "content": "sure"}]
+            "messages": (
+                chats[0]["messages"] + user("and?") + [{"role": "assistant", "content": "sure"}]
+            )
         }
     )
     expected = []

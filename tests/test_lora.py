@@ -735,7 +735,10 @@ def test_what_we_lack_is_refused_by_name(name, adapter):
         (dict(r=True), "r is True, a whole number"),
         (
             dict(r=5),
-            r"lora_A.weight is \(4, 32\) in torch.float32, floating point of \(5, 32\) was expected",
+            (
+                r"lora_A.weight is \(4, 32\) in torch.float32, floating point of \(5, 32\) was"
+                r" expected"
+            ),
         ),
         (dict(lora_alpha=None, use_rslora=1), "use_rslora is 1, true or false"),
         (dict(lora_dropout=2), "lora_dropout is 2"),

@@ -84,9 +84,11 @@ class World:
         o = dict(quant="nf4") if bits == "nf4" else {}
         if way != "keep":
             return o | dict(
-                model=self.base(bits)
-                if stage == "sft" or bits == "folder"
-                else self.small[stage]["model"]
+                model=(
+                    self.base(bits)
+                    if stage == "sft" or bits == "folder"
+                    else self.small[stage]["model"]
+                )
             )
         o["model"] = self.get(
             f"sft-{bits}", lambda out: self.go("sft", out, **LORA, **o, model=self.base(bits))

@@ -600,7 +600,10 @@ def test_a_temperature_that_is_wrong_by_1_percent_in_one_place_is_refused(
     monkeypatch.setattr(ppo, "logprobs", logprobs)
     with pytest.raises(
         ValueError,
-        match=r"the ratio is off 1 by [1-9]\.\de-0[123] before the first update \(1e-03 is allowed\): ",
+        match=(
+            r"the ratio is off 1 by [1-9]\.\de-0[123] before the first update \(1e-03 is"
+            r" allowed\): "
+        ),
     ):
         run(temperature=temperature)
 

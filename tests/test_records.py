@@ -241,7 +241,9 @@ def test_prompts_refuse_an_answer_and_pairs_refuse_rankings(write):
     advice = "python -m data.records FILE OUT writes the prompts of a file"
     with pytest.raises(
         ValueError,
-        match=rf"x.jsonl:1: messages: user was expected as the last turn \(got assistant\): {advice}",
+        match=(
+            rf"x.jsonl:1: messages: user was expected as the last turn \(got assistant\): {advice}"
+        ),
     ):
         records.conversations(write(CHAT), need="prompt")
     for field, rest in (
@@ -251,7 +253,10 @@ def test_prompts_refuse_an_answer_and_pairs_refuse_rankings(write):
     ):
         with pytest.raises(
             ValueError,
-            match=rf"x.jsonl:1: {field}: a prompt without an answer was expected \(got 'A.'\): {advice}",
+            match=(
+                rf"x.jsonl:1: {field}: a prompt without an answer was expected \(got 'A.'\):"
+                rf" {advice}"
+            ),
         ):
             records.conversations(write({**rest, field: "A."}), need="prompt")
     with pytest.raises(
@@ -327,11 +332,15 @@ def test_what_is_held_out_is_said(capsys):
     records.report("x", 3, {"too long": 1}, "pairs", 0)
     assert (
         capsys.readouterr().err
-        == "x: 3 pairs used, none dropped, 2 held out\nx: 3 pairs used, dropped 1 too long, none held out\n"
+        == "x: 3 pairs used, none dropped, 2 held out\nx: 3 pairs used, dropped 1 too long, none"
+        " held out\n"
     )
     with pytest.raises(
         ValueError,
-        match=r"^x: no usable pairs in it \(dropped: 1 too long; held out: 9, all that share a first question",
+        match=(
+            r"^x: no usable pairs in it \(dropped: 1 too long; held out: 9, all that share a first"
+            r" question"
+        ),
     ):
         records.report("x", 0, {"too long": 1}, "pairs", 9)
 
@@ -597,7 +606,10 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name, data, said)
 
 
 def test_an_object_over_several_lines_is_called_what_it_is(write):
-    several = r"one JSON object a line was expected \(this one stands on several: write it on one, jq -c does\)"
+    several = (
+        r"one JSON object a line was expected \(this one stands on several: write it on one, jq -c"
+        r" does\)"
+    )
     pretty = json.dumps(CHAT, indent=2)
     for lines, number in (
         ((pretty,), 1),

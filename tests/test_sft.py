@@ -346,7 +346,10 @@ def test_every_example_ends_in_a_trained_end_and_what_is_too_long_is_counted(tmp
         {"messages": user("long") + [{"role": "assistant", "content": "x" * 100}]}
     ]
     data = sft.prepare(write(tmp_path / "chats.jsonl", rows), tok, 64)
-    said = f": {len(data)} conversations used, dropped 1 longer than 64 tokens, {20 - len(data)} held out\n"
+    said = (
+        f": {len(data)} conversations used, dropped 1 longer than 64 tokens, {20 - len(data)} held"
+        " out\n"
+    )
     assert capsys.readouterr().err.endswith(said)
     for ids, labels in data:
         trained = [i for i in labels if i != sft.IGNORE]

@@ -694,7 +694,8 @@ def compared(at, monkeypatch, rows, judge, **options):
 
 def test_comparisons_by_a_reader_s_labeller(tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text(
-        "def judge(prompts, answers):\n    return [len(prompts[i][-1]['content']) * len(set(a)) // 2 for i, a in enumerate(answers)]\n"
+        "def judge(prompts, answers):\n    return [len(prompts[i][-1]['content']) * len(set(a)) //"
+        " 2 for i, a in enumerate(answers)]\n"
     )
     rows = [
         {"messages": user("x" * i + "?"), "source": i, "reference": "a secret"}

@@ -272,7 +272,10 @@ def test_a_reader_s_function(tmp_path):
     for name, said in [
         (
             "one_too_few",
-            r"mine.py:one_too_few: 2 finite scores, one an answer, were expected \(got 1: \[0.0\]\)",
+            (
+                r"mine.py:one_too_few: 2 finite scores, one an answer, were expected \(got 1:"
+                r" \[0.0\]\)"
+            ),
         ),
         ("not_a_number", r"finite scores, one an answer, were expected \(got 2: \[nan, nan\]\)"),
         ("nothing", "mine.py: TypeError: 'NoneType' object is not iterable"),
@@ -512,7 +515,10 @@ def test_finished_says_so_and_does_nothing(o, whole, tmp_path, capsys):
         )
     with pytest.raises(
         ValueError,
-        match=r"toy: finished with other settings: lr was 0.1, is 0.2; seed was 0, is 1 \(--overwrite starts",
+        match=(
+            r"toy: finished with other settings: lr was 0.1, is 0.2; seed was 0, is 1 \(--overwrite"
+            r" starts"
+        ),
     ):
         toy(dataclasses.replace(o, lr=0.2, seed=1))
     assert files(tmp_path / "toy") == whole

@@ -466,8 +466,8 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
 
 def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
     code = (
-        "import pathlib, sys; from data import world; world.SIZES.update(sft=44, prompts=22, heldout=22);"
-        "sys.argv[1:] = ['--out', sys.argv[1]]; world.main()"
+        "import pathlib, sys; from data import world; world.SIZES.update(sft=44, prompts=22,"
+        " heldout=22);sys.argv[1:] = ['--out', sys.argv[1]]; world.main()"
     )
     written = []
     for seed in "01":

@@ -202,9 +202,10 @@ def dequantise(o, ours: bool):
         codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         whole = lambda: dequantize_4bit(codes, state)  # noqa: E731
     many = -(-(2**28) // weight.numel())
-    return lambda _: sum(
-        whole() is not None for _ in range(many)
-    ), whole().double().abs().sum().item()
+    return (
+        lambda _: sum(whole() is not None for _ in range(many)),
+        whole().double().abs().sum().item(),
+    )
 
 
 def qlora7b(o, ours: bool):
@@ -315,7 +316,8 @@ def hear(worker) -> dict:
     line = worker.stdout.readline()
     if not line:
         raise ValueError(
-            f"a side has ended with exit status {worker.wait()}; what it said stands above: {' '.join(worker.args[1:])}"
+            f"a side has ended with exit status {worker.wait()}; what it said stands above:"
+            f" {' '.join(worker.args[1:])}"
         )
     return json.loads(line)
 
@@ -411,10 +413,12 @@ def memory(o):
         critic = share(reward)
         one, four = weights(policy, reference, reward, critic), weights(*models)
         print(
-            f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: ratio {whole / packed:.2f}"
+            f"{o.model}'s linear layers: {dtype} {whole:,} bytes, NF4 {packed:,}: ratio"
+            f" {whole / packed:.2f}"
         )
         print(
-            f"PPO, {dtype}: four models {four:,} bytes, LoRA r = {RANK} over one 4-bit base {one:,}: ratio {one / four:.3f}"
+            f"PPO, {dtype}: four models {four:,} bytes, LoRA r = {RANK} over one 4-bit base"
+            f" {one:,}: ratio {one / four:.3f}"
         )
 
 
@@ -423,7 +427,8 @@ def make(words):
     subprocess.run(["make", *words], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
-        f"make {' '.join(words)}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak:.2f} GiB, {os.cpu_count()} cores"
+        f"make {' '.join(words)}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak:.2f}"
+        f" GiB, {os.cpu_count()} cores"
     )
 
 

@@ -53,12 +53,14 @@ def fit(tok, system: str, talk: list, room: int):
     while len(ids := templates.render(tok, head + talk, add_generation_prompt=True)[0]) > room:
         if len(talk) == 1:
             raise ValueError(
-                f"this message makes {len(ids)} tokens, the context has room for {room} before the answer: not sent"
+                f"this message makes {len(ids)} tokens, the context has room for {room} before the"
+                " answer: not sent"
             )
         del talk[:2]
     if len(talk) < full:
         say(
-            f"(the talk has outgrown the context: the oldest {full - len(talk)} messages are forgotten)"
+            f"(the talk has outgrown the context: the oldest {full - len(talk)} messages are"
+            " forgotten)"
         )
     return ids
 
@@ -123,7 +125,8 @@ def load(o: Options):
         raise ValueError(f"--top-p is {o.top_p}, it must be at most 1")
     if o.max_new_tokens >= room:
         raise ValueError(
-            f"--max-new-tokens is {o.max_new_tokens}, the model's context of {room} leaves no room for a prompt"
+            f"--max-new-tokens is {o.max_new_tokens}, the model's context of {room} leaves no room"
+            " for a prompt"
         )
     return model, tok
 
@@ -153,11 +156,13 @@ def converse(o: Options):
     model, tok = load(o)
     ends, talk, turn = {*templates.end_ids(tok, model.config), tok.eos_id}, [], 0
     say(
-        f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {templates.of(tok).name}; /help, /exit"
+        f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters,"
+        f" {templates.of(tok).name}; /help, /exit"
     )
     if tok.chat_template is None:
         say(
-            "(no chat template: a base model, which continues text and was never taught to answer; chatml is used)"
+            "(no chat template: a base model, which continues text and was never taught to answer;"
+            " chatml is used)"
         )
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:

@@ -142,8 +142,9 @@ def controls(o: Options):
             "gold_sampled": evals.mean(polite),
             "gold_sampled_ci": evals.bootstrap(polite),
         },
-        "best_of_16": evals.stage_figures(chosen, chosen, sampled_sft)
-        | {"kl_vs_sft": math.log(16) - 15 / 16},
+        "best_of_16": (
+            evals.stage_figures(chosen, chosen, sampled_sft) | {"kl_vs_sft": math.log(16) - 15 / 16}
+        ),
         "swapped": {
             "truth_accuracy": evals.mean(truth),
             "truth_accuracy_ci": evals.bootstrap(truth),

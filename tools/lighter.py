@@ -296,7 +296,8 @@ def lighter(o: Options):
     pairs = random.Random(0).sample(pairs, min(o.n, len(pairs)))
     if not held or o.prefs and both and not pairs:
         raise ValueError(
-            f"{o.prefs if held else o.data}: none of its records is held out; more of them are needed"
+            f"{o.prefs if held else o.data}: none of its records is held out; more of them are"
+            " needed"
         )
     page = Path(o.results).read_text(encoding="utf-8") if Path(o.results).exists() else ""
     if lost := [
@@ -305,7 +306,8 @@ def lighter(o: Options):
         if f"<!-- {m} -->\n" not in page or f"<!-- /{m} -->" not in page
     ]:
         raise ValueError(
-            f"{o.results}: the marks <!-- {lost[0]} --> and <!-- /{lost[0]} --> were expected, for a table to go between"
+            f"{o.results}: the marks <!-- {lost[0]} --> and <!-- /{lost[0]} --> were expected, for"
+            " a table to go between"
         )
     Path(o.out).mkdir(parents=True, exist_ok=True)
     # all runs first: a child's peak memory would not be below what this process has had
@@ -347,7 +349,10 @@ def lighter(o: Options):
         if pairs
         else f"{len(held)} held-out conversations"
     )
-    here = f"\n\n{o.model}; seeds: {o.seeds}, {o.steps} steps of {o.batch}; {items}, {o.documents} documents of each kind; {device.type}."
+    here = (
+        f"\n\n{o.model}; seeds: {o.seeds}, {o.steps} steps of {o.batch}; {items}, {o.documents}"
+        f" documents of each kind; {device.type}."
+    )
     for name, text in [
         ("lighter", lighter_table(result)),
         *([("qlora", qlora_table(result))] if both else []),

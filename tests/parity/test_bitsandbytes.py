@@ -111,7 +111,8 @@ def test_smollm2():
         ]
     assert max(s for s, _ in worst) <= 1 + 1e-5 and max(s for _, s in worst) < 0.01
     print(
-        f"\nscales {max(s for s, _ in worst):.2g} steps, {max(s for _, s in worst):.2%} of 8-bit codes differ",
+        f"\nscales {max(s for s, _ in worst):.2g} steps, {max(s for _, s in worst):.2%} of 8-bit"
+        " codes differ",
         end=" ",
     )
 

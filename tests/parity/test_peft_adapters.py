@@ -15,7 +15,13 @@ from model import Config, Transformer, generate
 from parity.test_hub import batch, measured, shape, spread
 
 pytest.importorskip("peft")
-from peft import IA3Config, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model  # noqa: E402
+from peft import (
+    IA3Config,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 P = 7

@@ -185,7 +185,8 @@ def test_smollm2(tmp_path):
     tokens = torch.tensor(
         [
             tokenizer.encode(
-                "The lighthouse at the end of the bay was built in 1847, when the harbour was still busy."
+                "The lighthouse at the end of the bay was built in 1847, when the harbour was still"
+                " busy."
             )
         ]
     )
