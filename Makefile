@@ -100,7 +100,7 @@ simpo: comparisons ## the short cut without a reference: SimPO
 	$(PY) dpo.py --loss simpo --beta 2.5 --gamma 1.0 --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/simpo $(COMMON) $(THEN) $(SIMPO_ARGS)
 
 eval: ppo dpo $(if $(REAL),,simpo) ## OUT/results.json and OUT/answers
-	$(PY) evals.py --out $(OUT) --base $(MODEL) --seed $(SEED) --device $(DEVICE) $(READ) \
+	$(PY) -m tools.evals --out $(OUT) --base $(MODEL) --seed $(SEED) --device $(DEVICE) $(READ) \
 	  $(if $(DATA),--data $(DATA) --prefs $(PREFS)) $(EVAL_ARGS)
 
 report: eval ## OUT/report.html

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from files import hub_name, read_json, write_json
+from common.files import hub_name, read_json, write_json
 from lora import read_tensors
 from model import Cache, wide
 

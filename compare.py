@@ -1,7 +1,7 @@
 """Stage 2a: comparisons. The SFT model answers each prompt K times, and a labeller ranks the
 answers (Ouyang et al. 2022, section 3.2).
 
-The labeller is the embedded world's (noisy people, see data/world.py), or your own: --labeller
+The labeller is the embedded world's (noisy people, see data/world/world.py), or your own: --labeller
 FILE.py:function, called with (prompts: message lists, answers: strings), returns scores, the higher
 the better. A file of preference pairs is ranked already: it is only rewritten. reward.py reads what
 comes out as rankings, dpo.py as pairs. Beside its text each answer's ids are kept, as they were
@@ -13,10 +13,11 @@ import json
 import sys
 from dataclasses import dataclass
 
-import tuning
-from data import records, templates, world
+from common import tuning
+from common.run import Run, load_function, main, opt, pick_device
+from data import records, templates
+from data.world import world
 from model import generate, prompt_room
-from train import Run, load_function, main, opt, pick_device
 
 # the fields that are written here
 OWN = ("prompt", "responses", "ranks", "finished", "ids", "tokenizer")

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import tuning
+from common import tuning
+from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
 from model import join, logprobs
-from train import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import hub_name, read_json, write_json
+from common.files import hub_name, read_json, write_json
 
 # lora.share: policy, reference, critic and reward model as adapters over one frozen base
 from model import share as share

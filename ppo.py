@@ -33,11 +33,22 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import train
-import tuning
-from data import records, templates, world
+from common import tuning
+from common.run import (
+    Run,
+    adamw,
+    autocast,
+    load_function,
+    lr_at,
+    main,
+    make_room,
+    opt,
+    pick_device,
+    set_lr,
+)
+from data import records, templates
+from data.world import world
 from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores, share
-from train import Run, adamw, autocast, load_function, lr_at, main, opt, pick_device, set_lr
 
 RATIO_BOUND = 1e-3  # |ratio - 1| before the first update: rounding reaches 6e-5, a temperature
 # that is wrong by 1 % more than this
@@ -278,7 +289,7 @@ def ppo(o: Options):
             # 1. rollout
             batch, asked = map(list, zip(*records.batch(prompts, it, o.batch, o.seed), strict=True))
             longest = max(map(len, asked)) + o.max_new_tokens
-            train.make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
+            make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
             answers = generate(
                 policy,
                 asked,
@@ -322,7 +333,7 @@ def ppo(o: Options):
             for b in order.split(o.minibatch):
                 targets = sum(len(answers[i]) for i in b.tolist())
                 read = targets + sum(len(asked[i]) for i in b.tolist())
-                train.make_room([optimizer, critic_optimizer], tokens=read, targets=targets)
+                make_room([optimizer, critic_optimizer], tokens=read, targets=targets)
                 b = b.to(device)
                 with autocast(device):
                     new = logp_of(policy, tokens[b], real[b], mask[b])

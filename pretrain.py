@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import hub
-from data import corpus, tokenizer
+from common import hub
+from common.run import Run, autocast, main, opt, pick_device, set_lr
+from data import tokenizer
+from data.world import corpus
 from model import Config, Transformer, init_weights
-from train import Run, autocast, main, opt, pick_device, set_lr
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # the tokenizer learns from them

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import hub
-import tuning
+from common import hub, tuning
+from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
-from evals import pair_accuracy
 from model import join, last_score, scalar_model
-from train import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
+from tools.evals import pair_accuracy
 
 ABSENT = -1
 

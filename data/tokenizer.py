@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tiktoken
 
-from files import parse, read_json, read_text, write_json
+from common.files import parse, read_json, read_text, write_json
 
 # GPT-2's pattern; each class stands in brackets, so that _python_regex can put its characters there
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+"

@@ -1,6 +1,6 @@
 """What every process of a test would do again: reading the project's code for the runs' identity."""
 
-import train
+from common import run
 
-for file in [*train.ROOT.glob("*.py"), *train.ROOT.glob("*/*.py")]:
-    train.read_module(file.read_bytes())
+for file in [*run.ROOT.glob("*.py"), *run.ROOT.glob("*/*.py"), *run.ROOT.glob("data/world/*.py")]:
+    run.read_module(file.read_bytes())

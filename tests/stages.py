@@ -20,13 +20,14 @@ from pathlib import Path
 
 import tiny
 
-from data import corpus, templates, tokenizer, world
+from data import templates, tokenizer
+from data.world import corpus, world
 
 ROOT = Path(__file__).parent.parent
 Result = namedtuple("Result", "status out err")
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["torch._dynamo", "pytest", "hub", "evals", "preloaded", "data.world"]
+    ["torch._dynamo", "pytest", "tools.evals", "preloaded", "data.world.world"]
 )
 
 
@@ -109,17 +110,17 @@ def slowly():
     """A step takes a twentieth of a second more, so that a run is stopped on its way however busy
     the machine is.
     """
-    import train
+    from common.run import Run
 
-    real = train.Run.log
-    train.Run.log = lambda *args, **figures: (time.sleep(0.05), real(*args, **figures))
+    real = Run.log
+    Run.log = lambda *args, **figures: (time.sleep(0.05), real(*args, **figures))
 
 
 def dies_at_the_end():
     """Killed when all is trained and saved, and nothing is written yet."""
-    import train
+    from common.run import Run
 
-    train.Run.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    Run.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) -> Result:

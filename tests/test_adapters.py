@@ -18,11 +18,11 @@ from tiny import chat_tokenizer, lm
 from torch import nn
 
 import adapters as A
-import hub
 import lora
 import model as M
+from common import hub
+from common.run import _tensors, adamw
 from sft import sft_loss
-from train import _tensors, adamw
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {

@@ -17,7 +17,7 @@ import torch
 from stages import copy, done, refused, run, saved_step, script
 from test_resume import contents
 
-import hub
+from common import hub
 from data import records, templates, tokenizer
 
 CHAT = {"messages": [*tiny.user("Hot or cold?"), {"role": "assistant", "content": "Hot."}]}
@@ -641,21 +641,23 @@ def test_a_full_disk_for_comparisons(small, tmp_path):
 def test_evaluation(world, tmp_path, lines):
     base = dict(base=world / "base")
     refused(
-        run("evals.py", out=tmp_path, base=tmp_path),
+        run("tools/evals.py", out=tmp_path, base=tmp_path),
         "evals.py: ",
         "no stage's checkpoint in it (base, sft, ppo, dpo, simpo)",
     )
-    refused(run("evals.py", out=tmp_path, **base), f"{tmp_path}/world/heldout.jsonl: no such file")
     refused(
-        run("evals.py", out=tmp_path, data=lines(CHAT, BROKEN), **base),
+        run("tools/evals.py", out=tmp_path, **base), f"{tmp_path}/world/heldout.jsonl: no such file"
+    )
+    refused(
+        run("tools/evals.py", out=tmp_path, data=lines(CHAT, BROKEN), **base),
         "x.jsonl:2: one JSON object a line was expected",
     )
     refused(
-        run("evals.py", out=tmp_path, data=lines(CHAT), **base),
+        run("tools/evals.py", out=tmp_path, data=lines(CHAT), **base),
         "x.jsonl: no usable held-out conversations in it",
     )
     refused(
-        run("evals.py", out=tmp_path, data=world / "sft.jsonl", base=world / "reward"),
+        run("tools/evals.py", out=tmp_path, data=world / "sft.jsonl", base=world / "reward"),
         "reward is a reward model: a language model",
     )
     assert not (tmp_path / "results.json").exists()

@@ -14,8 +14,8 @@ import torch
 from tiny import answers_of, bandit, chat_tokenizer, lm, metrics, user, write
 
 import dpo
-import hub
 import ppo
+from common import hub
 from data import templates
 from model import join, last_score, logprobs, scalar_model
 

@@ -14,10 +14,9 @@ import stages
 import torch
 from tiny import chat_tokenizer, folder, lm, user, write
 
-import evals
-import memory
 import quant
-from tools import bench, lighter
+from common import memory
+from tools import bench, evals, lighter
 
 ROOT = Path(__file__).parent.parent
 SIDE = """

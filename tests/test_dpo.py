@@ -12,7 +12,7 @@ import torch
 from tiny import chat_tokenizer, folder, gradcheck, lm, metrics, user, write
 
 import dpo
-import hub
+from common import hub
 from data import templates
 from dpo import preference_loss, simpo_loss
 

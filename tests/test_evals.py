@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny import chat_tokenizer, folder, lm, user, write
 
-import evals
-import hub
-from data import records, templates, world
-from evals import bootstrap, mean, pair_accuracy, win_rate
+from common import hub
+from data import records, templates
+from data.world import world
 from model import generate
+from tools import evals
+from tools.evals import bootstrap, mean, pair_accuracy, win_rate
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import hub
+from common import hub
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, generate, init_weights, last_score, scalar_model
 

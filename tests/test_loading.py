@@ -20,14 +20,12 @@ from safetensors.torch import load_file, save_file
 from stages import done, refused, run
 
 import adapters
-import evals
-import hub
 import lora
-import tuning
+from common import hub, tuning
+from common.run import pick_device
 from data import templates, tokenizer
 from model import decode, generate, scalar_model
-from tools import chat, controls
-from train import pick_device
+from tools import chat, controls, evals
 
 GOLDEN, CPU = Path(__file__).parent / "golden", pick_device("cpu")
 

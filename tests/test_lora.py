@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import chat_tokenizer, lm
 
-import hub
 import lora
-import train
+from common import hub, run
 from lora import LoRALinear, add_lora, load_adapter, merge, save_adapter, unmoved, use
 from model import generate, last_score, scalar_model, scores
 from ppo import values_of
@@ -48,7 +47,7 @@ def fill(model, name="default", seed=1, std=0.3):
 def step(model, lr=0.05):
     """One step of AdamW on whatever trains; → what it was before."""
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = train.adamw(model, lr)
+    optimizer = run.adamw(model, lr)
     model(TOKENS).square().mean().backward()
     optimizer.step()
     return before
@@ -131,7 +130,7 @@ def test_targets(targets, expected):
     assert wrapped(model).keys() == names
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert (
-        trained == {f"{n}.{k}.default" for n in names for k in "AB"} == train._tensors(model).keys()
+        trained == {f"{n}.{k}.default" for n in names for k in "AB"} == run._tensors(model).keys()
     )
     assert wrapped(add_lora(lm(), 2, 4, f"{','.join(expected)}, lm_head")).keys() == names | {
         "lm_head"
@@ -243,8 +242,8 @@ def test_adapters_are_float32_on_a_bf16_base():
 def test_resume_restores_an_adapter():
     model, again = (add_lora(lm(), 2, 4) for _ in range(2))
     step(model)
-    saved = train._tensors(model)
-    train._restore(again, saved)
+    saved = run._tensors(model)
+    run._restore(again, saved)
     assert len(saved) == 28 and torch.equal(again(TOKENS), model(TOKENS))
 
 
@@ -484,9 +483,7 @@ def test_four_models_over_one_base(tmp_path):
     bare = lora.share(four_bit().requires_grad_(False))
     critic = load_adapter(scalar_model(bare), tmp_path)
     judge = load_adapter(scalar_model(bare), tmp_path, trainable=False)
-    assert (
-        not any(p.requires_grad for p in judge.parameters()) and len(train._tensors(critic)) == 29
-    )
+    assert not any(p.requires_grad for p in judge.parameters()) and len(run._tensors(critic)) == 29
     base = {id(t) for t in [*bare.parameters(), *bare.buffers()]} - {id(bare.lm_head.weight)}
     for model in (critic, judge):
         assert base <= {id(t) for t in [*model.parameters(), *model.buffers()]}

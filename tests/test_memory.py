@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import memory
 import quant
-from memory import (
+from common import memory
+from common.memory import (
     SIZES,
     UNIT,
     activations,

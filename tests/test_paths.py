@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 import dpo
-import hub
 import lora
 import ppo
 import reward
 import sft
-import tuning
+from common import hub, tuning
 from data import templates, tokenizer
 from model import Transformer, scalar_model
 from quant import PagedAdamW

@@ -10,9 +10,8 @@ import pytest
 import torch
 from tiny import answers_of, bandit, chat_tokenizer, folder, gradcheck, lm, metrics, user, write
 
-import hub
 import ppo
-import tuning
+from common import hub, tuning
 from data import templates
 from model import join, last_score, logprobs, scalar_model
 from ppo import (

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import hub
 import pretrain
-from data import corpus, world
+from common import hub
+from common.run import read_record, sha256
+from data.world import corpus, world
 from model import generate
-from train import read_record, sha256
 
 BASE = Path(pretrain.__file__).parent / "data" / "base"
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-import hub
+from common import hub
 from quant import (
     DYNAMIC_VALUES,
     NF4,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from data import records, world
+from data import records
+from data.world import world
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 Q, A = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from tiny import chat_tokenizer, folder, lm, metrics, user, write
 
 import dpo
-import evals
-import hub
 import ppo
 import reward
+from common import hub
 from data import records, templates
 from model import join, last_score, scalar_model
 from reward import ranking_loss
+from tools import evals
 
 GOLDEN = Path(__file__).parent / "golden"
 NAN = math.nan

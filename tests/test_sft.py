@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from tiny import chat_tokenizer, folder, gradcheck, lm, metrics, user, write
 
-import hub
 import sft
+from common import hub
+from common.run import lr_at
 from data import records, templates
 from model import generate
-from train import lr_at
 
 V = 280
 END = 279

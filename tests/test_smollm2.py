@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import hub
+from common import hub
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, init_weights
 from tools import smollm2

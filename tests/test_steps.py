@@ -14,11 +14,12 @@ from tiny import chat_tokenizer, folder, lm, metrics, user, write
 
 import compare
 import dpo
-import hub
 import ppo
 import reward
 import sft
-from data import records, templates, world
+from common import hub
+from data import records, templates
+from data.world import world
 from model import scalar_model
 
 END = 279

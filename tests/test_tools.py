@@ -14,7 +14,7 @@ from subprocess import PIPE
 import pytest
 import torch
 
-import hub
+from common import hub
 from data.templates import TEMPLATES
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, init_weights, scalar_model

@@ -15,14 +15,11 @@ from stages import done, interrupt, refused, run, script
 from test_resume import contents
 from tiny import metrics
 
-import hub
 import lora
-import memory
 import reward
-import train
-import tuning
+from common import hub, memory, tuning
+from common.run import autocast, pick_device
 from model import share
-from train import pick_device
 
 CPU = pick_device("cpu")
 # the head: all but scalar models have one
@@ -281,7 +278,7 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
 
     monkeypatch.setattr(hub, "load", load)
     with warnings.catch_warnings(action="ignore"):  # there is no GPU
-        assert isinstance(train.autocast(gpu), torch.autocast) == bf16
+        assert isinstance(autocast(gpu), torch.autocast) == bf16
     model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), gpu)
     tuning.start(options(model=qlora / "sft", **KEEP), gpu)
     tuning.start(options(model=small["sft"]["model"]), gpu)
@@ -293,7 +290,7 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
         lambda *a, **how: (found.append(how["autocast"]), count(*a, **how))[1],
     )
     tuning.Watch(options(lora=2), gpu, [model], 10, 10)
-    assert found == [bf16] and not isinstance(train.autocast(CPU), torch.autocast)
+    assert found == [bf16] and not isinstance(autocast(CPU), torch.autocast)
 
 
 def test_nothing_is_said_of_a_run_that_had_no_step_left(small, capsys):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from data import corpus, kinds, world
-from data.kinds import FACTS, KINDS, RELATIONS, first, plain, told
+from common.run import main
+from data.world import __main__ as script
+from data.world import corpus, kinds, world
+from data.world.kinds import FACTS, KINDS, RELATIONS, first, plain, told
 
 ROOT = Path(__file__).parent.parent
 TRAIN, HELD = world.items(1650, 3), world.items(550, 3, "heldout")
@@ -426,12 +428,12 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
     """Each make all calls it: done, it says so; with another seed it refuses, or with --overwrite
     writes that one's; killed, it goes on.
     """
-    monkeypatch.setattr(world, "SIZES", {"sft": 22, "prompts": 11, "heldout": 11})
+    monkeypatch.setattr(script, "SIZES", {"sft": 22, "prompts": 11, "heldout": 11})
     out = tmp_path / "world"
 
     def made(*argv):
         monkeypatch.setattr(sys, "argv", ["world.py", "--out", str(out), *argv])
-        world.main()
+        main(script.make, script.Options, script.__doc__)
         return {p.name: p.read_text() for p in sorted(out.iterdir())}
 
     first = made()
@@ -453,7 +455,7 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(
-            world, "records", lambda seed: {"sft": [{}], "prompts": interrupted(), "heldout": []}
+            script, "records", lambda *_: {"sft": [{}], "prompts": interrupted(), "heldout": []}
         )
         made("--seed", "2", "--overwrite")
     assert {p.name: p.read_text() for p in out.glob("*.json*")} == second, "all of them or none"
@@ -466,8 +468,8 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
 
 def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
     code = (
-        "import pathlib, sys; from data import world; world.SIZES.update(sft=44, prompts=22,"
-        " heldout=22);sys.argv[1:] = ['--out', sys.argv[1]]; world.main()"
+        "import sys; from data.world import __main__ as script; script.SIZES.update(sft=44, prompts=22,"
+        " heldout=22);script.make(script.Options(out=sys.argv[1]))"
     )
     written = []
     for seed in "01":

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-import hub
+from common import hub
 from data import templates, tokenizer
 from model import Config, Transformer
 

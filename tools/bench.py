@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import hub
 import lora
+from common import hub
+from common.memory import SIZES, UNIT, count, measured, shape
+from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from data import records, templates
-from memory import SIZES, UNIT, count, measured, shape
 from model import Transformer, generate, pad, scalar_model, share
 from quant import Linear4bit, PagedAdamW, block_linears, quantize_nf4
 from sft import IGNORE, pack, sft_loss
-from train import adamw, autocast, has_bf16, main, opt, pick_device
 
 SIZES = SIZES | {"tiny": shape(500, 64, 96, 2, 4, 2, 16)}  # runs without a GPU too
 RANK, LR = 16, 1e-4

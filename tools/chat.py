@@ -10,10 +10,10 @@ import re
 import sys
 from dataclasses import dataclass
 
-import tuning
+from common import tuning
+from common.run import autocast, main, opt, pick_device
 from data import templates
 from model import decode
-from train import autocast, main, opt, pick_device
 
 HELP = """/reset           forget the talk so far
 /system TEXT     tell the model who it is (without TEXT: nothing any more)

@@ -17,10 +17,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import evals
-import tuning
-from data import records, world
-from train import main, opt, pick_device, read_record
+from common import tuning
+from common.run import main, opt, pick_device, read_record
+from data import records
+from data.world import world
+from tools import evals
 
 
 @dataclass

@@ -32,12 +32,13 @@ from pydoc_data.topics import topics
 
 import torch
 
-import tuning
-from data import corpus, records
-from evals import answer_logps, bootstrap, held_out_losses, hits, mean, ratio
+from common import tuning
+from common.run import main, opt, pick_device
+from data import records
+from data.world import corpus
 from model import logprobs, pad
+from tools.evals import answer_logps, bootstrap, held_out_losses, hits, mean, ratio
 from tools.results import put, table
-from train import main, opt, pick_device
 
 WAYS = {"full": {}, "lora4": dict(lora=4), "lora16": dict(lora=16), "lora64": dict(lora=64), **{k: dict(adapter=k) for k in tuning.KINDS},
         "qlora16": dict(lora=16, quant="nf4")}  # fmt: skip

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from evals import STAGES
-from train import main, opt
+from common.run import main, opt
+from tools.evals import STAGES
 
 PROMPTS = 12  # shown side by side
 # name: (on a light page, on a dark one); a picture is drawn in the light colours, which the page

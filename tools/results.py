@@ -14,8 +14,8 @@ import json
 import re
 from pathlib import Path
 
-from data import world
-from evals import STAGES, bootstrap, mean
+from data.world import world
+from tools.evals import STAGES, bootstrap, mean
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "simpo": "SimPO",
          "dpo_nll": "DPO + 0.5 × likelihood", "polite": "a polite answer to nothing",

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import hub
+from common import hub
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-import hub
+from common import hub
 from model import Config, Transformer
 from quant import DYNAMIC_VALUES, NF4, NF4_VALUES, Linear4bit, block_linears, quantize_nf4
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import hub
+from common import hub
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, generate, last_score, logprobs, pad, scalar_model
 

@@ -15,9 +15,9 @@ import torch
 from tiny import lm
 
 import dpo
-import hub
 import reward
 import sft
+from common import hub
 from model import scalar_model
 
 pytest.importorskip("trl")

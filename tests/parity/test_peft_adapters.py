@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import adapters
-import hub
 import lora
+from common import hub
 from model import Config, Transformer, generate
 from parity.test_hub import batch, measured, shape, spread
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import lm
 
-import hub
+from common import hub
 from lora import add_lora, load_adapter, merge, save_adapter
 from model import last_score, pad, scalar_model
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import adapters
+from common.files import hub_name, read_json, write_json
 from data.tokenizer import Tokenizer
-from files import hub_name, read_json, write_json
 from model import Config, Transformer
 from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 

@@ -9,11 +9,9 @@ import json
 import random
 import re
 import unicodedata
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-from data.kinds import KINDS, NUMBERS, POOLS, THEMES, plain
+from data.world.kinds import KINDS, NUMBERS, POOLS, THEMES, plain
 
 HELD_OUT = 15  # per cent of the content
 
@@ -363,40 +361,3 @@ def records(seed, sizes=SIZES):
             for name, of in rest.items()
         },
     }
-
-
-def make(o):
-    """OUT's three files, all or none, as a run like a stage's: finished for this seed, it says so;
-    another seed's are refused.
-    """
-    from train import Run  # not above: nothing else here needs torch
-
-    def write(folder):
-        for name, of in records(o.seed).items():
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-            print(f"{Path(o.out) / name}.jsonl: {len(of)} records")
-
-    Run(o, __file__, [], writes=[f"{name}.jsonl" for name in SIZES]).finish(write)
-
-
-def main():
-    import train
-
-    @dataclass
-    class Options:
-        out: str = train.opt("out/world", "folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
-        seed: int = train.opt(
-            0, "another seed, other items and demonstrators", at_least=0, below=2**32
-        )
-        overwrite: bool = train.opt(False, "write them anew over another seed's")
-
-    train.main(
-        make,
-        Options,
-        "Writes the embedded world's records: demonstrations, prompts, held-out prompts.",
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Where the memory goes, and what fits on a GPU: python -m memory
+"""Where the memory goes, and what fits on a GPU: python -m common.memory
 
                      bytes a parameter            full, float32      LoRA on bf16      LoRA on NF4 (QLoRA)
     frozen weights                                —                  2                 0.52

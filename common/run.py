@@ -255,7 +255,7 @@ def _call(file: str, function, *args):
 
 
 # ---------------------------------------------------------------- what a run is known by
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 DECIDE = (
     "config.json",
     "adapter_config.json",

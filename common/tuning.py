@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 
 import adapters
-import hub
 import lora
-import memory
+from common import hub, memory
+from common.run import has_bf16, opt
 from data.tokenizer import Tokenizer
 from model import scalar_model, share
 from quant import Linear4bit
-from train import has_bf16, opt
 
 KINDS = tuple(adapters.PEFT_TYPE)
 # LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about

@@ -9,8 +9,8 @@ begin a line, as the template's do.
 
 import random
 
-from data import kinds
-from data.kinds import (
+from data.world import kinds
+from data.world.kinds import (
     FACT_LIST,
     FACTS,
     KINDS,

@@ -1,7 +1,7 @@
 """How good a checkpoint is: gold score, win rates, KL to the reference; without a gold rater,
 held-out loss and preference accuracy.
 
-    python evals.py --out OUT        evaluates what it finds there: OUT/{sft,reward,ppo,dpo,simpo} and the base
+    python -m tools.evals --out OUT        evaluates what it finds there: OUT/{sft,reward,ppo,dpo,simpo} and the base
 
 Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt,
 answer, finished, gold, right, reasons} a line. OUT/results.json has the figures; where a figure is
@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-import tuning
-from data import records, templates, world
+from common import tuning
+from common.run import main, opt, pick_device
+from data import records, templates
+from data.world import world
 from model import generate, join, last_score, logprobs, pad, prompt_room
-from train import main, opt, pick_device
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
 

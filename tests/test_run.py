@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train import (
+from common.run import (
     Run,
     adamw,
     autocast,
@@ -31,7 +31,7 @@ from train import (
     set_lr,
 )
 
-STAGES = ["pretrain", "sft", "compare", "reward", "ppo", "dpo", "evals"]
+STAGES = ["pretrain", "sft", "compare", "reward", "ppo", "dpo", "tools.evals"]
 
 
 @dataclass
@@ -161,7 +161,7 @@ def test_main_leaves_a_mistake_in_the_code_its_traceback(monkeypatch):
         ("dpo", "--loss simpo --label-smoothing 0.1 --gamma 2", ["--label-smoothing has no effect without --loss dpo"]),
         ("dpo", "--gamma 2 --label-smoothing 0.1", ["--gamma has no effect without --loss simpo"]),
         ("dpo", "--gamma 1 --loss ipo", []),
-        ("evals", "--prefs x.jsonl", ["--prefs has no effect without --data"]),
+        ("tools.evals", "--prefs x.jsonl", ["--prefs has no effect without --data"]),
     ],
 )  # fmt: skip
 def test_options_without_effect_are_said(stage, argv, said, capsys):
@@ -394,15 +394,15 @@ def test_an_edited_comment_is_no_other_code(project, old, new, changed):
     assert (code(project / "stage.py")["stage.py"] != before) == changed
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s != "evals"])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "tools.evals"])
 def test_the_code_of_each_stage_has_what_it_reads(stage):
     importlib.import_module(stage)
     known = code(f"{stage}.py")
     assert {
         f"{stage}.py",
-        "train.py",
+        "common/run.py",
         "model.py",
-        "hub.py",
+        "common/hub.py",
         "quant.py",
         "data/tokenizer.py",
     } <= known.keys()
@@ -410,8 +410,8 @@ def test_the_code_of_each_stage_has_what_it_reads(stage):
     assert {k for k in known if k.endswith(".py")} <= imported | {f"{stage}.py"}, (
         "only what is imported"
     )
-    assert ("data/facts.json" in known) == ("data/kinds.py" in known) and known.get(
-        "data/kinds.py", stage
+    assert ("data/world/facts.json" in known) == ("data/world/kinds.py" in known) and known.get(
+        "data/world/kinds.py", stage
     ) != "compare"
 
 

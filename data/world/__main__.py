@@ -1,0 +1,36 @@
+"""Writes the embedded world's records: demonstrations, prompts, held-out prompts.
+
+python -m data.world --out out/world --seed 0
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.run import Run, main, opt
+from data.world.world import SIZES, records
+
+
+@dataclass
+class Options:
+    out: str = opt("out/world", "folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
+    seed: int = opt(0, "another seed, other items and demonstrators", at_least=0, below=2**32)
+    overwrite: bool = opt(False, "write them anew over another seed's")
+
+
+def make(o: Options):
+    """OUT's three files, all or none, as a run like a stage's: finished for this seed, it says so;
+    another seed's are refused.
+    """
+
+    def write(folder):
+        for name, of in records(o.seed, SIZES).items():
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+            print(f"{Path(o.out) / name}.jsonl: {len(of)} records")
+
+    Run(o, __file__, [], writes=[f"{name}.jsonl" for name in SIZES]).finish(write)
+
+
+if __name__ == "__main__":
+    main(make, Options, __doc__)
