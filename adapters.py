@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from common.files import hub_name, read_json, write_json
 from lora import read_tensors
-from model import Cache, wide
+from model import wide
+from sampling import Cache
 
 # Peak learning rates for AdamW, which moves a number by about the learning rate a step whatever its
 # gradient. IA3's factors start at 1 and must move by tenths, in a few hundred steps here (Liu et

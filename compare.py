@@ -17,7 +17,7 @@ from common import tuning
 from common.run import Run, load_function, main, opt, pick_device
 from data import records, templates
 from data.world import world
-from model import generate, prompt_room
+from sampling import generate, prompt_room
 
 # the fields that are written here
 OWN = ("prompt", "responses", "ranks", "finished", "ids", "tokenizer")

@@ -4,11 +4,11 @@
 PPO's optimum is known: π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x). Turned round, a policy *is* a
 reward model, and Z cancels in a pair:
 
-    r̂(x, y) = β (log π(y|x) - log π_ref(y|x))                         log π(y|x): the sum over the answer's tokens, end token included
+    r̂(x, y) = β (log π(y|x) - log π_ref(y|x))      log π(y|x): Σ over the answer's tokens and end
     h        = (log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))
-    DPO      -log σ(β h)              label smoothing ε (cDPO): -(1-ε) log σ(β h) - ε log σ(-β h)
+    DPO      -log σ(β h)                with label smoothing ε: -(1-ε) log σ(β h) - ε log σ(-β h)
     IPO      (h - 1/(2β))²
-    SimPO    -log σ(β (log π(y_w)/|y_w| - log π(y_l)/|y_l|) - γ)      means instead of sums, a margin γ, no reference
+    SimPO    -log σ(β (log π(y_w)/|y_w| - log π(y_l)/|y_l|) - γ)     means, a margin γ, no reference
 
 What the log shows. At the first step DPO's loss is ln 2: policy and reference are the same. Then
 the margin grows, and often *both* log-probabilities fall, the chosen one's too: the loss sees only
@@ -20,6 +20,7 @@ the chosen answer's negative log-likelihood per token, which holds it up (iterat
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
-from model import join, logprobs
+from model import logprobs
+from packing import distinct
 
 
 @dataclass
@@ -79,20 +81,16 @@ def preference_loss(
 
     kind "dpo" (label_smoothing > 0: cDPO) or "ipo" (on sums, as in its paper).
     """
-    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    better, worse = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    h = better - worse
     if kind == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "dpo":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(
-            -beta * h
-        )
+        kept, flipped = 1 - label_smoothing, label_smoothing
+        losses = -kept * F.logsigmoid(beta * h) - flipped * F.logsigmoid(-beta * h)
     else:
         raise ValueError(f"kind is {kind!r}; dpo or ipo was expected")
-    return (
-        losses,
-        beta * (policy_chosen - ref_chosen).detach(),
-        beta * (policy_rejected - ref_rejected).detach(),
-    )
+    return losses, beta * better.detach(), beta * worse.detach()
 
 
 def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, beta, gamma):
@@ -102,62 +100,65 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
 
 
 def prepare(path, which, tok, length: int):
-    """Pairs of the training side, those of one prompt together: [(prompt ids, [answer ids],
-    [(chosen, rejected) as places among them])]. So an answer that stands in several pairs is read
-    once. Answers too long drop their pairs, counted."""
+    """The training pairs, each prompt's in a list of its own: [[(prompt ids, chosen ids, rejected
+    ids), …], …]. Pairs with an answer that is empty or does not fit are dropped and counted.
+    """
     train, held = records.split(records.pairs(path, which))
-    groups, kept, empty = [], 0, 0
-    for _, pairs in itertools.groupby(train, key=lambda r: r["prompt"]):
-        pairs = list(pairs)
-        encoded = [templates.ranked_ids(tok, r, (r["chosen"], r["rejected"])) for r in pairs]
-        prompt, both = encoded[0][0], [tuple(map(tuple, answers)) for _, answers in encoded]
-        empty += sum(not all(pair) for pair in both)
-        answers = [
-            a
-            for a in dict.fromkeys(a for pair in both for a in pair)
-            if a and len(prompt) + len(a) <= length
-        ]
-        places = [(answers.index(w), answers.index(l)) for w, l in both if {w, l} <= set(answers)]
-        if places:
-            groups.append((prompt, list(map(list, answers)), places))
-        kept += len(places)
-    dropped = {
-        f"longer than {length} tokens": len(train) - kept - empty,
-        "with an empty answer": empty,
-    }
-    records.report(path, kept, dropped, "pairs", len(held))
+    groups, long, empty = [], 0, 0
+    for _, same in itertools.groupby(train, key=lambda r: r["prompt"]):
+        pairs = []
+        for r in same:
+            prompt, (chosen, rejected) = templates.ranked_ids(tok, r, (r["chosen"], r["rejected"]))
+            if not chosen or not rejected:
+                empty += 1
+            elif len(prompt) + max(len(chosen), len(rejected)) > length:
+                long += 1
+            else:
+                pairs.append((prompt, chosen, rejected))
+        groups += [pairs] if pairs else []
+    dropped = {f"longer than {length} tokens": long, "with an empty answer": empty}
+    records.report(path, sum(map(len, groups)), dropped, "pairs", len(held))
     return groups
 
 
-def answer_logps(model, groups, device):
-    """Summed log-probability and length (N,) of all the groups' answers, in one forward pass."""
-    prompts = [prompt for prompt, answers, _ in groups for _ in answers]
-    tokens, mask, where = join(prompts, [a for _, answers, _ in groups for a in answers], device)
-    with autocast(device):
-        return logprobs(model, tokens, mask, where).sum(1), where.sum(1)
-
-
-def places(groups, device):
-    """Where the pairs' chosen and rejected answers stand among all the groups' answers: (2, pairs)."""
-    out, start = [], 0
-    for _, answers, pairs in groups:
-        out += [(start + w, start + l) for w, l in pairs]
-        start += len(answers)
-    return torch.tensor(out, device=device).T
+def sums(model, pairs):
+    """Of P pairs Σ log π(y_t) over the chosen and over the rejected answers, and their lengths in
+    tokens: four (P,). An answer that stands in several pairs is read once."""
+    prompts = [prompt for prompt, _, _ in pairs]
+    answers = [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
+    once_prompts, once_answers, index = distinct(prompts * 2, answers)
+    with autocast(model.device):
+        logps = logprobs(model, once_prompts, once_answers).sum(1)
+    logps = logps[index.to(logps.device)]  # (2P,)
+    lengths = torch.tensor([len(a) for a in answers]).to(logps.device)
+    return *logps.chunk(2), *lengths.chunk(2)
 
 
 @torch.no_grad()
-def reference_logps(model, groups, device, size: int):
-    """Of every answer once, before training changes the model, so that no second model is kept: a
-    tensor a group.
-    """
-    out, order = [None] * len(groups), sorted(range(len(groups)), key=lambda i: len(groups[i][0]))
-    for at in range(0, len(order), size):
-        some = order[at : at + size]
-        logps, _ = answer_logps(model, [groups[i] for i in some], device)
-        for i, part in zip(some, logps.split([len(groups[i][1]) for i in some]), strict=True):
-            out[i] = part
+def reference_sums(model, data, size: int):
+    """Each prompt's (chosen, rejected) sums under the model as it is before training: no second
+    model is kept."""
+    out = []
+    for i in range(0, len(data), size):
+        part = data[i : i + size]
+        chosen, rejected, _, _ = sums(model, [pair for pairs in part for pair in pairs])
+        counts = [len(pairs) for pairs in part]
+        out += zip(chosen.split(counts), rejected.split(counts), strict=True)
     return out
+
+
+def check_start(losses):
+    """At the first step policy and reference are the same, and DPO's losses ln 2. On a GPU bf16
+    rounds more: not checked."""
+    if losses.device.type == "cpu" and (losses - math.log(2)).abs().max() > 1e-3:
+        first = f"the first loss is {losses.mean():.4f}, not ln 2"
+        raise ValueError(f"{first}: policy and reference differ before training")
+
+
+def sizes_of(pairs) -> dict:
+    """What decides the memory of a pass over pairs, most of which share their prompts."""
+    answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
+    return dict(tokens=answers + sum(len(prompt) for prompt, _, _ in pairs), targets=answers)
 
 
 def dpo(o: Options):
@@ -168,83 +169,60 @@ def dpo(o: Options):
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
     # no reference for what will not be read
     data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)
-    reference = (
-        reference_logps(policy, data, device, o.batch) if o.loss != "simpo" else [None] * len(data)
-    )
+    nothing = [(torch.zeros(0), torch.zeros(0))] * len(data)
+    reference = nothing if o.loss == "simpo" else reference_sums(policy, data, o.batch)
     data = list(zip(data, reference, strict=True))
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(policy, peak, paged=o.paged)
-    targets, share = (
-        [sum(map(len, answers)) for (_, answers, _), _ in data],
-        o.batch / o.accumulate / len(data),
-    )
-    watch = tuning.Watch(
-        o,
-        device,
-        [policy],
-        share * (sum(targets) + sum(len(p) for (p, _, _), _ in data)),
-        share * sum(targets),
-    )
+    report = tuning.Report(o, device, [policy])
     run.resume(policy=policy, optimizer=optimizer)
 
     for step in run.steps(o.steps):
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
-        # of the whole step: the loss's denominator
-        pairs = sum(len(pairs) for (_, _, pairs), _ in batch)
-        figures, size = {}, -(-len(batch) // o.accumulate)
-        for at in range(0, len(batch), size):
-            groups, reference = zip(*batch[at : at + size], strict=True)
-            answers = sum(len(a) for _, some, _ in groups for a in some)
-            tokens = answers + sum(len(p) for p, _, _ in groups)
-            make_room([optimizer], tokens=tokens, targets=answers)
-            logps, lengths = answer_logps(policy, groups, device)
-            chosen, rejected = places(groups, device)
+        count = sum(len(pairs) for pairs, _ in batch)  # of the whole step: the loss's denominator
+        size, totals = -(-len(batch) // o.accumulate), Counter()
+        for i in range(0, len(batch), size):
+            part = batch[i : i + size]
+            pairs = [pair for pairs, _ in part for pair in pairs]
+            ref_chosen, ref_rejected = map(torch.cat, zip(*(ref for _, ref in part), strict=True))
+            sizes = sizes_of(pairs)
+            make_room([optimizer], **sizes)
+            report.batch(**sizes)
+            chosen, rejected, chosen_length, rejected_length = sums(policy, pairs)
             if o.loss == "simpo":
                 losses = simpo_loss(
-                    logps[chosen],
-                    logps[rejected],
-                    lengths[chosen],
-                    lengths[rejected],
-                    o.beta,
-                    o.gamma,
+                    chosen, rejected, chosen_length, rejected_length, o.beta, o.gamma
                 )
-                better, worse = (
-                    o.beta * (logps / lengths)[side].detach() for side in (chosen, rejected)
-                )
+                better = o.beta * (chosen / chosen_length).detach()
+                worse = o.beta * (rejected / rejected_length).detach()
             else:
-                ref = torch.cat(reference)
                 losses, better, worse = preference_loss(
-                    logps[chosen],
-                    logps[rejected],
-                    ref[chosen],
-                    ref[rejected],
-                    o.beta,
-                    o.loss,
-                    o.label_smoothing,
+                    chosen, rejected, ref_chosen, ref_rejected, o.beta, o.loss, o.label_smoothing
                 )
-            if (
-                step == 0
-                and o.loss == "dpo"
-                and device.type == "cpu"
-                and (losses - math.log(2)).abs().max() > 1e-3
-            ):
-                raise ValueError(
-                    f"the first loss is {losses.mean():.4f}, not ln 2: policy and reference differ"
-                    " before training"
-                )
-            nll = -(logps / lengths)[chosen]
-            ((losses + o.nll * nll).sum() / pairs).backward()
-            now = dict(loss=losses, nll=nll, logp_chosen=logps[chosen], logp_rejected=logps[rejected], reward_chosen=better,
-                       reward_rejected=worse, margin=better - worse, accuracy=(better > worse).float())  # fmt: skip
-            figures = {k: figures.get(k, 0.0) + v.detach().sum() / pairs for k, v in now.items()}
+            if step == 0 and o.loss == "dpo":
+                check_start(losses)
+            nll = -chosen / chosen_length
+            ((losses + o.nll * nll).sum() / count).backward()
+            totals.update(
+                loss=losses.detach().sum(),
+                nll=nll.detach().sum(),
+                logp_chosen=chosen.detach().sum(),
+                logp_rejected=rejected.detach().sum(),
+                reward_chosen=better.sum(),
+                reward_rejected=worse.sum(),
+                margin=(better - worse).sum(),
+                accuracy=(better > worse).sum(),
+            )
         norm = clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(step, ("loss", "margin", "accuracy"), **figures, lr=lr, grad_norm=norm, pairs=pairs)
+        figures = {name: total / count for name, total in totals.items()}
+        shown = ("loss", "margin", "accuracy")
+        run.log(step, shown, **figures, lr=lr, grad_norm=norm, pairs=count)
         run.save(step)
-    watch.finish()
+    report.finish()
     run.finish(lambda path: tuning.save(o, path, policy, tok))
 
 

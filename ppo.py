@@ -1,36 +1,35 @@
-"""Stage 3: PPO with a KL penalty. The policy answers, the reward model scores, the policy moves
-(Ouyang et al. 2022, eq. 2).
+"""Stage 3: PPO with a KL penalty. The policy answers, the reward model scores, the policy moves.
 
-    maximise  E[ r(x, y) - β KL(π(·|x) ‖ π_ref(·|x)) ]        π starts as the SFT model, π_ref stays it, r is frozen
+    maximise  E[ r(x, y) - β KL(π(·|x) ‖ π_ref(·|x)) ]              Ouyang et al. 2022, eq. 2
 
-Four networks: policy, reference, reward model, and a critic V that starts from the reward model. An
-answer is an episode, a token an action. Each iteration:
+π starts as the SFT model, π_ref stays it, r is frozen, and a critic V starts from the reward model.
+An answer is an episode, a token an action. Each iteration:
 
-    1. rollout   answers y ~ π(·|x), sampled at `temperature` without top-k or top-p: else they would not be π's
-    2. reward    r_t = -β (log π(y_t) - log π_ref(y_t)),  and r(x, y) on the last token: the end token is an action as any other.
-                 An answer without an end gets no_end_score instead of its score. Scores are in
-                 standard deviations: a reward model's in those of its reference answers, your own
-                 function's in those of all its scores so far
-    3. credit    A_t = Σ_l (γλ)^l δ_{t+l},  δ_t = r_t + γ V_{t+1} - V_t    (Schulman et al. 2016); R_t = A_t + V_t, then A whitened
-    4. update    L = E[max(-A ρ, -A clip(ρ, 1±ε))],  ρ = π/π_old             (Schulman et al. 2017, eq. 7), and the critic towards R_t
-    5. β         adaptive with --target-kl: up when KL is above it, down when below (Ziegler et al. 2019, section 2.2)
+    1. rollout   answers y ~ π(·|x) at `temperature`, without top-k or top-p: else they are not π's
+    2. reward    r_t = -β (log π(y_t) - log π_ref(y_t)), and r(x, y) on the last token: the end
+                 token is an action like any other. Without an end: no_end_score in place of r(x, y)
+    3. credit    δ_t = r_t + γ V_{t+1} - V_t,  A_t = Σ_l (γλ)^l δ_{t+l}    Schulman et al. 2016, 16
+                 R_t = A_t + V_t, then A is whitened
+    4. update    L = E[max(-A ρ, -A clip(ρ, 1±ε))],  ρ = π/π_old            Schulman et al. 2017, 7
+                 and ½ (V - R)² for the critic
+    5. β         with --target-kl: up when KL is above it, else down      Ziegler et al. 2019, § 2.2
 
-What the log should look like. Working: reward and gold rise together and flatten; kl rises quickly,
-then slowly, to a few nats an answer; entropy falls slowly; clip_fraction stays under 0.2,
-ratio_error (before the first update) at rounding; explained_variance climbs; length changes little,
-finished stays near 1. Hacked: reward climbs on while gold turns down, kl grows without end, answers
-become alike (entropy near 0) or long or of one phrase. Then raise --kl, lower --lr, or stop
-earlier: the reward model is right only near the answers that it was trained on. Broken: reward does
-not move, kl or ratio_error are not 0 at the start, explained_variance stays under 0.
+What the log should look like
+    working   reward, gold and right rise together and flatten; kl rises quickly, then slowly, to a
+              few nats per answer; entropy falls slowly; clip_fraction stays under 0.2; ratio_error,
+              before the first update, is rounding; explained_variance starts below 0, for the
+              reward model never read half an answer, and climbs; finished nears 1
+    hacked    reward climbs on while gold turns down, kl grows without end, answers become alike
+              (entropy near 0), long, or one phrase. Raise --kl-coef, lower --lr, or stop earlier:
+              the reward model is right only near the answers that it was trained on
+    broken    reward does not move, or kl or ratio_error is not 0 at the start
 """
 
-import json
-import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from common import tuning
@@ -48,10 +47,10 @@ from common.run import (
 )
 from data import records, templates
 from data.world import world
-from model import generate, join, last_score, logprobs, prompt_room, scalar_model, scores, share
+from model import answer_mask, logprobs, scalar_model, score, share, values
+from sampling import generate, prompt_room
 
-RATIO_BOUND = 1e-3  # |ratio - 1| before the first update: rounding reaches 6e-5, a temperature
-# that is wrong by 1 % more than this
+RATIO_BOUND = 1e-3  # |ρ - 1| before an update: rounding reaches 6e-5, a temperature off by 1 % more
 
 
 @dataclass
@@ -62,59 +61,51 @@ class Options(tuning.Tuning):
     data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn")
     out: str = opt("out/ppo", "folder for the checkpoint")
     iterations: int = opt(20, "rounds of rollout and update", at_least=1)
-    batch: int = opt(128, "answers a round", at_least=1)
-    minibatch: int = opt(32, "answers an update", at_least=1)
+    batch: int = opt(128, "answers per round", at_least=1)
+    minibatch: int = opt(32, "answers per update", at_least=1)
     epochs: int = opt(2, "passes over a round's answers", at_least=1)
-    lr: float = opt(
-        0.0,
-        "peak learning rate of policy and critic; 0: 2e-4, five times that for LoRA",
-        at_least=0,
-    )
-    warmup: int = opt(
-        2, "rounds of linear warmup, then a line to 0", at_least=0, below="iterations"
-    )
-    kl: float = opt(0.2, "β: cost of a nat of KL, in standard deviations of the reward", at_least=0)
-    target_kl: float = opt(
-        0.0, "nats an answer that an adaptive β steers to; 0: β is fixed", at_least=0
-    )
-    horizon: float = opt(
-        2000.0, "answers over which the adaptive β moves", needs="target_kl", above=0
-    )
+    lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
+    warmup: int = opt(2, "rounds of warmup, then a line to 0", at_least=0, below="iterations")
+    kl_coef: float = opt(0.2, "β: cost per nat of KL, in deviations of the reward", at_least=0)
+    target_kl: float = opt(0.0, "nats per answer that β steers to; 0: β is fixed", at_least=0)
+    horizon: float = opt(2000.0, "answers over which β adapts", needs="target_kl", above=0)
     gamma: float = opt(1.0, "discount", above=0, at_most=1)
     lam: float = opt(0.95, "GAE's λ", at_least=0, at_most=1)
     clip: float = opt(0.2, "ε of the ratio, and of the values", above=0)
-    vf: float = opt(0.1, "weight of the value loss", at_least=0)
-    no_end_score: float = opt(-1.0, "score of an answer that did not end, in standard deviations",
-                              above=-math.inf, below=math.inf)  # fmt: skip
+    vf_coef: float = opt(0.1, "weight of the value loss", at_least=0)
+    no_end_score: float = opt(-1.0, "score of an answer without an end, in deviations")
     temperature: float = opt(1.0, "of π, in the rollout and in every log-probability", above=0)
-    max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
-    seed: int = opt(0, "seed of prompts, answers and minibatches", at_least=0, below=2**32)
+    max_new_tokens: int = opt(64, "tokens per answer", at_least=1)
+    seed: int = opt(0, "of prompts, answers and minibatches", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(5, "iterations between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
 
 
-# ---------------------------------------------------------------- estimators and losses; all tensors (B,T), mask on the answers
+# ---------------------------------------------------------------- estimators and losses, all (N,A)
 def masked_mean(x, mask):
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """Advantages and returns, exactly 0 off the mask. The mask is one run of tokens a row; V is 0
-    after its last.
+    """Advantages A_t = δ_t + γλ A_{t+1} and returns A_t + V_t, exactly 0 off the mask.
+
+    V is 0 after the last token: the episode is over, and nothing more can be won.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages, after, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (N,)
         after = torch.where(mask[:, t], delta + gamma * lam * after, 0.0)
-        advantages[:, t], next_value = after, values[:, t]
+        advantages[:, t] = after
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the mask, var biased; shift_mean=False keeps the mean. 0
-    off the mask.
+    """(x - mean) / sqrt(var + 1e-8) over the mask, var biased; 0 off the mask.
+
+    shift_mean=False keeps the mean.
     """
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
@@ -122,55 +113,51 @@ def whiten(x, mask, shift_mean=True):
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip: float):
-    """Clipped surrogate, a mean over the mask, and the share of tokens where the clip holds."""
+    """max(-A ρ, -A clip(ρ, 1±ε)), ρ = π/π_old, a mean over the mask; and the share of tokens where
+    the clip holds."""
     ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.maximum(plain, clipped), mask), masked_mean(
-        (clipped > plain).float(), mask
-    )
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = masked_mean(torch.maximum(plain, clipped), mask)
+    return loss, masked_mean((clipped > plain).float(), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip: float):
-    """½ the worse of the squared errors of V and of V held within ±clip of its old self, a mean
-    over the mask.
-    """
+    """½ max((V - R)², (V' - R)²), V' is V within ±clip of its old self; a mean over the mask."""
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
 
-def kl_estimates(old, ref, mask):
-    """Two unbiased estimates of KL(π‖π_ref) from π's own samples, summed over an answer, mean over
-    answers (Schulman 2020): k1 = d, which can be negative, and k3 = e^-d - 1 + d, which cannot; d =
-    log π - log π_ref."""
-    d = torch.where(mask, old - ref, 0.0)
-    return d.sum(1).mean(), (torch.expm1(-d) + d).sum(1).mean()
+def kl_estimates(logp, ref, mask):
+    """Two unbiased estimates of KL(π‖π_ref) per token of π's own samples, 0 off the mask: k1 = d,
+    which can be negative, and k3 = e^-d - 1 + d, which cannot; d = log π - log π_ref
+    (Schulman 2020)."""
+    d = torch.where(mask, logp - ref, 0.0)
+    return d, torch.expm1(-d) + d
 
 
 def adapt(beta: float, kl: float, target: float, answers: int, horizon: float) -> float:
-    """β moves by at most 20 % a horizon towards KL = target, and a round is never more than one: it
-    cannot fall to 0. It stays as it is where target is 0."""
+    """β moves towards KL = target by at most 20 % per horizon, and per round: it cannot reach 0.
+    Without a target it stays."""
     error = max(-0.2, min(0.2, kl / target - 1)) if target else 0.0
     return beta * (1 + error * min(1, answers / horizon))
 
 
 def running(seen, scores):
-    """What is known of all scores so far, (n, mean, M) with M = Σ(score - mean)², once scores (N,)
-    are added to those `seen`:  with δ = mean' - mean it is mean + δ n'/(n+n') and
-    M + M' + δ² n n'/(n+n')    (Chan et al. 1979)."""
-    if not len(scores):
-        return seen
+    """(n, mean, M = Σ(score - mean)²) of all scores so far, with the new ones (K,) added:
+    δ = mean_new - mean;  mean + δ K/(n+K);  M + M_new + δ² nK/(n+K)          Chan et al. 1979"""
     n, mean, m = seen
-    scores = scores.double()
-    k = len(scores)
+    k, scores = len(scores), scores.double()
+    if not k:
+        return seen
     shift = scores.mean().item() - mean
     within = ((scores - scores.mean()) ** 2).sum().item()
     return n + k, mean + shift * k / (n + k), m + within + shift**2 * n * k / (n + k)
 
 
 def deviation(seen) -> float:
-    """sqrt(M/n), biased as in whiten. 1 while all scores were equal, but for float32's rounding:
-    they have no scale yet, and noise is none."""
+    """sqrt(M/n); 1 while all scores are equal up to float32's rounding: they have no scale yet."""
     n, mean, m = seen
     std = (m / n) ** 0.5 if n else 0.0
     return std if std > 1e-6 * abs(mean) else 1.0
@@ -178,214 +165,261 @@ def deviation(seen) -> float:
 
 def explained_variance(values, returns, mask):
     """1 - var(R - V) / var(R): 1 for a perfect critic, 0 for a constant one."""
-    spread = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
-    return 1 - spread(returns - values) / spread(returns).clamp(min=1e-8)
+
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+
+
+# ---------------------------------------------------------------- steps 1 to 3: a rollout
+@dataclass
+class Rollout:
+    """N answers and what the update needs of them; (N,A) where no shape is given, A the longest."""
+
+    prompts: list  # N lists of ids
+    answers: list  # N lists of ids, an end token included
+    texts: list  # N strings
+    finished: torch.Tensor  # (N,) bool: it has an end
+    score: torch.Tensor  # (N,) r(x, y), or no_end_score, in standard deviations
+    mask: torch.Tensor  # bool: the answers' tokens
+    old: torch.Tensor  # log π(y_t), before the update
+    ref: torch.Tensor  # log π_ref(y_t)
+    values: torch.Tensor  # V_t, read before token t
+    advantages: torch.Tensor  # whitened A_t
+    returns: torch.Tensor  # R_t
+
+    def rows(self, index: list[int]):
+        """Some of the answers, in this order."""
+        at = torch.tensor(index).to(self.mask.device)
+        some = [x[at] if torch.is_tensor(x) else [x[i] for i in index] for x in vars(self).values()]
+        return Rollout(*some)
+
+
+def value(critic, prompts, answers, width=None):
+    """V before each token (N,A), in the reward's own standard deviations."""
+    c = critic.config
+    return (values(critic, prompts, answers, width) - c.reward_mean) / c.reward_std
+
+
+def in_parts(read, size: int, prompts, answers):
+    """read(prompts, answers), `size` answers at a time: no more memory than an update."""
+    parts = range(0, len(prompts), size)
+    return torch.cat([read(prompts[i : i + size], answers[i : i + size]) for i in parts])
+
+
+@torch.no_grad()
+def rollout(policy, reference, scorer, critic, tok, batch, beta: float, seed: int, o) -> Rollout:
+    """Answers to a batch of N (record, prompt ids), with rewards and credit."""
+    # 1. answers
+    found, prompts = map(list, zip(*batch, strict=True))
+    ends = templates.end_ids(tok, policy.config)
+    answers = generate(policy, prompts, o.max_new_tokens, o.temperature, eos_id=ends, seed=seed)
+    texts, ended = templates.read_answers(tok, answers, ends)
+    mask = answer_mask(answers, device=policy.device)  # (N,A)
+    finished = torch.tensor(ended).to(mask.device)  # (N,)
+    # 2. rewards. `old` is read by a full pass like the update's: what the sampler saw was computed
+    # token by token, from a cache, and is rounded otherwise. Then ρ would not start at 1
+    log_pi = partial(logprobs, temperature=o.temperature, width=mask.shape[1])
+    old = in_parts(partial(log_pi, policy), o.minibatch, prompts, answers)  # (N,A)
+    ref = in_parts(partial(log_pi, reference), o.minibatch, prompts, answers)  # (N,A)
+    scores = scorer(prompts, answers, texts, found, finished)  # (N,)
+    scores = torch.where(finished, scores, o.no_end_score)
+    last = torch.tensor([len(a) - 1 for a in answers]).to(mask.device)
+    rewards = -beta * (old - ref)  # (N,A), 0 off the mask, as both are
+    rewards = rewards.scatter_add(1, last[:, None], scores[:, None])
+    # 3. credit
+    read = partial(value, critic, width=mask.shape[1])
+    v = in_parts(read, o.minibatch, prompts, answers)  # (N,A)
+    advantages, returns = gae(rewards, v, mask, o.gamma, o.lam)
+    advantages = whiten(advantages, mask)
+    return Rollout(
+        prompts, answers, texts, finished, scores, mask, old, ref, v, advantages, returns
+    )
+
+
+def minibatches(r: Rollout, epochs: int, size: int, seed: int):
+    """The rollout's answers in a new order each epoch, `size` at a time."""
+    for epoch in range(epochs):
+        seeded = torch.Generator().manual_seed(seed * 1009 + epoch)
+        order = torch.randperm(len(r.answers), generator=seeded).tolist()
+        for i in range(0, len(order), size):
+            yield r.rows(order[i : i + size])
 
 
 # ---------------------------------------------------------------- what the loop needs
-def load_reward(o, reference, tok, device):
-    """--reward, a folder or FILE.py:function → (a function that scores answers, the model or None),
-    the folder's scores in its own standard deviations from its reference answers. It is called with
-    tokens, mask, prompts, answers and records; a folder reads the first two."""
-    spec = o.reward
-    if is_function(spec):
-        judge = load_function(spec)
-        return lambda _tokens, _mask, *texts: torch.tensor(judge(*texts), device=device), None
+def load_reward(o, reference, tok, seen: list):
+    """--reward → a scorer, and its model, frozen (None for FILE.py:function).
+
+    scorer(prompts, answers, texts, records, finished) → (N,) in standard deviations: a model's, of
+    its reference answers' scores; a function's, of all scores so far, which are kept in `seen`.
+    """
+    if is_function(o.reward):
+        judge = load_function(o.reward)
+
+        def own(_prompts, _answers, texts, found, finished):
+            scores = judge([r["messages"] for r in found], texts, found)
+            scores = torch.tensor(scores).to(finished.device)
+            if not scores.isfinite().all():
+                raise ValueError(f"--reward {o.reward}: a score is not finite in float32")
+            if not o.raw_reward:
+                seen[:] = running(seen, scores[finished])
+            return scores if o.raw_reward else scores / deviation(seen)
+
+        return own, None
+
     if o.raw_reward:
-        raise ValueError(f"--raw-reward is for FILE.py:function: {spec} knows its own deviation")
-    model, own = tuning.reward_model(o, spec, reference, device)
-    if not model.config.num_labels:
-        raise ValueError(
-            f"--reward {spec}: a language model; a reward model (reward.py) or FILE.py:function was"
-            " expected"
-        )
-    if own is None or vocabulary(own) != vocabulary(tok):
-        raise ValueError(
-            f"--reward {spec}: its vocabulary is not the policy's; train it on the same model"
-            " (reward.py --model)"
-        )
-    c = model.config
-    tuning.check_spread(f"--reward {spec}", c.reward_mean, c.reward_std)
-    return (
-        lambda tokens, mask, *_: (last_score(model, tokens, mask) - c.reward_mean) / c.reward_std,
-        model,
-    )
+        raise ValueError(f"--raw-reward is for FILE.py:function, {o.reward} knows its deviation")
+    model = tuning.reward_model(o, o.reward, reference, tok).requires_grad_(False)
+
+    def scorer(prompts, answers, *_):
+        raw = in_parts(partial(score, model), o.minibatch, prompts, answers)
+        return (raw - model.config.reward_mean) / model.config.reward_std
+
+    return scorer, model
 
 
 def is_function(spec: str) -> bool:
     return spec.endswith(".py") or ".py:" in spec
 
 
-def vocabulary(tok) -> dict:
-    """{token: id}; how the file spells the rest does not matter."""
-    return json.loads(tok.json)["model"]["vocab"] | tok.special
-
-
-def values_of(critic, tokens, real):
-    """V before each token (B,T): read from the hidden state at the token before it, in the reward's
-    own standard deviations.
-    """
-    read = (scores(critic, tokens, real) - critic.config.reward_mean) / critic.config.reward_std
-    return F.pad(read[:, :-1], (1, 0))
-
-
-def in_parts(size: int, function, *tensors):
-    """function over rows, `size` at a time: the same memory as an update."""
-    return torch.cat(
-        [function(*part) for part in zip(*(t.split(size) for t in tensors), strict=True)]
-    )
+def reward_file(spec: str) -> str:
+    """The folder or file that --reward names."""
+    return (spec.rpartition(":")[0] or spec) if is_function(spec) else spec
 
 
 def prepare(path, tok, room: int):
-    """Conversations that end in a user's turn → [(record, ids)], those with room for the answer."""
+    """Conversations that end in a user's turn → [(record, ids)], those with room for an answer."""
     train, held = records.split(records.conversations(path, "prompt"))
     data = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in train]
     kept = [(r, ids) for r, ids in data if len(ids) <= room]
-    dropped = {
-        f"longer than {room} tokens (the context less --max-new-tokens)": len(data) - len(kept)
-    }
-    records.report(path, len(kept), dropped, "prompts", len(held))
+    reason = f"longer than {room} tokens (the context less --max-new-tokens)"
+    records.report(path, len(kept), {reason: len(data) - len(kept)}, "prompts", len(held))
     return kept
 
 
+def check_ratio(new, old, what: str) -> float:
+    """The largest |ρ - 1| of two readings of one model, which differ by rounding alone. ValueError
+    above RATIO_BOUND; a GPU's bf16 rounds more, there it is only logged."""
+    error = torch.expm1(new - old).abs().max().item()
+    if not error <= RATIO_BOUND and new.device.type == "cpu":
+        off = f"the ratio is off 1 by {error:.1e} before the first update"
+        raise ValueError(f"{off} ({RATIO_BOUND:.0e} is allowed): {what}")
+    return error
+
+
+def warn_no_end(r: Rollout, no_end_score: float):
+    """Says so where an answer does better without an end."""
+    mean = r.score[r.finished].mean().item()  # NaN where none has one
+    if mean < no_end_score:
+        others = f"the others get {mean:.3g} on average: it pays not to end"
+        advice = "give a lower --no-end-score"
+        print(f"warning: an answer without an end gets {no_end_score:g}, {others}; {advice}")
+
+
+def sizes_of(rows: Rollout) -> dict:
+    """What decides the memory of a pass over answers."""
+    targets = sum(map(len, rows.answers))
+    return dict(tokens=targets + sum(map(len, rows.prompts)), targets=targets)
+
+
+def report(r: Rollout, batch) -> dict:
+    """What the log says of a rollout."""
+    k1, k3 = kl_estimates(r.old, r.ref, r.mask)
+    figures = dict(
+        reward=r.score.mean(),
+        kl=k1.sum(1).mean(),  # nats per answer
+        kl_k3=k3.sum(1).mean(),
+        entropy=-masked_mean(r.old, r.mask),  # nats per token
+        explained_variance=explained_variance(r.values, r.returns, r.mask),
+        length=r.mask.sum(1).float().mean(),
+        finished=r.finished.float().mean(),
+    )
+    if all(world.knows(record) for record, _ in batch):
+        ends = r.finished.tolist()
+        rated = [
+            world.gold(x["item"], t, e) for (x, _), t, e in zip(batch, r.texts, ends, strict=True)
+        ]
+        figures["gold"] = sum(gold for gold, _ in rated) / len(rated)
+        figures["right"] = sum(reasons["right"] for _, reasons in rated) / len(rated)
+    return figures
+
+
 def ppo(o: Options):
-    if o.target_kl and not o.kl:
-        raise ValueError("--target-kl multiplies β, and --kl 0 stays 0: give a --kl above 0")
+    if o.target_kl and not o.kl_coef:
+        raise ValueError("--target-kl multiplies β, and --kl-coef 0 stays 0: give one above 0")
     device = pick_device(o.device)
-    run = Run(
-        o,
-        __file__,
-        [
-            *tuning.inputs(o),
-            o.reward.rpartition(":")[0] or o.reward if is_function(o.reward) else o.reward,
-            o.data,
-        ],
-    )
+    run = Run(o, __file__, [*tuning.inputs(o), reward_file(o.reward), o.data])
     policy, tok = tuning.start(o, device)
-    # a copy of what is trained; what is frozen is in memory once
-    reference = share(policy).requires_grad_(False)
-    judge, reward_model = load_reward(o, reference, tok, device)
-    critic = tuning.critic_of(o, reward_model) if reward_model else scalar_model(policy)
+    reference = share(policy).requires_grad_(False)  # what is frozen is in memory once
+    seen = [0, 0.0, 0.0]  # n, mean, M of a reader's own scores
+    scorer, reward_model = load_reward(o, reference, tok, seen)
+    if reward_model is None:
+        critic = scalar_model(policy)
+    else:
+        critic = tuning.critic_of(o, reward_model, reference, tok)
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
-    end, prompts = templates.end_ids(tok, policy.config), prepare(o.data, tok, room)
+    prompts = prepare(o.data, tok, room)
     peak = tuning.learning_rate(o, 2e-4)
-    optimizer, critic_optimizer = (
-        adamw(m, peak, eps=1e-5, paged=o.paged) for m in (policy, critic)
-    )
-    answered = o.minibatch * o.max_new_tokens
-    watch = tuning.Watch(o, device, [policy, critic, reference, *([reward_model] if reward_model else [])],
-                         answered + o.minibatch * sum(len(ids) for _, ids in prompts) / len(prompts), answered)  # fmt: skip
-    extra = run.resume(
+    optimizer = adamw(policy, peak, eps=1e-5, paged=o.paged)
+    critic_optimizer = adamw(critic, peak, eps=1e-5, paged=o.paged)
+    memory = tuning.Report(o, device, [policy, critic, reference, *filter(None, [reward_model])])
+    saved = run.resume(
         policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer
     )
-    beta, seen = extra.get("beta", o.kl), extra.get("seen", (0, 0.0, 0.0))
-    logp_of = lambda model, *rows: logprobs(model, *rows, temperature=o.temperature)  # noqa: E731
+    beta, seen[:] = saved.get("beta", o.kl_coef), saved.get("seen", seen)
 
     for it in run.steps(o.iterations, "iteration"):
         start = time.time()
-        set_lr(optimizer, lr_at(it, o.iterations, peak, o.warmup))
-        set_lr(critic_optimizer, lr_at(it, o.iterations, peak, o.warmup))
-        with torch.no_grad(), autocast(device):
-            # 1. rollout
-            batch, asked = map(list, zip(*records.batch(prompts, it, o.batch, o.seed), strict=True))
-            longest = max(map(len, asked)) + o.max_new_tokens
-            make_room([optimizer, critic_optimizer], cached=len(asked) * longest)
-            answers = generate(
-                policy,
-                asked,
-                o.max_new_tokens,
-                o.temperature,
-                eos_id=end,
-                seed=o.seed * 100_003 + it,
-            )
-            texts, ended = templates.read_answers(tok, answers, end)
-            tokens, real, mask = join(asked, answers, device)  # mask: the answer and its end token
-            finished, last = torch.tensor(ended, device=device), real.sum(1) - 1
-            old = in_parts(o.minibatch, lambda *rows: logp_of(policy, *rows), tokens, real, mask)
-            ref = in_parts(o.minibatch, lambda *rows: logp_of(reference, *rows), tokens, real, mask)
-            values = in_parts(o.minibatch, lambda *rows: values_of(critic, *rows), tokens, real)
-            if it == 0:
-                check_ratio(old, ref, device, "policy and reference start as different models")
-            # 2. reward
-            score = judge(tokens, real, [r["messages"] for r in batch], texts, batch)
-            if not score.isfinite().all():
-                wrong = score[~score.isfinite()][0].item()
-                raise ValueError(f"--reward {o.reward}: a score is {wrong} in float32")
-            if reward_model is None and not o.raw_reward:  # β and clip are in deviations
-                seen = running(seen, score[finished])
-                score = score / deviation(seen)
-            if it == 0 and finished.any() and (mean := score[finished].mean()) < o.no_end_score:
-                print(f"warning: an answer without an end gets {o.no_end_score:g}, the others get "
-                      f"{mean:.3g} on average: it pays not to end; give a lower --no-end-score")  # fmt: skip
-            score = torch.where(finished, score, o.no_end_score)
-            rewards = torch.where(mask, -beta * (old - ref), 0.0)
-            rewards[torch.arange(len(tokens)), last] += score
-            # 3. credit
-            advantages, returns = gae(rewards, values, mask, o.gamma, o.lam)
-            advantages = whiten(advantages, mask)
-        # 4. update
-        figures, first = [], True
-        for epoch in range(o.epochs):
-            order = torch.randperm(
-                len(tokens),
-                generator=torch.Generator().manual_seed((o.seed * 1009 + it) * 1009 + epoch),
-            )
-            for b in order.split(o.minibatch):
-                targets = sum(len(answers[i]) for i in b.tolist())
-                read = targets + sum(len(asked[i]) for i in b.tolist())
-                make_room([optimizer, critic_optimizer], tokens=read, targets=targets)
-                b = b.to(device)
-                with autocast(device):
-                    new = logp_of(policy, tokens[b], real[b], mask[b])
-                    value = values_of(critic, tokens[b], real[b])
-                if first:
-                    ratio_error = check_ratio(new.detach(), old[b], device)
-                    first = False
-                pg, clipped = policy_loss(new, old[b], advantages[b], mask[b], o.clip)
-                vf = value_loss(value, values[b], returns[b], mask[b], o.clip)
-                (pg + o.vf * vf).backward()
-                for model, step in ((policy, optimizer), (critic, critic_optimizer)):
-                    clip_grad_norm_(model.parameters(), 1.0)
-                    step.step()
-                    step.zero_grad()
-                figures.append(torch.stack((pg.detach(), vf.detach(), clipped)))
-        # 5. controller
-        k1, k3 = kl_estimates(old, ref, mask)
-        beta = adapt(beta, k1.item(), o.target_kl, len(tokens), o.horizon)
+        lr = lr_at(it, o.iterations, peak, o.warmup)
+        set_lr(optimizer, lr)
+        set_lr(critic_optimizer, lr)
+        # 1 answers, 2 rewards, 3 credit. The seeds of rounds and of runs do not meet: no run has as
+        # many rounds, and no round as many epochs, as its factor (both primes)
+        batch = records.batch(prompts, it, o.batch, o.seed)
+        room = sum(len(ids) + o.max_new_tokens for _, ids in batch)
+        make_room([optimizer, critic_optimizer], cached=room)
+        with autocast(device):
+            seed = o.seed * 100_003 + it
+            r = rollout(policy, reference, scorer, critic, tok, batch, beta, seed, o)
+        if it == 0:
+            check_ratio(r.old, r.ref, "policy and reference start as different models")
+            warn_no_end(r, o.no_end_score)
+        # 4 update
+        losses, width = [], r.mask.shape[1]
+        for rows in minibatches(r, o.epochs, o.minibatch, o.seed * 1009 + it):
+            sizes = sizes_of(rows)
+            make_room([optimizer, critic_optimizer], **sizes)
+            memory.batch(**sizes)
+            with autocast(device):
+                new = logprobs(policy, rows.prompts, rows.answers, o.temperature, width)
+                v = value(critic, rows.prompts, rows.answers, width)
+            if not losses:
+                differ = "rollout and update see different policies"
+                ratio_error = check_ratio(new.detach(), rows.old, differ)
+            pg, clipped = policy_loss(new, rows.old, rows.advantages, rows.mask, o.clip)
+            vf = value_loss(v, rows.values, rows.returns, rows.mask, o.clip)
+            (pg + o.vf_coef * vf).backward()
+            clip_grad_norm_(policy.parameters(), 1.0)
+            clip_grad_norm_(critic.parameters(), 1.0)
+            optimizer.step()
+            critic_optimizer.step()
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()
+            losses.append(torch.stack((pg.detach(), vf.detach(), clipped)))
+        # 5 controller
+        figures = report(r, batch)
+        beta = adapt(beta, figures["kl"].item(), o.target_kl, len(batch), o.horizon)
 
-        pg, vf, clipped = torch.stack(figures).mean(0).tolist()
-        gold = [
-            world.gold(r["item"], t, f)[0]
-            for r, t, f in zip(batch, texts, ended, strict=True)
-            if world.knows(r)
-        ]
-        figures = dict(reward=score.mean(), kl=k1, kl_k3=k3, beta=beta, entropy=-masked_mean(old, mask), policy_loss=pg, value_loss=vf,
-                       clip_fraction=clipped, ratio_error=ratio_error, explained_variance=explained_variance(values, returns, mask),
-                       length=mask.sum() / len(mask), finished=finished.float().mean(),
-                       tokens_per_second=mask.sum() / (time.time() - start))  # fmt: skip
-        run.log(
-            it,
-            ("reward", "gold", "kl"),
-            **figures,
-            **({"gold": sum(gold) / len(gold)} if gold else {}),
-        )
+        names = ("policy_loss", "value_loss", "clip_fraction")
+        figures |= zip(names, torch.stack(losses).mean(0).tolist(), strict=True)
+        speed = sum(map(len, r.answers)) / (time.time() - start)
+        figures |= dict(beta=beta, ratio_error=ratio_error, tokens_per_second=speed)
+        run.log(it, ("reward", "gold", "right", "kl"), **figures)
         run.save(it, beta=beta, seen=seen)
 
-    watch.finish()
+    memory.finish()
     run.finish(lambda path: tuning.save(o, path, policy, tok))
-
-
-def check_ratio(new, old, device, differ="rollout and update see different policies") -> float:
-    """→ the largest |ratio - 1| of log-probabilities that are one model's, and differ by rounding
-    alone: rows are grouped otherwise. ValueError above RATIO_BOUND; on a GPU, where bf16 rounds
-    more, it is only logged."""
-    error = torch.expm1(new - old).abs().max().item()
-    if not error <= RATIO_BOUND and device.type == "cpu":
-        raise ValueError(
-            f"the ratio is off 1 by {error:.1e} before the first update "
-            f"({RATIO_BOUND:.0e} is allowed): {differ}"
-        )
-    return error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage 2b: the reward model. It learns from rankings which of two answers people prefer (Stiennon
 et al. 2020; Ouyang et al. 2022, eq. 1).
 
-    P(i preferred to j) = σ(r_i - r_j)                       Bradley & Terry 1952; r is the score at an answer's last token
+    P(i preferred to j) = σ(r_i - r_j)         Bradley & Terry 1952; r: the score at the last token
     loss = mean over prompts of the mean over the prompt's pairs of -log σ(r_better - r_worse)
 
 The language model's head is replaced by one row, `score`. All pairs of a prompt's K answers lie in
@@ -20,7 +20,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import hub, tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
-from model import join, last_score, scalar_model
+from model import scalar_model, score
+from packing import pad
 from tools.evals import pair_accuracy
 
 ABSENT = -1
@@ -60,26 +61,21 @@ def ranking_loss(scores, ranks):
 
 
 def encode(rankings, tok, length: int):
-    """Rankings → [(prompt ids, [answer ids], [ranks])] without answers longer than `length` and
-    prompts left with nothing to compare, how many rankings had such answers, and how many answers
-    were another's equal."""
+    """Rankings → [(prompt ids, [answer ids], [ranks])], how many had answers longer than `length`
+    or absent, and how many answers equalled another. A prompt with nothing left to compare is
+    dropped.
+    """
     kept, long, equal = [], 0, 0
     for r in rankings:
         prompt, answers = templates.ranked_ids(tok, r, r["responses"])
-        ranks = r["ranks"]
-        fits = [
-            i
-            for i, a in enumerate(answers)
-            if len(prompt) + len(a) <= length and ranks[i] != ABSENT
-        ]
-        long += len(fits) < len(answers)
         ended = r.get("finished", [True] * len(answers))
-        first, merged = merge_equal(
-            [(r["responses"][i], ended[i]) for i in fits], [ranks[i] for i in fits]
-        )
-        equal += len(fits) - len(first)
-        if len(set(merged)) > 1:
-            kept.append((prompt, [answers[fits[i]] for i in first], merged))
+        ranked = list(zip(r["responses"], ended, answers, r["ranks"], strict=True))
+        fit = [x for x in ranked if len(prompt) + len(x[2]) <= length and x[3] != ABSENT]
+        first, ranks = merge_equal([x[:2] for x in fit], [x[3] for x in fit])
+        long += len(fit) < len(ranked)
+        equal += len(fit) - len(first)
+        if len(set(ranks)) > 1:
+            kept.append((prompt, [fit[i][2] for i in first], ranks))
     return kept, long, equal
 
 
@@ -97,34 +93,24 @@ def merge_equal(answers, ranks):
 
 
 def prepare(path, rankings, tok, length: int, held=0):
-    """encode()'s rankings; what was left out is said, and ValueError raised where nothing is left."""
+    """encode()'s rankings; says what was left out. ValueError where nothing is left."""
     kept, long, equal = encode(rankings, tok, length)
     if equal:
-        print(
-            f"{path}: {equal:,} answers equal another to their prompt: they are one, at their mean"
-            " rank",
-            file=sys.stderr,
-        )
-    records.report(
-        path,
-        len(kept),
-        {f"with answers longer than {length} tokens or absent": long},
-        "rankings",
-        held,
-    )
+        merged = "answers equal another to their prompt: they are one, at their mean rank"
+        print(f"{path}: {equal:,} {merged}", file=sys.stderr)
+    reason = f"with answers longer than {length} tokens or absent"
+    records.report(path, len(kept), {reason: long}, "rankings", held)
     return kept
 
 
 def prepare_references(path, tok, length: int, seed: int, n=128):
-    """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)], those longer
-    than `length` dropped and counted.
+    """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)]; those longer
+    than `length` are dropped and counted.
     """
     read = records.conversations(path)
-    found = [r for r in read if r["messages"][-1].get("weight") != 0]
+    found = [r["messages"] for r in read if r["messages"][-1].get("weight") != 0]
     some = records.batch(found, 0, min(n, len(found)), seed)
-    ids = [
-        templates.answer_ids(tok, r["messages"][:-1], r["messages"][-1]["content"]) for r in some
-    ]
+    ids = [templates.answer_ids(tok, chat[:-1], chat[-1]["content"]) for chat in some]
     kept = [(p, a) for p, a in ids if len(p) + len(a) <= length]
     dropped = {
         f"longer than {length} tokens": len(ids) - len(kept),
@@ -132,40 +118,34 @@ def prepare_references(path, tok, length: int, seed: int, n=128):
     }
     records.report(path, len(kept), dropped, "reference answers", 0)
     if len({(*p, *a) for p, a in kept}) < 2:
-        raise ValueError(
-            f"{path}: two or more reference answers were expected, for the deviation of their"
-            " scores (got one)"
-        )
+        expected = "two or more reference answers were expected, for their scores' deviation"
+        raise ValueError(f"{path}: {expected} (got one)")
     return kept
 
 
-def scores_of(model, batch, device):
-    """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), short prompts filled up with
-    absent answers.
-    """
-    tokens, mask, where = join(
-        [p for p, answers, _ in batch for _ in answers],
-        [a for _, answers, _ in batch for a in answers],
-        device,
-    )
-    ranks = torch.full((len(batch), max(len(r) for _, _, r in batch)), ABSENT)
-    for i, (_, _, r) in enumerate(batch):
-        ranks[i, : len(r)] = torch.tensor(r)
-    ranks = ranks.to(device)
-    with autocast(device):
-        flat = last_score(model, tokens, mask, where)
-    return torch.zeros(ranks.shape, device=device).masked_scatter(ranks != ABSENT, flat), ranks
+def scores_of(model, batch):
+    """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), absent answers where a prompt has
+    fewer than K."""
+    prompts = [prompt for prompt, answers, _ in batch for _ in answers]
+    ranks, present = pad([r for _, _, r in batch], fill=ABSENT)
+    with autocast(model.device):
+        flat = score(model, prompts, [a for _, answers, _ in batch for a in answers])
+    place = tuple(i.to(flat.device) for i in present.nonzero(as_tuple=True))
+    return flat.new_zeros(ranks.shape).index_put(place, flat), ranks.to(flat.device)
 
 
 @torch.no_grad()
-def reference_scores(model, ids, device):
+def reference_scores(model, ids):
     """Mean and standard deviation of the scores of reference answers [(prompt ids, answer ids)]."""
-    scores = [
-        last_score(model, *join(*zip(*ids[i : i + 32], strict=True), device))
-        for i in range(0, len(ids), 32)
-    ]
-    scores = torch.cat(scores)
+    parts = [ids[i : i + 32] for i in range(0, len(ids), 32)]
+    scores = torch.cat([score(model, *zip(*part, strict=True)) for part in parts])
     return scores.mean().item(), scores.std().item()
+
+
+@torch.no_grad()
+def held_out_accuracy(model, data, size: int) -> float:
+    parts = [data[i : i + size] for i in range(0, len(data), size)]
+    return sum(pair_accuracy(*scores_of(model, part)) for part in parts) / len(parts)
 
 
 def reward(o: Options):
@@ -178,51 +158,37 @@ def reward(o: Options):
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
     train, held = records.split(records.rankings(o.data))
-    data, held = prepare(o.data, train, tok, length, len(held)), encode(held, tok, length)[0][:64]
+    data = prepare(o.data, train, tok, length, len(held))
+    held = encode(held, tok, length)[0][:64]
     references = prepare_references(o.reference, tok, length, o.seed)
     peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)
-    watch = tuning.Watch(
-        o,
-        device,
-        [model],
-        o.batch / len(data) * sum(len(p) + sum(map(len, answers)) for p, answers, _ in data),
-        0,
-    )
+    report = tuning.Report(o, device, [model])
     run.resume(model=model, optimizer=optimizer)
 
     for step in run.steps(o.steps):
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
-        tokens = sum(len(p) + sum(map(len, answers)) for p, answers, _ in batch)
+        tokens = sum(len(prompt) + sum(map(len, answers)) for prompt, answers, _ in batch)
         make_room([optimizer], tokens=tokens)
-        scores, ranks = scores_of(model, batch, device)
+        report.batch(tokens=tokens, targets=0)
+        scores, ranks = scores_of(model, batch)
         loss = ranking_loss(scores, ranks)
         loss.backward()
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(
-            step,
-            ("loss", "accuracy"),
-            loss=loss,
-            accuracy=pair_accuracy(scores, ranks),
-            lr=lr,
-            grad_norm=norm,
-        )
+        accuracy = pair_accuracy(scores, ranks)
+        run.log(step, ("loss", "accuracy"), loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm)
         run.save(step)
 
-    model.config.reward_mean, model.config.reward_std = reference_scores(model, references, device)
-    tuning.check_spread(o.reference, model.config.reward_mean, model.config.reward_std)
+    c = model.config
+    c.reward_mean, c.reward_std = reference_scores(model, references)
+    tuning.check_spread(o.reference, c.reward_mean, c.reward_std)
     if held:
-        with torch.no_grad():
-            figures = [
-                pair_accuracy(*scores_of(model, held[i : i + o.batch], device))
-                for i in range(0, len(held), o.batch)
-            ]
-        run.log(o.steps, held_out_accuracy=sum(figures) / len(figures))
-    watch.finish()
+        run.log(o.steps, held_out_accuracy=held_out_accuracy(model, held, o.batch))
+    report.finish()
     run.finish(lambda path: tuning.save(o, path, model, tok))
 
 

@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning. The model learns to answer as the demonstrations do (Ouyang et
 al. 2022, section 3.5).
 
-    loss = - Σ log p(y_t | x, y_<t) / number of targets         over the tokens of the answers y, end token included
+    loss = - Σ_t log p(y_t | x, y_<t) / number of targets          y: an answer, end token included
 
 The prompt x is read but not learnt: its labels are -100. Two things are easy to get wrong and are
 asserted by tests:
@@ -15,15 +15,13 @@ import codecs
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from common import tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
-from model import first_fit, wide
-
-IGNORE = -100
+from model import IGNORE, nll
+from packing import SHORTEST, lay_out
 
 
 @dataclass
@@ -66,33 +64,24 @@ class Options(tuning.Tuning):
 
 
 def sft_loss(model, tokens, labels, segments):
-    """Sum of the targets' negative log-likelihoods, and how many they are.
+    """Σ -log p over the targets, a scalar; arguments as in model.nll."""
+    return nll(model, tokens, labels, segments).sum()
 
-    tokens, labels, segments (B,T): a label lies on its own token and is predicted from the token
-    before it, which must belong to the same packed example (segments; -1 is padding). The head runs
-    on the targets' rows only.
+
+def pack(examples, width: int):
+    """[(ids, labels), …] laid end to end in rows of `width` → tokens, labels, segments (R,W) on the
+    host: padding has label -100 and segment -1.
     """
-    wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
-    row, column = wanted.nonzero(as_tuple=True)
-    logits = wide(model.lm_head(model.hidden(tokens, segments=segments)[row, column]))
-    return F.cross_entropy(logits, labels[row, column + 1], reduction="sum"), len(row)
+    rows, starts = lay_out([[ids] for ids, _ in examples], width)
+    labels = torch.full((rows.tokens.numel(),), IGNORE)
+    for (_, mine), (start,) in zip(examples, starts, strict=True):
+        labels[start : start + len(mine)] = torch.tensor(mine)
+    return rows.tokens, labels.view_as(rows.tokens), rows.segments
 
 
-def pack(examples, length: int, device="cpu"):
-    """[(ids, labels), …] laid end to end → tokens, labels, segments (rows, length): padding has
-    label -100 and segment -1.
-    """
-    place = first_fit([len(ids) for ids, _ in examples], length)
-    tokens = torch.zeros(1 + max(row for row, _ in place), length, dtype=torch.long)
-    labels, segments = torch.full_like(tokens, IGNORE), torch.full_like(tokens, -1)
-    for i, ((row, at), (ids, lab)) in enumerate(zip(place, examples, strict=True)):
-        span = slice(at, at + len(ids))
-        tokens[row, span], labels[row, span], segments[row, span] = (
-            torch.tensor(ids),
-            torch.tensor(lab),
-            i,
-        )
-    return tokens.to(device), labels.to(device), segments.to(device)
+def count_targets(examples) -> int:
+    """How many tokens of [(ids, labels), …] are predicted and trained: never a first one."""
+    return sum(label != IGNORE for _, labels in examples for label in labels[1:])
 
 
 def prepare(path, tok, length: int):
@@ -126,10 +115,10 @@ def show(examples, tok):
                 parts.append([colour, ""])
             parts[-1][1] += decoder.decode(tok.encoding.decode_single_token_bytes(i))
         parts[-1][1] += decoder.decode(b"", final=True)
-        print("|".join(f"\033[{colour}m{visible(text)}\033[0m" for colour, text in parts))
+        print("|".join(f"\033[{colour}m{spelt_out(text)}\033[0m" for colour, text in parts))
 
 
-def visible(text: str) -> str:
+def spelt_out(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -145,43 +134,35 @@ def sft(o: Options):
         return show(records.batch(data, 0, o.batch, o.seed), tok)
     peak = tuning.learning_rate(o, 5e-4)
     optimizer = adamw(model, peak, o.weight_decay, paged=o.paged)
-    share = o.batch / o.accumulate / len(data)
-    watch = tuning.Watch(o, device, [model], share * sum(len(ids) for ids, _ in data),
-                         share * sum(label != IGNORE for _, labels in data for label in labels))  # fmt: skip
+    report = tuning.Report(o, device, [model])
     run.resume(model=model, optimizer=optimizer)
 
     for step in run.steps(o.steps):
-        examples = records.batch(data, step, o.batch, o.seed)
-        # of the whole step: the loss's denominator
-        targets = sum(label != IGNORE for _, labels in examples for label in labels[1:])
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
-        loss, part = 0.0, -(-len(examples) // o.accumulate)
-        for i in range(0, len(examples), part):
-            some = examples[i : i + part]
-            # short rows: little attention
-            tokens, labels, segments = pack(some, max(128, *(len(ids) for ids, _ in some)), device)
-            learnt = sum(label != IGNORE for _, lab in some for label in lab)
-            make_room([optimizer], tokens=tokens.numel(), targets=learnt)
+        batch = records.batch(data, step, o.batch, o.seed)
+        targets = count_targets(batch)  # of the whole step: the loss's denominator
+        size, loss = -(-len(batch) // o.accumulate), 0.0
+        for i in range(0, len(batch), size):
+            part = batch[i : i + size]
+            width = max(SHORTEST, *(len(ids) for ids, _ in part))  # short rows: little attention
+            tokens, labels, segments = pack(part, width)
+            sizes = dict(tokens=tokens.numel(), targets=count_targets(part))
+            make_room([optimizer], **sizes)
+            report.batch(**sizes)
             with autocast(device):
-                nll, _ = sft_loss(model, tokens, labels, segments)
-            (nll / targets).backward()
-            loss += nll.detach() / targets
+                part_loss = sft_loss(model, tokens, labels, segments) / targets
+            part_loss.backward()
+            loss += part_loss.detach()
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(
-            step,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            targets=targets,
-            tokens=sum(len(ids) for ids, _ in examples),
-        )
+        read = sum(len(ids) for ids, _ in batch)
+        run.log(step, loss=loss, lr=lr, grad_norm=norm, targets=targets, tokens=read)
         run.save(step)
 
     model.config.eos_token_id = templates.end_id(tok, form)
-    watch.finish()
+    report.finish()
     run.finish(lambda path: tuning.save(o, path, model, tok))
 
 

@@ -163,20 +163,36 @@ def tune(o, model, tok=None):
     return model
 
 
-def reward_model(o, path, reference, device):
-    """PPO's reward model: a folder, or with --keep-base its adapter on the reference's base. What a
-    critic will train wants a gradient.
+def reward_model(o, path, reference, tok):
+    """A reward model for PPO: a folder, or with --keep-base its adapter on the reference's base.
+
+    What a critic that starts from it would train requires grad. ValueError where it is a language
+    model, of another vocabulary than tok, or scores all its reference answers alike.
     """
-    if not o.keep_base:  # with --lora it stays frozen, in the dtype of the policy's base
+    if o.keep_base:
+        model, own = on_shared_base(o, path, reference)
+    else:  # with --lora it stays frozen, in the dtype of the policy's base
         dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
-        return hub.load(path, device, dtype, None if o.quant == "none" else o.quant)
-    if Path(base_of(path)).resolve() != Path(base_of(o.model)).resolve():
-        raise ValueError(
-            f"--keep-base: {path} lies on {base_of(path)}, {o.model} on {base_of(o.model)}: one"
-            " base was expected"
-        )
-    model, said = scalar_model(reference), hub.read_config(Path(path))
-    model.config.reward_mean, model.config.reward_std = said.reward_mean, said.reward_std
+        quant = None if o.quant == "none" else o.quant
+        model, own = hub.load(path, reference.device, dtype, quant)
+    if not model.config.num_labels:
+        expected = "a reward model (reward.py) or FILE.py:function was expected"
+        raise ValueError(f"--reward {path}: a language model; {expected}")
+    if own is None or own.hash != tok.hash:
+        advice = "train it on the same model (reward.py --model)"
+        raise ValueError(f"--reward {path}: its vocabulary is not the policy's; {advice}")
+    check_spread(f"--reward {path}", model.config.reward_mean, model.config.reward_std)
+    return model
+
+
+def on_shared_base(o, path, reference):
+    """A reward model's adapter on the base that the reference lies on → model, tokenizer."""
+    theirs, ours = base_of(path), base_of(o.model)
+    if Path(theirs).resolve() != Path(ours).resolve():
+        bases = f"{path} lies on {theirs}, {o.model} on {ours}"
+        raise ValueError(f"--keep-base: {bases}: one base was expected")
+    model, config = scalar_model(reference), hub.read_config(Path(path))
+    model.config.reward_mean, model.config.reward_std = config.reward_mean, config.reward_std
     return lora.load_adapter(model, f"{path}/adapter", name="reward"), Tokenizer.load(Path(path))
 
 
@@ -190,20 +206,14 @@ def check_spread(where, mean: float, std: float):
         )
 
 
-def critic_of(o, reward):
-    """A network that starts as the reward model, which is frozen from here on, and trains what the
-    policy trains.
-    """
+def critic_of(o, reward, reference, tok):
+    """A network that starts as the frozen reward model and trains what the policy trains."""
     if o.lora:
-        return tune(o, share(reward.requires_grad_(False)))
+        return tune(o, share(reward))
     if not o.keep_base and in_4_bits(reward):
-        raise ValueError(
-            "the reward model is in 4 bits (bitsandbytes), and a critic that starts from it would "
-            "train every weight; give --lora R"
-        )
-    critic = share(reward)
-    reward.requires_grad_(False)
-    return critic
+        starts = "a critic that starts from it would train every weight"
+        raise ValueError(f"the reward model is in 4 bits (bitsandbytes), and {starts}; give --lora R")
+    return reward_model(o, o.reward, reference, tok)
 
 
 def save(o, path, model, tok):
@@ -302,3 +312,9 @@ class Watch:
                 f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are"
                 " they used?"
             )
+
+
+class Report:
+    def __init__(self, o, device, models): pass
+    def batch(self, **sizes): pass
+    def finish(self): pass

@@ -1,0 +1,136 @@
+"""Answers from a model: the cache of keys and values, sampling, decoding.
+
+    prefill   the prompts once, padded on the left, so that all rows end in the same column
+    decode    one token per row and step: its keys and values join the cache, its logits give the
+              next one
+
+A token is drawn by inverting the cumulative distribution at a uniform number that seed, row and
+step fix: what one answer says does not depend on which others there are, or when they end.
+"""
+
+import torch
+
+from packing import pad
+
+
+class Cache:
+    """Keys and values of the tokens read so far, per layer (rows,kv_heads,room,head_dim), and which
+    columns are real tokens: mask (rows,room)."""
+
+    def __init__(self, model, rows: int, room: int):
+        c, weight = model.config, model.embed_tokens.weight
+        shape = (rows, c.num_key_value_heads, room, c.head_dim)
+        layers = range(c.num_hidden_layers)
+        self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in layers]
+        self.mask = torch.zeros(rows, room, dtype=torch.bool, device=weight.device)
+        self.length = 0  # columns in use
+        self.past = None  # virtual tokens' keys and values, computed once
+
+    def append(self, layer: int, k, v):
+        """Stores a layer's new keys and values behind the old ones → all of them."""
+        end = self.length + k.shape[2]
+        for store, new in zip(self.kv[layer], (k, v), strict=True):
+            store[:, :, self.length : end] = new
+        return tuple(store[:, :, :end] for store in self.kv[layer])
+
+    def keep(self, index):
+        """The rows of `index`, in its order; a row may come several times."""
+        self.kv = [(k[index], v[index]) for k, v in self.kv]
+        self.mask = self.mask[index]
+
+
+def sample(logits, temperature: float, top_p: float, uniform):
+    """One token id per row (B,), from logits (B,V) and uniform (B,) in [0,1).
+
+    Temperature 0 takes the likeliest. top_p < 1 samples from the smallest set of tokens that holds
+    top_p of the probability (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        ranked, order = p.sort(-1, descending=True, stable=True)
+        nucleus = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
+        p = torch.zeros_like(p).scatter(-1, order, nucleus)
+    cdf = p.cumsum(-1)
+    drawn = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    return drawn.squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+def prompt_room(model, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have. ValueError where the answer alone fills the context."""
+    if max_new_tokens >= model.context:
+        given = f"--max-new-tokens {max_new_tokens}"
+        context = f"the model's context is {model.context} tokens, prompt included"
+        raise ValueError(f"{given}: {context}; give fewer")
+    return model.context - max_new_tokens
+
+
+def prefill(model, prompts, room: int):
+    """Reads the prompts, each distinct one once → the cache, a row per prompt, and the hidden state
+    at each prompt's last token (N,D)."""
+    rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    tokens, mask = pad(list(rows), left=True, device=model.device)
+    cache = Cache(model, len(rows), room)
+    h = model.hidden(tokens, mask, cache)[:, -1]
+    index = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=model.device)
+    if len(rows) < len(prompts):
+        cache.keep(index)
+    return cache, h[index]
+
+
+@torch.no_grad()
+def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0):
+    """Yields the answers' next tokens, ids (N,) per step, -1 for an answer that has ended.
+
+    prompts: N lists of ids; eos_id: the id that ends an answer, or several; None: none does.
+    ValueError for an empty prompt, for prompt and answer beyond the model's context, and for logits
+    that are not finite.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    if not all(prompts):
+        raise ValueError("generate: a prompt is empty; give at least one token")
+    if longest > model.context:
+        exceeds = f"exceed the model's context of {model.context}"
+        raise ValueError(f"generate: prompt + answer = {longest} tokens {exceeds}")
+    N, device = len(prompts), model.device
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(max_new_tokens, N, generator=generator).to(device)
+    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.long, device=device).flatten()
+    rows = torch.arange(N, device=device)  # the answer that each of the cache's rows is
+    going = torch.ones(N, dtype=torch.bool, device=device)
+    cache, h = prefill(model, prompts, longest)
+    for step in range(max_new_tokens):
+        logits = model.lm_head(h)
+        check_finite(logits, step)
+        if model.spare is not None:
+            logits = logits.index_fill(1, model.spare, -torch.inf)
+        ids = sample(logits, temperature, top_p, uniform[step, rows])
+        yield rows.new_full((N,), -1).index_put((rows,), torch.where(going, ids, -1))
+        going = going & (ids[:, None] != ends).all(1)
+        left = int(going.sum())
+        if not left or step + 1 == max_new_tokens:
+            return
+        if (
+            left <= len(rows) // 2
+        ):  # a row that has ended costs less than copying the cache each time
+            index = going.nonzero().squeeze(1)
+            rows, ids, going = rows[index], ids[index], going[index]
+            cache.keep(index)
+        h = model.hidden(ids[:, None], cache=cache)[:, -1]
+
+
+def check_finite(logits, step: int):
+    if not logits.isfinite().all():
+        where = f"the logits of an answer's token {step + 1} are NaN or infinite"
+        cause = "the model's weights are damaged, or too large for their type"
+        raise ValueError(f"generate: {where}: {cause}; take another checkpoint")
+
+
+def generate(
+    model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0
+) -> list[list[int]]:
+    """The answers' ids, with the end token where it was reached; arguments and errors as in decode."""
+    steps = decode(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed)
+    columns = torch.stack(list(steps), 1)  # (N, steps)
+    return [[i for i in row if i >= 0] for row in columns.tolist()]
