@@ -174,7 +174,7 @@ clean: ## remove OUT
 	rm -rf $(OUT)
 
 help: ## this list
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | \
-	  awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | \
+	  awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo; echo "Settable: OUT SEED SEEDS DEVICE MODEL DATA PREFS LORA=16 QUANT=nf4 TARGETS" \
 	  "FULL=1 OVERWRITE=1 PY PYTHON CHAT"

@@ -2,7 +2,7 @@
 # is sixty times the embedded one's size, so its learning rates are a tenth of those and less; and
 # batches are of 8 rows, or of 16 where nothing is trained, to fit a laptop's memory.
 
-# 512 tokens hold nearly every short instruction. In 40 steps adapters need a high rate to move.
+# 512 tokens hold nearly every short instruction. The rate for adapters is measured, not five times.
 SFT_ARGS     = --steps 40 --batch 8 $(call LR,5e-5,1e-3) --length 512
 # Without PREFS= the model answers 100 prompts, 4 times each: InstructGPT's fewest.
 COMPARE_ARGS = --prompts 100 --k 4

@@ -145,7 +145,7 @@ last section has our own. tests/mutants/bugs.py says which place of which file e
 this page is written from it (`make bugs`).
 """
 HEAD = "| # | bug | file | caught by |\n| --- | --- | --- | --- |\n"
-ROW = re.compile(r"^\| (?:\d+|–) \| (.+) \| (\S+) \| `(tests/\S+)` \|$", re.M)
+ROW = re.compile(r"^\| (?:\d+|–) \| (.+) \| `(\S+)` \| `(tests/\S+)` \|$", re.M)
 
 
 def known_killers(text: str) -> dict:
@@ -158,8 +158,8 @@ def sources(numbers) -> str:
     text = ""
     for n in filter(None, numbers):
         threads, story = SOURCES[n]
-        absent = f" *Not here: {DO_NOT_APPLY[n]}.*" if n in DO_NOT_APPLY else ""
-        text += f"{n}. {story} *{threads}*{absent}\n"
+        absent = f" Not here: {DO_NOT_APPLY[n]}." if n in DO_NOT_APPLY else ""
+        text += f"{n}. {story} *({threads})*{absent}\n"
     return text and text + "\n"
 
 
@@ -169,7 +169,7 @@ def table(numbers, killers: dict) -> str:
     for bug in sorted((b for b in BUGS if b.number in numbers), key=lambda b: b.number):
         test = killers.get((bug.what, bug.file))
         caught = f"`{test}`" if test else "–"
-        text += f"| {bug.number or '–'} | {bug.what} | {bug.file} | {caught} |\n"
+        text += f"| {bug.number or '–'} | {bug.what} | `{bug.file}` | {caught} |\n"
     return text
 
 
