@@ -197,6 +197,13 @@ def pick(words: list[str]) -> list:
     return [b for b in BUGS if not words or any(names(w, b) for w in words)]
 
 
+def stop(*_):
+    """Ends the tests that are running, so that the copies can go."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.exit(143)
+
+
 def main():
     killers = known_killers(BOOK.read_text("utf-8") if BOOK.exists() else "")
     if sys.argv[1:] == ["--book"]:
@@ -207,7 +214,7 @@ def main():
     except ValueError as e:
         print(f"run.py: {e}", file=sys.stderr)
         sys.exit(2)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
+    signal.signal(signal.SIGTERM, stop)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     processes.set_forkserver_preload(["torch._dynamo", "pytest"])
     verdicts = try_all(chosen, killers)
