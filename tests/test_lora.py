@@ -639,7 +639,8 @@ def test_the_same_logits_in_a_fresh_process(tmp_path):
     hub.save(tmp_path / "base", lm())
     save_adapter(model, tmp_path / "adapter")
     code = f"""
-import torch, hub, lora
+import torch, lora
+from common import hub
 from safetensors.torch import load_file, save_file
 model, _ = hub.load({str(tmp_path / "base")!r})
 lora.load_adapter(model, {str(tmp_path / "adapter")!r})

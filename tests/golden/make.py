@@ -214,7 +214,8 @@ def chats(smollm2):
 LLAMAS = {  # the shapes that a reader of Llama folders can get wrong
     "tied": dict(tie_word_embeddings=True),
     "biases": dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.1),  # in shards
-    "wide": dict(head_dim=12, num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "wide": dict(head_dim=12, num_key_value_heads=1,
+                 rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     "scores": dict(num_labels=1, pad_token_id=0, eos_token_id=2),  # a sequence classifier
 }
 # fmt: on
@@ -600,9 +601,11 @@ def losses(smollm2):
 # fmt: off
 LORAS = {  # base, PEFT's settings
     "list": ("tied", dict(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=6)),
-    "pattern": ("biases", dict(target_modules=r".*\.1\.(self_attn|mlp)\.(k|o|up|down)_proj", r=3, lora_alpha=5, use_rslora=True)),
+    "pattern": ("biases", dict(target_modules=r".*\.1\.(self_attn|mlp)\.(k|o|up|down)_proj", r=3,
+                               lora_alpha=5, use_rslora=True)),
     "head": ("tied", dict(target_modules=["gate_proj", "lm_head"], r=2, lora_alpha=2)),
-    "scores": ("scores", dict(target_modules="all-linear", r=2, lora_alpha=4, use_rslora=True, task_type="SEQ_CLS")),
+    "scores": ("scores", dict(target_modules="all-linear", r=2, lora_alpha=4, use_rslora=True,
+                              task_type="SEQ_CLS")),
 }
 # fmt: on
 

@@ -35,12 +35,15 @@ SHAPES = {
     "another rope and eps": dict(rope_theta=300.0, rms_norm_eps=0.01),
 }
 # English prose with figures, a list, a dialogue, code and some other languages: a page
-PAGE = """The lighthouse at the end of the bay was built in 1847, when the harbour was still busy and forty ships a week came in from
-the north. Its lamp burned oil at first, then gas, and since 1931 it has been electric. The keeper, Mr. Thomas Hale, lived there with his
-wife and three children until the service was automated; his diary, which fills eleven volumes, is now kept in the town's museum. On clear
-nights the light could be seen from more than twenty miles away, and fishermen used to say that it was the only honest thing on the coast.
+PAGE = """The lighthouse at the end of the bay was built in 1847, when the harbour was still busy
+and forty ships a week came in from the north. Its lamp burned oil at first, then gas, and since
+1931 it has been electric. The keeper, Mr. Thomas Hale, lived there with his wife and three
+children until the service was automated; his diary, which fills eleven volumes, is now kept in the
+town's museum. On clear nights the light could be seen from more than twenty miles away, and
+fishermen used to say that it was the only honest thing on the coast.
 
-Water boils at 100 °C at sea level, but at about 93 °C in a town at 2,000 metres; 7 * 8 = 56, and 12 + 30 = 42. To make a simple bread:
+Water boils at 100 °C at sea level, but at about 93 °C in a town at 2,000 metres; 7 * 8 = 56, and
+12 + 30 = 42. To make a simple bread:
 
 1. Mix 500 g of flour with 10 g of salt, 7 g of yeast and 320 ml of warm water.
 2. Knead the dough for ten minutes, cover it, and let it rise for an hour.
@@ -52,8 +55,9 @@ def fibonacci(n):
         a, b = b, a + b
     return a
 
-"What shall we do now?" asked the small bear. "We shall wait," said her mother, "until the river is calm again." And so they sat
-down beneath an old oak, counted the leaves that fell, and told each other stories of the summer. ¿Y tú? Je ne sais pas.
+"What shall we do now?" asked the small bear. "We shall wait," said her mother, "until the river is
+calm again." And so they sat down beneath an old oak, counted the leaves that fell, and told each
+other stories of the summer. ¿Y tú? Je ne sais pas.
 """
 
 
@@ -154,7 +158,7 @@ def test_their_classifier_read_by_us(tmp_path):
 
 @torch.no_grad()
 def test_our_reward_model_opened_by_them(tmp_path):
-    """Padded by their tokenizer, ending in the end token that is also the language model's padding."""
+    """Padded by their tokenizer; the end token is also the language model's padding."""
     tokenizer = Tokenizer.load(ROOT / "tests" / "golden" / "gpt2_kind")
     end = tokenizer.special["<|im_end|>"]
     model = scalar_model(

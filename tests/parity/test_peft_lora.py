@@ -28,14 +28,20 @@ TOKENS, MASK = pad(
 )
 # fmt: off
 CASES = {  # base, PEFT's settings, ours
-    "attention": ({}, dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=4, lora_alpha=8), "attention"),
+    "attention": ({}, dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=4,
+                           lora_alpha=8), "attention"),
     "rslora": ({}, dict(target_modules="all-linear", r=3, lora_alpha=5, use_rslora=True), "all"),
-    "pattern": (dict(attention_bias=True), dict(target_modules=r".*\.1\.mlp\.(up|down)_proj", r=2), ["1.mlp.up_proj", "1.mlp.down_proj"]),
-    "excluded": ({}, dict(target_modules=["mlp.up_proj", "q_proj"], exclude_modules=r".*\.0\..*"), ["1.mlp.up_proj", "1.self_attn.q_proj"]),
+    "pattern": (dict(attention_bias=True), dict(target_modules=r".*\.1\.mlp\.(up|down)_proj", r=2),
+                ["1.mlp.up_proj", "1.mlp.down_proj"]),
+    "excluded": ({}, dict(target_modules=["mlp.up_proj", "q_proj"], exclude_modules=r".*\.0\..*"),
+                 ["1.mlp.up_proj", "1.self_attn.q_proj"]),
     "head": ({}, dict(target_modules=["up_proj", "lm_head"], r=4), "up_proj,lm_head"),
-    "tied head": (dict(tie_word_embeddings=True), dict(target_modules=["o_proj", "lm_head"], r=4), "o_proj,lm_head"),
-    "scores": (dict(num_labels=1), dict(target_modules=["q_proj", "up_proj"], r=4), "q_proj,up_proj"),
-    "scores, rslora": (dict(num_labels=1), dict(target_modules="all-linear", r=4, use_rslora=True), "all"),
+    "tied head": (dict(tie_word_embeddings=True), dict(target_modules=["o_proj", "lm_head"], r=4),
+                  "o_proj,lm_head"),
+    "scores": (dict(num_labels=1), dict(target_modules=["q_proj", "up_proj"], r=4),
+               "q_proj,up_proj"),
+    "scores, rslora": (dict(num_labels=1), dict(target_modules="all-linear", r=4, use_rslora=True),
+                       "all"),
 }
 # fmt: on
 
