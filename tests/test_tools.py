@@ -469,12 +469,11 @@ def test_report_says_what_is_missing(tmp_path):
 
 def test_report_without_matplotlib_is_one_line_and_exit_status_2(tmp_path):
     code = (
-        "import sys; sys.modules['matplotlib'] = None; from tools import report; from train import"
-        " main"
-    )
-    code += (
-        "; sys.argv = ['report.py', '--out', sys.argv[1]]; main(report.report, report.Options,"
-        " report.__doc__)"
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from common.run import main\n"
+        "from tools import report\n"
+        "sys.argv = ['report.py', '--out', sys.argv[1]]\n"
+        "main(report.report, report.Options, report.__doc__)"
     )
     p = subprocess.run(
         [sys.executable, "-c", code, str(a_run(tmp_path))],
