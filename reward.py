@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grad_norm_
 from common import hub, tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
+from metrics import pair_accuracy
 from model import join, last_score, scalar_model
-from tools.evals import pair_accuracy
 
 ABSENT = -1
 

@@ -1,4 +1,4 @@
-"""Evaluation: the statistics by hand, answers in their order, KL and held-out loss against loops,
+"""Evaluation: answers in their order, KL and held-out loss against loops,
 and a whole run on tiny checkpoints.
 """
 
@@ -14,47 +14,14 @@ from tiny import chat_tokenizer, folder, lm, user, write
 from common import hub
 from data import records, templates
 from data.world import world
+from metrics import kl, mean, ratio
 from model import generate
 from tools import evals
-from tools.evals import bootstrap, mean, pair_accuracy, win_rate
 
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------- statistics
-def test_win_rate():
-    # two won, one tie, one lost
-    assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == (0.625, pytest.approx(2 / 3))
-    assert win_rate([1, 1], [1, 1]) == (0.5, None)
-    assert win_rate([0, 0], [1, 2]) == (0.0, 0.0)
-    with pytest.raises(ValueError):
-        win_rate([1, 2], [1])
-
-
-def test_bootstrap_is_the_normal_interval_where_there_is_one():
-    rng = random.Random(0)
-    xs = [rng.gauss(3, 2) for _ in range(400)]
-    assert bootstrap(xs) == pytest.approx(1.96 * 2 / 20, rel=0.15)
-    assert bootstrap(xs) == bootstrap(xs) and bootstrap([1.0] * 50) == 0
-    halves = [(a, 2.0) for a in xs]  # of a ratio of sums
-    assert bootstrap(halves, evals.ratio) == pytest.approx(bootstrap(xs) / 2, rel=0.05)
-
-
-def test_pair_accuracy():
-    scores = torch.tensor([[3.0, 2.0, 1.0, 9.0], [1.0, 1.0, 0.0, 2.0]])
-    ranks = torch.tensor([[0, 1, 2, -1], [0, 1, 1, 2]])
-    # first: three of three; second: a tie, won, lost, and twice lost
-    assert pair_accuracy(scores, ranks) == pytest.approx((3 + 0.5 + 1 + 0 + 0 + 0) / 8)
-    assert pair_accuracy(-scores, ranks) == pytest.approx(1 - pair_accuracy(scores, ranks))
-    order = torch.tensor([2, 0, 3, 1])
-    assert pair_accuracy(scores[:, order], ranks[:, order]) == pair_accuracy(scores, ranks)
-    assert pair_accuracy(scores, torch.zeros(2, 4)) == 0.5  # nothing to compare
-
-
-def test_hits_compare_each_chosen_answer_with_its_rejected_one():
-    assert evals.hits([1.0, 5.0, 2.0, 0.0, 7.0, 2.0]) == [1, 0, 0.5]
-
-
+# ---------------------------------------------------------------- a stage's figures
 def test_stage_figures():
     def line(gold, right, text="a b c", finished=True):
         return {"gold": gold, "right": right, "answer": text, "finished": finished}
@@ -143,7 +110,7 @@ def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answ
     other, held = lm(3), [{"messages": c} for c in CHATS]
     answers = evals.answer(model, tok, CHATS, options(), 1.0, 0)
     own = evals.token_logps(model, tok, held, answers, CPU, size=2)
-    assert evals.kl(own, own) == [0.0] * 5
+    assert kl(own, own) == [0.0] * 5
     expected = []
     for chat, (_, ids, _) in zip(CHATS, answers, strict=True):
         prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
@@ -152,9 +119,9 @@ def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answ
                 torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other)
             )
         expected.append(sum((p - q)[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
-    assert evals.kl(
-        own, evals.token_logps(other, tok, held, answers, CPU, size=2)
-    ) == pytest.approx(expected, abs=1e-3)
+    assert kl(own, evals.token_logps(other, tok, held, answers, CPU, size=2)) == pytest.approx(
+        expected, abs=1e-3
+    )
     assert mean(expected) > 1
 
 
@@ -180,7 +147,7 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
     got = evals.held_out_losses(model, tok, chats, CPU, size=4)
     assert sorted(n for _, n in got) == sorted(n for _, n in expected)
     assert sorted(x for x, _ in got) == pytest.approx(sorted(x for x, _ in expected), abs=1e-3)
-    assert evals.ratio(got) == pytest.approx(
+    assert ratio(got) == pytest.approx(
         sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5
     )
     long = {"messages": user("x" * 200) + [{"role": "assistant", "content": "a"}]}

@@ -23,6 +23,7 @@ from common import tuning
 from common.run import main, opt, pick_device
 from data import records, templates
 from data.world import world
+from metrics import bootstrap, finite, hits, kl, mean, pair_accuracy, points, ratio, win_rate
 from model import generate, join, last_score, logprobs, pad, prompt_room
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
@@ -44,46 +45,6 @@ class Options(tuning.Reading):
     batch: int = opt(128, "answers at a time", at_least=1)
     seed: int = opt(0, "seed of the answers", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
-
-
-# ---------------------------------------------------------------- statistics
-def mean(xs):
-    return sum(xs) / len(xs)
-
-
-def ratio(parts):
-    """[(sum, count)] → the mean over all that was counted."""
-    return sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
-
-
-def bootstrap(xs, statistic=mean, rounds=1000, seed=0):
-    """Half the width of the 95 % interval of a statistic of xs, by resampling (Efron 1979)."""
-    draw = random.Random(seed)
-    found = sorted(statistic(draw.choices(xs, k=len(xs))) for _ in range(rounds))
-    return (found[int(0.975 * rounds)] - found[int(0.025 * rounds)]) / 2
-
-
-def win_rate(ours, theirs):
-    """Scores on the same prompts → share won with ties counted half, and share won of the decided
-    ones (None where all are ties).
-    """
-    points = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)]
-    decided = [p for p in points if p != 0.5]
-    return mean(points), mean(decided) if decided else None
-
-
-def pair_accuracy(scores, ranks) -> float:
-    """Share of the pairs that the scores put in the ranks' order, equal scores count half. (B,K)
-    both; rank -1: absent, equal: no pair.
-    """
-    better = (
-        (ranks[:, :, None] < ranks[:, None, :])
-        & (ranks >= 0)[:, :, None]
-        & (ranks >= 0)[:, None, :]
-    )
-    margin = scores[:, :, None] - scores[:, None, :]
-    won = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return won[better].mean().item() if better.any() else 0.5
 
 
 # ---------------------------------------------------------------- answers and their gold score
@@ -142,23 +103,6 @@ def token_logps(model, tok, held, answers, device, size=32):
     return out
 
 
-def kl(policy, reference):
-    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its
-    log-ratio (k1); the token_logps of both.
-    """
-    differences = [(p - r).sum(1).tolist() for p, r in zip(policy, reference, strict=True)]
-    return finite([x for some in differences for x in some], "log-probabilities")
-
-
-def finite(xs, what):
-    """xs, or a ValueError where one of them is NaN or infinite."""
-    if not all(map(math.isfinite, xs)):
-        raise ValueError(
-            f"the {what} of answers are NaN or infinite: the model's weights are damaged"
-        )
-    return xs
-
-
 def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
     """The lines of a stage's two answers files → its entry in results.json."""
     gold = [a["gold"] for a in sampled]
@@ -174,9 +118,7 @@ def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
     if sampled_sft:
         theirs = [a["gold"] for a in sampled_sft]
         out["win_vs_sft"], out["win_vs_sft_decided"] = win_rate(gold, theirs)
-        out["win_vs_sft_ci"] = bootstrap(
-            [(a > b) + 0.5 * (a == b) for a, b in zip(gold, theirs, strict=True)]
-        )
+        out["win_vs_sft_ci"] = bootstrap(points(gold, theirs))
         gains = [a - b for a, b in zip(gold, theirs, strict=True)]
         out["gain_vs_sft"], out["gain_vs_sft_ci"] = mean(gains), bootstrap(gains)
     if kls:
@@ -332,14 +274,6 @@ def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
         )
     ]
     return finite(found, "log-probabilities")
-
-
-def hits(scores):
-    """Scores of the chosen answers and then of the rejected ones → for each pair 1 where the chosen
-    one scores higher, ½ for a tie.
-    """
-    half = len(scores) // 2
-    return [(c > r) + 0.5 * (c == r) for c, r in zip(scores[:half], scores[half:], strict=True)]
 
 
 # ---------------------------------------------------------------- the script

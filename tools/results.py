@@ -15,7 +15,8 @@ import re
 from pathlib import Path
 
 from data.world import world
-from tools.evals import STAGES, bootstrap, mean
+from metrics import bootstrap, mean
+from tools.evals import STAGES
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "simpo": "SimPO",
          "dpo_nll": "DPO + 0.5 × likelihood", "polite": "a polite answer to nothing",
