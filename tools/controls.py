@@ -85,7 +85,7 @@ def figures(o, runs, held, sampled_sft, device):
     found = {name: evals.stage_answers(o, name, path, held, device) for name, path in runs.items()}
     sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
     out = {}
-    for name, (lines, greedy, (sampled, logps)) in found.items():
+    for name, (lines, greedy, (sampled, logps, _)) in found.items():
         kls = kl(logps, evals.token_logps(sft, tok, held, sampled, device))
         out[name] = evals.stage_figures(lines, greedy, sampled_sft, kls)
     return out
