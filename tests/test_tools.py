@@ -387,7 +387,7 @@ def test_report_of_a_whole_run_stands_alone_and_escapes_what_it_quotes(tmp_path)
     ):
         assert words in page.text, words
     assert "/somewhere" not in text
-    assert page.tags.count("svg") == 3 + 1 + 2 + 8 + 5 + 5
+    assert page.tags.count("svg") == 3 + 1 + 2 + 9 + 5 + 5
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert text == made(tmp_path)  # the same results, the same bytes
 
