@@ -20,9 +20,9 @@ from torch.nn.utils import clip_grad_norm_
 from common import hub, tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
+from metrics import pair_accuracy
 from model import scalar_model, score
 from packing import pad
-from tools.evals import pair_accuracy
 
 ABSENT = -1
 

@@ -102,12 +102,13 @@ def without_effect(options, values):
     spell = lambda name: "--" + name.replace("_", "-")  # noqa: E731
     for f in dataclasses.fields(options):
         value = getattr(values, f.name)
-        other, *allowed = f.metadata["needs"].split() or [f.name]
-        there = getattr(values, other)
-        if value != f.default and not (there in allowed if allowed else there):
-            yield (
-                f"{spell(f.name)} has no effect without {spell(other)} {' or '.join(allowed)}".rstrip()
-            )
+        if f.metadata["needs"] and value != f.default:
+            other, *allowed = f.metadata["needs"].split()
+            there = getattr(values, other)
+            effective = there in allowed if allowed else there
+            if not effective:
+                words = f"{spell(f.name)} has no effect without {spell(other)}"
+                yield f"{words} {' or '.join(allowed)}".rstrip()
         for bound, other in f.metadata["bounds"].items():
             if isinstance(other, str) and not BOUNDS[bound](value, limit := getattr(values, other)):
                 yield (

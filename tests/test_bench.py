@@ -16,7 +16,8 @@ from tiny import chat_tokenizer, folder, lm, user, write
 
 import quant
 from common import memory
-from tools import bench, evals, lighter
+from metrics import bootstrap, ratio
+from tools import bench, lighter
 
 ROOT = Path(__file__).parent.parent
 SIDE = """
@@ -329,7 +330,7 @@ def test_figures_average_over_seeds_and_are_paired_over_items():
     )
     f, d = lighter.figure(ours), lighter.difference(ours, theirs)
     assert f["mean"] == pytest.approx(11 / 5) and f["seeds"] == [2.0, 2.4] and f["items"] == 2
-    assert f["ci"] == evals.bootstrap([(3.0, 1), (8.0, 4)], evals.ratio)
+    assert f["ci"] == bootstrap([(3.0, 1), (8.0, 4)], ratio)
     # paired: every item differs by its count
     assert d["mean"] == pytest.approx(1.0) and d["ci"] == 0.0 and d["seeds"] == [1.0, 1.0]
     assert (

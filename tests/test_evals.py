@@ -1,9 +1,10 @@
-"""Evaluation: the statistics by hand, answers in their order, KL and held-out loss against loops,
+"""Evaluation: answers in their order, KL and held-out loss against loops,
 and a whole run on tiny checkpoints.
 """
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -12,49 +13,17 @@ import torch
 from tiny import chat_tokenizer, folder, lm, user, write
 
 from common import hub
-from data import records, templates
+from data import records, templates, tokenizer
 from data.world import world
-from model import generate
-from tools import evals
-from tools.evals import bootstrap, mean, pair_accuracy, win_rate
+from metrics import kl, mean, ratio
+from model import generate, scalar_model
+from tools import evals, report
+from tools import results as tables
 
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------- statistics
-def test_win_rate():
-    # two won, one tie, one lost
-    assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == (0.625, pytest.approx(2 / 3))
-    assert win_rate([1, 1], [1, 1]) == (0.5, None)
-    assert win_rate([0, 0], [1, 2]) == (0.0, 0.0)
-    with pytest.raises(ValueError):
-        win_rate([1, 2], [1])
-
-
-def test_bootstrap_is_the_normal_interval_where_there_is_one():
-    rng = random.Random(0)
-    xs = [rng.gauss(3, 2) for _ in range(400)]
-    assert bootstrap(xs) == pytest.approx(1.96 * 2 / 20, rel=0.15)
-    assert bootstrap(xs) == bootstrap(xs) and bootstrap([1.0] * 50) == 0
-    halves = [(a, 2.0) for a in xs]  # of a ratio of sums
-    assert bootstrap(halves, evals.ratio) == pytest.approx(bootstrap(xs) / 2, rel=0.05)
-
-
-def test_pair_accuracy():
-    scores = torch.tensor([[3.0, 2.0, 1.0, 9.0], [1.0, 1.0, 0.0, 2.0]])
-    ranks = torch.tensor([[0, 1, 2, -1], [0, 1, 1, 2]])
-    # first: three of three; second: a tie, won, lost, and twice lost
-    assert pair_accuracy(scores, ranks) == pytest.approx((3 + 0.5 + 1 + 0 + 0 + 0) / 8)
-    assert pair_accuracy(-scores, ranks) == pytest.approx(1 - pair_accuracy(scores, ranks))
-    order = torch.tensor([2, 0, 3, 1])
-    assert pair_accuracy(scores[:, order], ranks[:, order]) == pair_accuracy(scores, ranks)
-    assert pair_accuracy(scores, torch.zeros(2, 4)) == 0.5  # nothing to compare
-
-
-def test_hits_compare_each_chosen_answer_with_its_rejected_one():
-    assert evals.hits([1.0, 5.0, 2.0, 0.0, 7.0, 2.0]) == [1, 0, 0.5]
-
-
+# ---------------------------------------------------------------- a stage's figures
 def test_stage_figures():
     def line(gold, right, text="a b c", finished=True):
         return {"gold": gold, "right": right, "answer": text, "finished": finished}
@@ -143,7 +112,7 @@ def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answ
     other, held = lm(3), [{"messages": c} for c in CHATS]
     answers = evals.answer(model, tok, CHATS, options(), 1.0, 0)
     own = evals.token_logps(model, tok, held, answers, CPU, size=2)
-    assert evals.kl(own, own) == [0.0] * 5
+    assert kl(own, own) == [0.0] * 5
     expected = []
     for chat, (_, ids, _) in zip(CHATS, answers, strict=True):
         prompt = templates.render(tok, chat, add_generation_prompt=True)[0]
@@ -152,9 +121,9 @@ def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answ
                 torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other)
             )
         expected.append(sum((p - q)[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
-    assert evals.kl(
-        own, evals.token_logps(other, tok, held, answers, CPU, size=2)
-    ) == pytest.approx(expected, abs=1e-3)
+    assert kl(own, evals.token_logps(other, tok, held, answers, CPU, size=2)) == pytest.approx(
+        expected, abs=1e-3
+    )
     assert mean(expected) > 1
 
 
@@ -180,7 +149,7 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
     got = evals.held_out_losses(model, tok, chats, CPU, size=4)
     assert sorted(n for _, n in got) == sorted(n for _, n in expected)
     assert sorted(x for x, _ in got) == pytest.approx(sorted(x for x, _ in expected), abs=1e-3)
-    assert evals.ratio(got) == pytest.approx(
+    assert ratio(got) == pytest.approx(
         sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5
     )
     long = {"messages": user("x" * 200) + [{"role": "assistant", "content": "a"}]}
@@ -329,6 +298,103 @@ def test_the_world_s_results(tmp_path, capsys):
             figure = results[stage]["gold_greedy" if kind else "gold_sampled"]
             assert figure == pytest.approx(mean([line["gold"] for line in lines]))
     assert "dpo " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """OUT of a fork: beside sft, dpo and the reward model a stage `grpo` of its own, with a log of
+    its own, and folders that are no stages; evaluated."""
+    out = tmp_path_factory.mktemp("fork") / "seed0"
+    shape = dict(max_position_embeddings=256)
+    folder(out / "sft", 1, **shape)
+    folder(out / "dpo", 2, **shape)
+    shutil.copytree(out / "dpo", out / "grpo")
+    shutil.copytree(out / "sft", out / "a_first_try")
+    hub.save(out / "reward", scalar_model(lm(4, **shape)), chat_tokenizer())
+    shutil.copytree(out / "reward", out / "reward_2")
+    folder(out / "quick" / "sft", 1)
+    folder(out / "seed0" / "sft", 1)
+    (out / "kto" / "state").mkdir(parents=True)  # has not finished
+    log = [
+        dict(step=t, reward=t / 9, kl=0.1, kl_k3=0.2, group_spread=0.5, loss=1.0, lr=1e-4, note="x")
+        for t in range(9)
+    ]
+    write(out / "grpo" / "metrics.jsonl", log)
+    write(out / "kto" / "state" / "metrics.jsonl", log)
+    (out / "grpo" / "run.json").write_text(json.dumps({"options": {"group": 8}, "inputs": {}}))
+    (out / "world").mkdir()
+    items = world.items(22, 0, "heldout")
+    rows = [{"messages": user(i["prompt"]), "item": i} for i in items]
+    write(out / "world" / "heldout.jsonl", rows)
+    evals.evaluate(options(out=str(out), base=str(out / "none"), n=11))
+    return out
+
+
+def test_a_fork_s_stage_is_evaluated_after_the_known_ones(forked):
+    results = json.loads((forked / "results.json").read_text())
+    assert list(results) == ["perfect", "sft", "dpo", "a_first_try", "grpo", "reward"]
+    assert evals.evaluated(results) == ["sft", "dpo", "a_first_try", "grpo"]
+    assert results["grpo"] == results["dpo"]
+    assert results["a_first_try"]["kl_vs_sft"] == 0 != results["grpo"]["kl_vs_sft"]
+    for name in ("grpo.jsonl", "grpo.greedy.jsonl"):
+        theirs = (forked / "answers" / name.replace("grpo", "dpo")).read_text()
+        assert (forked / "answers" / name).read_text() == theirs
+
+
+def test_the_report_shows_a_fork_s_stage(forked):
+    pytest.importorskip("matplotlib")
+    report.report(report.Options(str(forked)))
+    page = (forked / "report.html").read_text(encoding="utf-8")
+    head = page[page.index("<thead>") : page.index("</thead>")]
+    assert re.findall(r"--(\w+)\)\">(\w+)", head) == [
+        ("sft", "SFT"),
+        ("dpo", "DPO"),
+        ("own0", "a_first_try"),
+        ("own1", "grpo"),
+    ]
+    answers = page[page.index("The same prompts, answered by each") :]
+    assert answers.count('var(--own1)"><span') == 2 * 11  # sampled and greedy
+    section = page[page.index("<h2>grpo</h2>") :]
+    # known figures with the known words, then its own; `loss` means several things
+    titles = ["Reward", "KL to the SFT model", "Group spread", "Loss", "Lr"]
+    assert re.findall(r"<figure><b>([^<]*)", section) == titles
+    assert "standard deviations of the demonstrations" in section and "ln 2" not in section
+    assert "var(--own1)" in section and "group 8" in section
+    for name in ("kto", "quick", "reward_2", "seed0</"):
+        assert f"<h2>{name}" not in page and f'">{name}' not in page
+
+
+def test_a_fork_s_stage_has_a_row_in_the_tables_of_results(forked, tmp_path):
+    page, front = tmp_path / "RESULTS.md", tmp_path / "README.md"
+    front.write_text("<!-- stages -->\n<!-- /stages -->\n")
+    page.write_text(front.read_text() + "<!-- kinds -->\n<!-- /kinds -->\n")
+    tables.write(forked.parent, 1, page, front)
+    rows = [line.split(" | ") for line in front.read_text().splitlines() if line.startswith("| ")]
+    assert [r[0] for r in rows[2:]] == ["| SFT", "| DPO", "| a_first_try", "| grpo"]
+    assert rows[-1][1:] == rows[3][1:]
+    assert "| grpo | " in page.read_text()
+    assert "| right, greedy % | SFT | DPO | a_first_try | grpo |" in page.read_text()
+
+
+def test_a_checkpoint_of_another_vocabulary_has_no_kl(tmp_path, capsys):
+    folder(tmp_path / "sft", 1, max_position_embeddings=256)
+    tok = tokenizer.train(["other words, other pieces, other numbers. "], 280)
+    templates.adopt(tok, "chatml")
+    folder(tmp_path / "other", 2, tok, max_position_embeddings=256)
+    (tmp_path / "world").mkdir()
+    items = world.items(11, 0, "heldout")
+    rows = [{"messages": user(i["prompt"]), "item": i} for i in items]
+    write(tmp_path / "world" / "heldout.jsonl", rows)
+    evals.evaluate(options(out=str(tmp_path), base=str(tmp_path / "none"), n=4))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "gold_sampled" in results["other"] and "kl_vs_sft" not in results["other"]
+    assert "other: no KL, its vocabulary is not that of" in capsys.readouterr().out
+
+
+def test_a_stage_s_name_that_results_need_is_refused(tmp_path):
+    folder(tmp_path / "perfect", 1)
+    with pytest.raises(ValueError, match="perfect: results.json needs the name perfect"):
+        evals.evaluate(options(out=str(tmp_path), base=str(tmp_path / "none")))
 
 
 def test_results_of_anyones_records(tmp_path):

@@ -387,7 +387,7 @@ def test_report_of_a_whole_run_stands_alone_and_escapes_what_it_quotes(tmp_path)
     ):
         assert words in page.text, words
     assert "/somewhere" not in text
-    assert page.tags.count("svg") == 3 + 1 + 2 + 8 + 5 + 5
+    assert page.tags.count("svg") == 3 + 1 + 2 + 9 + 5 + 5
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert text == made(tmp_path)  # the same results, the same bytes
 
@@ -469,12 +469,11 @@ def test_report_says_what_is_missing(tmp_path):
 
 def test_report_without_matplotlib_is_one_line_and_exit_status_2(tmp_path):
     code = (
-        "import sys; sys.modules['matplotlib'] = None; from tools import report; from train import"
-        " main"
-    )
-    code += (
-        "; sys.argv = ['report.py', '--out', sys.argv[1]]; main(report.report, report.Options,"
-        " report.__doc__)"
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from common.run import main\n"
+        "from tools import report\n"
+        "sys.argv = ['report.py', '--out', sys.argv[1]]\n"
+        "main(report.report, report.Options, report.__doc__)"
     )
     p = subprocess.run(
         [sys.executable, "-c", code, str(a_run(tmp_path))],

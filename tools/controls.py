@@ -21,6 +21,7 @@ from common import tuning
 from common.run import main, opt, pick_device, read_record
 from data import records
 from data.world import world
+from metrics import bootstrap, kl, mean
 from tools import evals
 
 
@@ -84,8 +85,8 @@ def figures(o, runs, held, sampled_sft, device):
     found = {name: evals.stage_answers(o, name, path, held, device) for name, path in runs.items()}
     sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
     out = {}
-    for name, (lines, greedy, (sampled, logps)) in found.items():
-        kls = evals.kl(logps, evals.token_logps(sft, tok, held, sampled, device))
+    for name, (lines, greedy, (sampled, logps, _)) in found.items():
+        kls = kl(logps, evals.token_logps(sft, tok, held, sampled, device))
         out[name] = evals.stage_figures(lines, greedy, sampled_sft, kls)
     return out
 
@@ -140,15 +141,15 @@ def controls(o: Options):
         "sft": evals.stage_figures(sampled_sft, sampled_sft),
         "polite": {
             "n": len(held),
-            "gold_sampled": evals.mean(polite),
-            "gold_sampled_ci": evals.bootstrap(polite),
+            "gold_sampled": mean(polite),
+            "gold_sampled_ci": bootstrap(polite),
         },
         "best_of_16": (
             evals.stage_figures(chosen, chosen, sampled_sft) | {"kl_vs_sft": math.log(16) - 15 / 16}
         ),
         "swapped": {
-            "truth_accuracy": evals.mean(truth),
-            "truth_accuracy_ci": evals.bootstrap(truth),
+            "truth_accuracy": mean(truth),
+            "truth_accuracy_ci": bootstrap(truth),
         },
         **figures(o, runs, held, sampled_sft, device),
     }

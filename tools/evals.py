@@ -1,14 +1,17 @@
-"""How good a checkpoint is: gold score, win rates, KL to the reference; without a gold rater,
+"""How good a checkpoint is: gold score, win rates, KL to the SFT model; without a gold rater,
 held-out loss and preference accuracy.
 
-    python -m tools.evals --out OUT        evaluates what it finds there: OUT/{sft,reward,ppo,dpo,simpo} and the base
+    python -m tools.evals --out OUT        evaluates the base and every stage's folder in OUT
+
+A stage is any folder of OUT that holds a finished language model: sft, ppo, dpo, simpo, and after
+them your own by name. OUT/reward, the reward model, is evaluated as one.
 
 Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt,
-answer, finished, gold, right, reasons} a line. OUT/results.json has the figures; where a figure is
-a mean over prompts, FIGURE_ci is half the width of its 95 % interval. Two checkpoints are compared
-on the same prompts: the paired difference is what is noisy, not each score. One model at a time is
-in memory: of each stage its answers and their log-probabilities are kept, and the SFT model, from
-which KL is measured, is read once more after all stages.
+answer, finished, gold, right, reasons} per line. OUT/results.json has the figures; where a figure
+is a mean over prompts, FIGURE_ci is half the width of its 95 % interval. Two checkpoints are
+compared on the same prompts (metrics.py says why). One model at a time is in memory: each stage's
+answers and their log-probabilities are kept, and the SFT model, from which KL is measured, is read
+once more after all stages.
 """
 
 import json
@@ -19,13 +22,15 @@ from pathlib import Path
 
 import torch
 
-from common import tuning
+from common import files, tuning
 from common.run import main, opt, pick_device
 from data import records, templates
 from data.world import world
+from metrics import bootstrap, finite, hits, kl, mean, pair_accuracy, points, ratio, win_rate
 from model import generate, join, last_score, logprobs, pad, prompt_room
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
+NOT_STAGES = ("reward", "perfect")  # results.json's other entries
 
 
 @dataclass
@@ -40,79 +45,94 @@ class Options(tuning.Reading):
         "", "with --data: your preference pairs, for held-out preference accuracy", needs="data"
     )
     n: int = opt(1000, "how many held-out prompts", at_least=2)
-    max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
-    batch: int = opt(128, "answers at a time", at_least=1)
+    max_new_tokens: int = opt(64, "longest answer in tokens", at_least=1)
+    batch: int = opt(128, "answers sampled together", at_least=1)
     seed: int = opt(0, "seed of the answers", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
 
 
-# ---------------------------------------------------------------- statistics
-def mean(xs):
-    return sum(xs) / len(xs)
+# ---------------------------------------------------------------- the stages of a run
+def in_order(names) -> list[str]:
+    """Stages' names: the known ones in their order, then the others alphabetically."""
+    return [s for s in STAGES if s in names] + sorted(set(names) - set(STAGES))
 
 
-def ratio(parts):
-    """[(sum, count)] → the mean over all that was counted."""
-    return sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
+def evaluated(results: dict) -> list[str]:
+    """The stages in a results.json, in order."""
+    return in_order([s for s in results if s not in NOT_STAGES])
 
 
-def bootstrap(xs, statistic=mean, rounds=1000, seed=0):
-    """Half the width of the 95 % interval of a statistic of xs, by resampling (Efron 1979)."""
-    draw = random.Random(seed)
-    found = sorted(statistic(draw.choices(xs, k=len(xs))) for _ in range(rounds))
-    return (found[int(0.975 * rounds)] - found[int(0.025 * rounds)]) / 2
-
-
-def win_rate(ours, theirs):
-    """Scores on the same prompts → share won with ties counted half, and share won of the decided
-    ones (None where all are ties).
+def own_stages(out: Path, base="") -> list[str]:
+    """The names of OUT's folders that hold a finished language model and are not tinytune's own
+    stages. ValueError where one's name is taken in results.json.
     """
-    points = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)]
-    decided = [p for p in points if p != 0.5]
-    return mean(points), mean(decided) if decided else None
+    folders = sorted(out.iterdir()) if out.is_dir() else []
+    folders = [f for f in folders if f.name not in STAGES and f.name != "reward"]
+    names = [
+        f.name for f in folders if is_language_model(f) and f.resolve() != Path(base).resolve()
+    ]
+    for name in set(names) & set(NOT_STAGES):
+        raise ValueError(f"{out / name}: results.json needs the name {name}; rename this folder")
+    return names
 
 
-def pair_accuracy(scores, ranks) -> float:
-    """Share of the pairs that the scores put in the ranks' order, equal scores count half. (B,K)
-    both; rank -1: absent, equal: no pair.
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder holds a finished checkpoint (config.json is written last) that answers: a
+    reward model's config names the other architecture.
     """
-    better = (
-        (ranks[:, :, None] < ranks[:, None, :])
-        & (ranks >= 0)[:, :, None]
-        & (ranks >= 0)[:, None, :]
-    )
-    margin = scores[:, :, None] - scores[:, None, :]
-    won = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return won[better].mean().item() if better.any() else 0.5
+    if not (folder / "config.json").is_file():
+        return False
+    architectures = files.read_json(folder / "config.json").get("architectures") or []
+    return not any("SequenceClassification" in str(a) for a in architectures)
+
+
+def stage_folders(o) -> dict[str, Path]:
+    """{stage: folder} of what there is to evaluate, in order."""
+    out = Path(o.out)
+    known = {s: Path(o.base) if s == "base" else out / s for s in STAGES}
+    known = {s: path for s, path in known.items() if (path / "config.json").exists()}
+    return known | {s: out / s for s in own_stages(out, o.base)}
+
+
+def reward_folder(o) -> Path | None:
+    """The reward model's folder, if there is one."""
+    path = Path(o.out) / "reward"
+    return path if (path / "config.json").exists() else None
+
+
+def read(o, stage, path, device):
+    """A stage's model and tokenizer. The base has no adapter, with --keep-base neither."""
+    plain = replace(o, keep_base=o.keep_base and stage != "base")
+    return tuning.read(plain, path, device, reward=stage == "reward")
 
 
 # ---------------------------------------------------------------- answers and their gold score
 def answer(model, tok, prompts, o, temperature: float, seed: int):
-    """Message lists → [(text, ids, finished)] in their order; prompts of like length are answered
-    together.
+    """Prompts (lists of messages) → [(text, ids, finished)] in the same order. Prompts of similar
+    length are answered together.
     """
     ends = templates.end_ids(tok, model.config)
     ids = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
-    out = [None] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for at in range(0, len(order), o.batch):
-        some = order[at : at + o.batch]
-        answers = generate(
+    answers = [None] * len(ids)
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for at in range(0, len(ids), o.batch):
+        rows = by_length[at : at + o.batch]
+        sampled = generate(
             model,
-            [ids[i] for i in some],
+            [ids[i] for i in rows],
             o.max_new_tokens,
             temperature,
             eos_id=ends,
-            seed=seed * 100_003 + at,
+            seed=seed * 100_003 + at,  # every batch draws its own numbers
         )
-        for i, a in zip(some, answers, strict=True):
-            out[i] = a
-    texts, finished = templates.read_answers(tok, out, ends)
-    return list(zip(texts, out, finished, strict=True))
+        for i, a in zip(rows, sampled, strict=True):
+            answers[i] = a
+    texts, finished = templates.read_answers(tok, answers, ends)
+    return list(zip(texts, answers, finished, strict=True))
 
 
 def rate(held, answers):
-    """Records with `item` and their answers → the lines of an answers file."""
+    """Records with an `item`, and their answers → the lines of an answers file."""
     lines = []
     for r, (text, _, finished) in zip(held, answers, strict=True):
         score, reasons = world.gold(r["item"], text, finished)
@@ -131,8 +151,8 @@ def rate(held, answers):
 
 @torch.no_grad()
 def token_logps(model, tok, held, answers, device, size=32):
-    """log p of each token of the answers, on the CPU: a tensor (rows, T) for each `size` of them, 0
-    off the answers.
+    """The log-probability of each token of the answers, on the CPU: for every `size` of them a
+    tensor (size,T), 0 off the answers.
     """
     out = []
     asked = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in held]
@@ -142,57 +162,40 @@ def token_logps(model, tok, held, answers, device, size=32):
     return out
 
 
-def kl(policy, reference):
-    """KL(policy ‖ reference) of each of the policy's own answers in nats, estimated by its
-    log-ratio (k1); the token_logps of both.
-    """
-    differences = [(p - r).sum(1).tolist() for p, r in zip(policy, reference, strict=True)]
-    return finite([x for some in differences for x in some], "log-probabilities")
-
-
-def finite(xs, what):
-    """xs, or a ValueError where one of them is NaN or infinite."""
-    if not all(map(math.isfinite, xs)):
-        raise ValueError(
-            f"the {what} of answers are NaN or infinite: the model's weights are damaged"
-        )
-    return xs
+def with_interval(name: str, xs) -> dict:
+    """{name: the mean, name_ci: half the width of its interval}."""
+    return {name: mean(xs), f"{name}_ci": bootstrap(xs)}
 
 
 def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
-    """The lines of a stage's two answers files → its entry in results.json."""
+    """The lines of a stage's two answers files → its entry in results.json. sampled_sft: the SFT
+    model's lines, to compare with; kls: metrics.kl of the sampled answers.
+    """
     gold = [a["gold"] for a in sampled]
-    out = {
-        "n": len(sampled),
-        "gold_sampled": mean(gold), "gold_sampled_ci": bootstrap(gold),
-        "gold_greedy": mean([a["gold"] for a in greedy]), "gold_greedy_ci": bootstrap([a["gold"] for a in greedy]),
-        "right_sampled": mean([a["right"] for a in sampled]),
-        "right_greedy": mean([a["right"] for a in greedy]), "right_greedy_ci": bootstrap([float(a["right"]) for a in greedy]),
-        "finished": mean([a["finished"] for a in sampled]),
-        "mean_length": mean([len(a["answer"].split()) for a in sampled]),
-    }  # fmt: skip
+    out = {"n": len(sampled)}
+    out |= with_interval("gold_sampled", gold)
+    out |= with_interval("gold_greedy", [a["gold"] for a in greedy])
+    out["right_sampled"] = mean([a["right"] for a in sampled])
+    out |= with_interval("right_greedy", [float(a["right"]) for a in greedy])
+    out["finished"] = mean([a["finished"] for a in sampled])
+    out["mean_length"] = mean([len(a["answer"].split()) for a in sampled])
     if sampled_sft:
-        theirs = [a["gold"] for a in sampled_sft]
-        out["win_vs_sft"], out["win_vs_sft_decided"] = win_rate(gold, theirs)
-        out["win_vs_sft_ci"] = bootstrap(
-            [(a > b) + 0.5 * (a == b) for a, b in zip(gold, theirs, strict=True)]
-        )
-        gains = [a - b for a, b in zip(gold, theirs, strict=True)]
-        out["gain_vs_sft"], out["gain_vs_sft_ci"] = mean(gains), bootstrap(gains)
+        gold_sft = [a["gold"] for a in sampled_sft]
+        out |= with_interval("win_vs_sft", points(gold, gold_sft))
+        out["win_vs_sft_decided"] = win_rate(gold, gold_sft)[1]
+        out |= with_interval("gain_vs_sft", [a - b for a, b in zip(gold, gold_sft, strict=True)])
     if kls:
-        out |= kl_figures(kls)
+        out |= with_interval("kl_vs_sft", kls)
     return out
-
-
-def kl_figures(kls):
-    return {"kl_vs_sft": mean(kls), "kl_vs_sft_ci": bootstrap(kls)}
 
 
 # ---------------------------------------------------------------- the reward model
 @torch.no_grad()
 def score_texts(model, tok, prompts, answers, sampled=None, size=64):
-    """Raw scores of answers (str) to prompts (message lists). sampled: the answers' own ids, where
-    they were sampled: a cut one has no end, and its last character may be half a one."""
+    """Raw scores of answers (str) to prompts (lists of messages). sampled: the answers' own ids,
+    where they were sampled: an answer that was cut off has no end, and its last character may be
+    half a one.
+    """
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
     for i in range(0, len(ids), size):
@@ -203,110 +206,113 @@ def score_texts(model, tok, prompts, answers, sampled=None, size=64):
 
 
 def with_ids(tok, prompts, answers, sampled=None):
-    """[(prompt ids, answer ids)] of answers (str), or as they were sampled."""
+    """[(prompt ids, answer ids)]: the answers (str) encoded, or as they were sampled."""
     ids = [templates.answer_ids(tok, p, a) for p, a in zip(prompts, answers, strict=True)]
     return ids if sampled is None else [(p, a) for (p, _), a in zip(ids, sampled, strict=True)]
 
 
 def fresh_answers(sft, tok, held, o, k=4):
-    """What reward_figures() scores: k answers of the SFT model to each held-out prompt, one after
-    another.
+    """What reward_figures() scores: the SFT model's k answers to each held-out prompt, one prompt
+    after another.
     """
     return answer(sft, tok, [r["messages"] for r in held for _ in range(k)], o, 1.0, o.seed + 7)
 
 
+def order(x):
+    """(N,K) → (N,K,K): 1 where answer i has more than answer j, -1 where it has less, else 0."""
+    return (x[:, :, None] - x[:, None]).sign()
+
+
 def average(x):
-    """The mean of a tensor of numbers; None of none."""
+    """The mean of a tensor, None of an empty one."""
     return x.float().mean().item() if x.numel() else None
 
 
+def rubric(held, rows):
+    """The gold rater on rows of K answers to each prompt → three tensors (N,K): the gold scores,
+    whether an answer is right, and a number that is equal for answers of equal manner.
+    """
+    gold, right, manner = [], [], []
+    for r, row in zip(held, rows, strict=True):
+        rated = [world.gold(r["item"], text, finished) for text, _, finished in row]
+        gold.append([score for score, _ in rated])
+        right.append([int(why["right"]) for _, why in rated])
+        manner.append([4 * w["courteous"] + 2 * w["rude"] + w["finished"] for _, w in rated])
+    return torch.tensor(gold), torch.tensor(right), torch.tensor(manner)
+
+
+def labelled(held, rows, who: str):
+    """A labeller's ranks (N,K) of the same answers."""
+    ranks = []
+    for r, row in zip(held, rows, strict=True):
+        labeller = world.Labeller(f"eval {who}")
+        ranks.append(labeller.rank(r["item"], [a[0] for a in row], [a[2] for a in row]))
+    return torch.tensor(ranks)
+
+
 def reward_figures(reward, tok, held, answers, o):
-    """The reward model on k fresh answers of the SFT model to each held-out prompt, pairs of equal
-    gold left out, and labellers on the same pairs; on those pairs where one is right, the other
-    wrong and their manner alike (truth); and on demonstrations in the very same words but for the
-    answer (minimal pairs). → reward's entry in results.json"""
+    """The reward model's entry in results.json, and beside it labellers on the same pairs.
+
+    answers: fresh_answers(). Pairs of equal gold are left out. `truth` are the pairs of one right
+    and one wrong answer of the same manner; minimal pairs are demonstrations in the very same words
+    but for the answer.
+    """
     k = len(answers) // len(held)
     prompts, ids = [r["messages"] for r in held for _ in range(k)], [a[1] for a in answers]
-    rows = [[answers[i * k + j] for j in range(k)] for i in range(len(held))]
+    rows = [answers[i : i + k] for i in range(0, len(answers), k)]
     texts = [a[0] for a in answers]
-    rank = lambda judge: torch.tensor(  # noqa: E731
-        [judge(r["item"], row) for r, row in zip(held, rows, strict=True)]
-    )  # noqa: E731
-    rated = [
-        [world.gold(r["item"], a[0], a[2]) for a in row] for r, row in zip(held, rows, strict=True)
-    ]
-    gold = torch.tensor([[score for score, _ in row] for row in rated])
-    right = torch.tensor([[int(why["right"]) for _, why in row] for row in rated])
-    manner = torch.tensor(
-        [
-            [4 * why["courteous"] + 2 * why["rude"] + why["finished"] for _, why in row]
-            for row in rated
-        ]
-    )
+    gold, right, manner = rubric(held, rows)
+    first, second = labelled(held, rows, "a"), labelled(held, rows, "b")
     ranks = (gold[:, :, None] < gold[:, None]).sum(2)  # 0 the best
-    first, second = (
-        rank(
-            lambda item, row, who=who: world.Labeller(f"eval {who}").rank(
-                item, [a[0] for a in row], [a[2] for a in row]
-            )
-        )
-        for who in "ab"
-    )
+    better = order(ranks) < 0  # (N,K,K)
+
     scores = torch.tensor(score_texts(reward, tok, prompts, texts, ids)).view(-1, k)
-    swapped = torch.tensor(score_texts(reward, tok, prompts[k:] + prompts[:k], texts, ids)).view(
-        -1, k
-    )
+    others = prompts[k:] + prompts[:k]
+    swapped = torch.tensor(score_texts(reward, tok, others, texts, ids)).view(-1, k)
     length = torch.tensor([len(t.split()) for t in texts]).view(-1, k)
-    correlation = torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))[
-        0, 1
-    ].item()
     near = (length[:, :, None] - length[:, None]).abs() <= 1
-    order = lambda x: (x[:, :, None] - x[:, None]).sign()  # noqa: E731
-    decided = (order(ranks) < 0) & (order(first) != 0) & (order(second) != 0)
-    truth, minimal = (
-        (order(right) > 0) & (order(manner) == 0),
-        truth_pairs(reward, tok, held, o.seed),
-    )
-    by_prompt = list(
-        zip(
-            ((order(scores) + 1) / 2 * truth).sum((1, 2)).tolist(),
-            truth.sum((1, 2)).tolist(),
-            strict=True,
-        )
-    )
+    correlation = torch.corrcoef(torch.stack((scores.flatten(), length.flatten().float())))
+    correlation = correlation[0, 1].item()  # NaN where one of the two never differs
+    decided = better & (order(first) != 0) & (order(second) != 0)
+    truth = (order(right) > 0) & (order(manner) == 0)
+    won = ((order(scores) + 1) / 2 * truth).sum((1, 2))
+    by_prompt = list(zip(won.tolist(), truth.sum((1, 2)).tolist(), strict=True))
     return {
-        "pair_accuracy": pair_accuracy(scores, ranks), "labeller_gold_accuracy": pair_accuracy(-first.float(), ranks),
+        "pair_accuracy": pair_accuracy(scores, ranks),
+        "labeller_gold_accuracy": pair_accuracy(-first.float(), ranks),
         "labeller_agreement": average((order(first) == order(second))[decided]),
-        "truth_accuracy": ratio(by_prompt), "truth_accuracy_ci": bootstrap(by_prompt, ratio), "truth_pairs": int(truth.sum()),
-        "minimal_pairs_accuracy": mean(minimal), "minimal_pairs_accuracy_ci": bootstrap(minimal),
-        "length_matched_accuracy": average(order(scores)[near & (order(ranks) < 0)] > 0),
-        # none where one of the two never differs
+        "truth_accuracy": ratio(by_prompt),
+        "truth_accuracy_ci": bootstrap(by_prompt, ratio),
+        "truth_pairs": int(truth.sum()),
+        **with_interval("minimal_pairs_accuracy", truth_pairs(reward, tok, held, o.seed)),
+        "length_matched_accuracy": average(order(scores)[near & better] > 0),
         "score_length_correlation": correlation if math.isfinite(correlation) else None,
-        "swapped_prompts_accuracy": pair_accuracy(swapped, ranks), "pairs": int((order(ranks) < 0).sum()),
-    }  # fmt: skip
+        "swapped_prompts_accuracy": pair_accuracy(swapped, ranks),
+        "pairs": int(better.sum()),
+    }
 
 
 def truth_pairs(reward, tok, held, seed, asked=None):
-    """A right and a wrong answer to each item in the very same polite words: 1 where the right one
-    scores higher, ½ for a tie. asked: the prompts under which they are read, default the items'
-    own."""
+    """A right and a wrong answer to each item, both in the very same polite words: 1 where the
+    right one scores higher, ½ for a tie. asked: the prompts they are read under; default: the
+    items' own.
+    """
     asked, items = asked or [r["messages"] for r in held], [r["item"] for r in held]
-    wrongs = [
-        dict(item, answer=random.Random(f"{seed} {i}").choice(item["wrong"]))
-        for i, item in enumerate(items)
-    ]
-    said = [
-        world.demonstrate(item, random.Random(f"{seed} {i}"), "polite")[0]
-        for some in (items, wrongs)
-        for i, item in enumerate(some)
-    ]
-    return hits(score_texts(reward, tok, asked * 2, said))
+    right, wrong = [], []
+    for i, item in enumerate(items):
+        lie = dict(item, answer=random.Random(f"{seed} {i}").choice(item["wrong"]))
+        # the same seed for both: the same words
+        right.append(world.demonstrate(item, random.Random(f"{seed} {i}"), "polite")[0])
+        wrong.append(world.demonstrate(lie, random.Random(f"{seed} {i}"), "polite")[0])
+    return hits(score_texts(reward, tok, asked * 2, right + wrong))
 
 
 # ---------------------------------------------------------------- records without a gold rater
 @torch.no_grad()
 def held_out_losses(model, tok, conversations, device, size=8):
-    """[(sum of the targets' negative log-likelihoods, their number)] of each conversation."""
+    """[(sum of the targets' negative log-likelihoods, their number)], one for each conversation
+    that fits the context.
+    """
     ids = [templates.render(tok, c["messages"]) for c in conversations]
     ids = sorted(((i, lab) for i, lab in ids if len(i) <= model.context), key=lambda x: len(x[0]))
     out = []
@@ -322,24 +328,158 @@ def held_out_losses(model, tok, conversations, device, size=8):
 
 @torch.no_grad()
 def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
-    """Summed log-probability of each answer (str); sampled: as in score_texts."""
+    """The summed log-probability of each answer (str); sampled: as in score_texts."""
     ids = with_ids(tok, prompts, answers, sampled)
-    found = [
-        x
-        for i in range(0, len(ids), size)
-        for x in (
-            logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
-        )
-    ]
-    return finite(found, "log-probabilities")
+    out = []
+    for i in range(0, len(ids), size):
+        out += logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
+    return finite(out, "log-probabilities")
 
 
-def hits(scores):
-    """Scores of the chosen answers and then of the rejected ones → for each pair 1 where the chosen
-    one scores higher, ½ for a tie.
+def in_pairs(tok, pairs):
+    """Preference pairs → (prompts, answers (str), their ids): all chosen answers, then all rejected
+    ones.
     """
-    half = len(scores) // 2
-    return [(c > r) + 0.5 * (c == r) for c, r in zip(scores[:half], scores[half:], strict=True)]
+    ids = [templates.ranked_ids(tok, p, (p["chosen"], p["rejected"]))[1] for p in pairs]
+    texts = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
+    return [p["prompt"] for p in pairs] * 2, texts, [c for c, _ in ids] + [r for _, r in ids]
+
+
+def stage_records(o, stage, path, held, pairs, device):
+    """A stage's held-out losses, its log-probabilities of the pairs' answers (none for the base),
+    and its answers to the first prompts, to read.
+    """
+    model, tok = read(o, stage, path, device)
+    losses, logps = held_out_losses(model, tok, held, device), []
+    if pairs and stage != "base":
+        asked, texts, ids = in_pairs(tok, pairs)
+        logps = answer_logps(model, tok, asked, texts, device, ids)
+    room = prompt_room(model, o.max_new_tokens)
+    prompts = []
+    for c in held:
+        ids, _ = templates.render(tok, c["messages"][:-1], add_generation_prompt=True)
+        if len(ids) <= room:
+            prompts.append(c["messages"][:-1])
+    prompts = prompts[:20]
+    answers = answer(model, tok, prompts, o, 0.0, o.seed)
+    lines = [
+        {"prompt": p, "answer": text, "finished": finished}
+        for p, (text, _, finished) in zip(prompts, answers, strict=True)
+    ]
+    return losses, logps, lines
+
+
+def loss_figures(losses, before):
+    """Held-out loss per token; and its change from the losses `before`, where those are of another
+    model on the same tokens.
+    """
+    out = {
+        "n": len(losses),
+        "loss_per_token": ratio(losses),
+        "loss_per_token_ci": bootstrap(losses, ratio),
+    }
+    if before is not losses and [n for _, n in before] == [n for _, n in losses]:
+        change = [(a - b, n) for (a, n), (b, _) in zip(losses, before, strict=True)]
+        out |= {"loss_change": ratio(change), "loss_change_ci": bootstrap(change, ratio)}
+    return out
+
+
+def evaluate_records(o, conversations, device):
+    """Anyone's records: every stage's held-out loss per token, the held-out preference accuracy of
+    the reward model and of DPO's implicit reward log π - log π_sft, and answers to read.
+    """
+    if o.prefs and not (Path(o.out) / "sft" / "config.json").exists():
+        raise FileNotFoundError(
+            f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward"
+        )
+    held = records.split(conversations)[1][: o.n]
+    pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
+    results, before, reference = {}, None, None
+    for stage, path in stage_folders(o).items():
+        losses, logps, lines = stage_records(o, stage, path, held, pairs, device)
+        records.report(o.data, len(losses), {}, "held-out conversations")
+        before = before or losses  # the first stage's, as a rule the base's
+        results[stage] = loss_figures(losses, before)
+        if logps:
+            reference = reference or logps  # SFT's
+            won = hits([a - b for a, b in zip(logps, reference, strict=True)])
+            results[stage] |= with_interval("implicit_accuracy", won) | {"pairs": len(pairs)}
+        write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", lines)
+        show(stage, results[stage])
+    if pairs and reward_folder(o):
+        model, tok = read(o, "reward", reward_folder(o), device)
+        won = hits(score_texts(model, tok, *in_pairs(tok, pairs)))
+        results["reward"] = with_interval("pair_accuracy", won) | {"pairs": len(pairs)}
+        show("reward", results["reward"])
+    return results
+
+
+# ---------------------------------------------------------------- the embedded world
+def stage_answers(o, stage, path, held, device):
+    """The lines of a stage's two answers files, and for the KL (its sampled answers, their
+    log-probabilities, its vocabulary's hash).
+    """
+    model, tok = read(o, stage, path, device)
+    asked = [r["messages"] for r in held]
+    sampled = answer(model, tok, asked, o, 1.0, o.seed)
+    greedy = answer(model, tok, asked, o, 0.0, o.seed)
+    logps = None if stage == "base" else token_logps(model, tok, held, sampled, device)
+    return rate(held, sampled), rate(held, greedy), (sampled, logps, tok.hash)
+
+
+def right_by_kind(held, lines) -> dict:
+    """{kind of instruction: the share of its answers that are right}."""
+    right = {}
+    for r, line in zip(held, lines, strict=True):
+        right.setdefault(r["item"]["kind"], []).append(line["right"])
+    return {kind: mean(right[kind]) for kind in sorted(right)}
+
+
+def evaluate_world(o, held, device):
+    """The embedded world's prompts: the gold score of every stage's answers, and how well the
+    reward model judges.
+    """
+    results, samples, sampled_sft = {"perfect": world.PERFECT}, {}, None
+    for stage, path in stage_folders(o).items():
+        lines, greedy, sample = stage_answers(o, stage, path, held, device)
+        if stage == "sft":
+            sampled_sft = lines
+        if sampled_sft:
+            samples[stage] = sample
+        results[stage] = stage_figures(lines, greedy, sampled_sft)
+        results[stage]["right_greedy_by_kind"] = right_by_kind(held, greedy)
+        write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
+        write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", greedy)
+        show(stage, results[stage])
+    if samples:
+        compare_with_sft(o, results, samples, held, device)
+    return results
+
+
+def compare_with_sft(o, results, samples, held, device):
+    """Adds to the results what needs the SFT model once more: the KL of every stage's sample, and
+    the reward model's figures on fresh answers.
+    """
+    folder = Path(o.out) / "sft"
+    sft, tok = read(o, "sft", folder, device)
+    for stage, (sampled, logps, vocabulary) in samples.items():
+        if vocabulary != tok.hash:
+            print(f"{stage}: no KL, its vocabulary is not that of {folder}", flush=True)
+            continue
+        kls = kl(logps, token_logps(sft, tok, held, sampled, device))
+        results[stage] |= with_interval("kl_vs_sft", kls)
+        show(stage, {k: v for k, v in results[stage].items() if k.startswith("kl")})
+    if reward_folder(o):
+        fresh = fresh_answers(sft, tok, held[:400], o)
+        del sft
+        reward, own = read(o, "reward", reward_folder(o), device)
+        if own is None or own.hash != tok.hash:
+            raise ValueError(
+                f"{reward_folder(o)}: its vocabulary is not that of {folder}; train it on the same"
+                " model"
+            )
+        results["reward"] = reward_figures(reward, tok, held[:400], fresh, o)
+        show("reward", results["reward"])
 
 
 # ---------------------------------------------------------------- the script
@@ -361,172 +501,27 @@ def write_results(path, results):
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def found(o):
-    """The stages there are → {name: folder}."""
-    places = {s: Path(o.base) if s == "base" else Path(o.out) / s for s in STAGES}
-    return {s: p for s, p in places.items() if (p / "config.json").exists()}
-
-
-def read(o, stage, path, device):
-    """A stage's model and tokenizer; the base has no adapter, with --keep-base either."""
-    plain = replace(o, keep_base=o.keep_base and stage != "base")
-    return tuning.read(plain, path, device, reward=stage == "reward")
-
-
-def reward_place(o):
-    """The reward model's folder, or None."""
-    path = Path(o.out) / "reward"
-    return path if (path / "config.json").exists() else None
-
-
-def evaluate_world(o, held, device):
-    """The embedded world's prompts: gold score of every stage's answers, and what the reward model
-    makes of them.
-    """
-    results, sampled_sft, kept, places = {"perfect": world.PERFECT}, None, {}, found(o)
-    for stage, path in places.items():
-        lines, greedy, own = stage_answers(o, stage, path, held, device)
-        if stage == "sft":
-            sampled_sft = lines
-        if sampled_sft:
-            kept[stage] = own
-        results[stage] = stage_figures(lines, greedy, sampled_sft)
-        kinds = [r["item"]["kind"] for r in held]
-        right = {
-            k: [a["right"] for a, kind in zip(greedy, kinds, strict=True) if kind == k]
-            for k in sorted(set(kinds))
-        }
-        results[stage]["right_greedy_by_kind"] = {k: mean(rights) for k, rights in right.items()}
-        write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
-        write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", greedy)
-        show(stage, results[stage])
-    if not kept:
-        return results
-    sft, tok = read(o, "sft", places["sft"], device)
-    for stage, (sampled, logps) in kept.items():
-        results[stage] |= kl_figures(kl(logps, token_logps(sft, tok, held, sampled, device)))
-        show(stage, {k: v for k, v in results[stage].items() if k.startswith("kl")})
-    if reward_place(o):
-        fresh = fresh_answers(sft, tok, held[:400], o)
-        del sft
-        reward, own = read(o, "reward", reward_place(o), device)
-        if own is None or own.hash != tok.hash:
-            raise ValueError(
-                f"{reward_place(o)}: its vocabulary is not that of {places['sft']}; train it on the"
-                " same model"
-            )
-        results["reward"] = reward_figures(reward, tok, held[:400], fresh, o)
-        show("reward", results["reward"])
-    return results
-
-
-def stage_answers(o, stage, path, held, device):
-    """A stage's lines of its two answers files, and its sampled answers with their
-    log-probabilities.
-    """
-    model, tok = read(o, stage, path, device)
-    asked = [r["messages"] for r in held]
-    sampled = answer(model, tok, asked, o, 1.0, o.seed)
-    greedy = answer(model, tok, asked, o, 0.0, o.seed)
-    logps = None if stage == "base" else token_logps(model, tok, held, sampled, device)
-    return rate(held, sampled), rate(held, greedy), (sampled, logps)
-
-
-def evaluate_records(o, conversations, device):
-    """Anyone's records: held-out loss a token of every stage, held-out preference accuracy of the
-    reward model and of DPO's implicit reward log π - log π_sft, and answers to read."""
-    results, reference, before = {}, None, None
-    if o.prefs and not (Path(o.out) / "sft" / "config.json").exists():
-        raise FileNotFoundError(
-            f"{o.out}/sft: no checkpoint; --prefs needs it, as the reference of the implicit reward"
-        )
-    held = records.split(conversations)[1][: o.n]
-    pairs = records.split(records.pairs(o.prefs))[1][: o.n] if o.prefs else []
-    for stage, path in found(o).items():
-        losses, logps, lines = stage_records(o, stage, path, held, pairs, device)
-        records.report(o.data, len(losses), {}, "held-out conversations")
-        results[stage] = {
-            "n": len(losses),
-            "loss_per_token": ratio(losses),
-            "loss_per_token_ci": bootstrap(losses, ratio),
-        }
-        before = before or losses
-        # the first stage there is, as a rule the base; on the same tokens
-        if len(before) == len(losses) and before is not losses:
-            change = [(a - b, n) for (a, n), (b, _) in zip(losses, before, strict=True)]
-            results[stage] |= {
-                "loss_change": ratio(change),
-                "loss_change_ci": bootstrap(change, ratio),
-            }
-        if logps:
-            reference = reference or logps
-            won = hits([a - b for a, b in zip(logps, reference, strict=True)])
-            results[stage] |= {
-                "implicit_accuracy": mean(won),
-                "implicit_accuracy_ci": bootstrap(won),
-                "pairs": len(pairs),
-            }
-        write_jsonl(Path(o.out) / "answers" / f"{stage}.greedy.jsonl", lines)
-        show(stage, results[stage])
-    if pairs and reward_place(o):
-        model, tok = read(o, "reward", reward_place(o), device)
-        won = hits(score_texts(model, tok, *in_pairs(tok, pairs)))
-        results["reward"] = {
-            "pair_accuracy": mean(won),
-            "pair_accuracy_ci": bootstrap(won),
-            "pairs": len(pairs),
-        }
-        show("reward", results["reward"])
-    return results
-
-
-def in_pairs(tok, pairs):
-    """Preference pairs → (prompts, answers (str), their ids), the chosen ones and then the rejected
-    ones.
-    """
-    ids = [templates.ranked_ids(tok, p, (p["chosen"], p["rejected"]))[1] for p in pairs]
-    texts = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
-    return [p["prompt"] for p in pairs] * 2, texts, [c for c, _ in ids] + [r for _, r in ids]
-
-
-def stage_records(o, stage, path, held, pairs, device):
-    """A stage's held-out losses, its log-probabilities of the pairs' answers (of the base: none),
-    and some answers to read.
-    """
-    model, tok = read(o, stage, path, device)
-    losses, logps = held_out_losses(model, tok, held, device), []
-    if pairs and stage != "base":
-        asked, given, ids = in_pairs(tok, pairs)
-        logps = answer_logps(model, tok, asked, given, device, ids)
-    room = prompt_room(model, o.max_new_tokens)
-    some = [c["messages"][:-1] for c in held]
-    some = [
-        p for p in some if len(templates.render(tok, p, add_generation_prompt=True)[0]) <= room
-    ][:20]
-    said = zip(some, answer(model, tok, some, o, 0.0, o.seed), strict=True)
-    return losses, logps, [{"prompt": p, "answer": t, "finished": f} for p, (t, _, f) in said]
-
-
 def show(stage, figures):
-    """A stage's figures in one line, each with its interval where it has one."""
-    words = [
-        f"{k} {v:.3f}" + (f"±{figures[k + '_ci']:.3f}" if k + "_ci" in figures else "")
-        for k, v in figures.items()
-        if isinstance(v, float) and not k.endswith("_ci")
-    ]
+    """Prints a stage's figures on one line, each with its interval if it has one."""
+    words = []
+    for name, value in figures.items():
+        if isinstance(value, float) and not name.endswith("_ci"):
+            interval = f"±{figures[name + '_ci']:.3f}" if name + "_ci" in figures else ""
+            words.append(f"{name} {value:.3f}{interval}")
     print(f"{stage:7s} " + "  ".join(words), flush=True)
 
 
 def evaluate(o: Options):
     device = pick_device(o.device)
-    if not found(o):
-        raise FileNotFoundError(f"{o.out}: no stage's checkpoint in it ({', '.join(STAGES)})")
+    if not stage_folders(o):
+        raise FileNotFoundError(
+            f"{o.out}: no stage's checkpoint in it ({', '.join(STAGES[1:])} or your own)"
+        )
     if o.data:
         results = evaluate_records(o, records.conversations(o.data), device)
     else:
-        results = evaluate_world(
-            o, records.conversations(f"{o.out}/world/heldout.jsonl", "prompt")[: o.n], device
-        )
+        held = records.conversations(f"{o.out}/world/heldout.jsonl", "prompt")[: o.n]
+        results = evaluate_world(o, held, device)
     write_results(Path(o.out) / "results.json", results)
 
 

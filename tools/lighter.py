@@ -36,8 +36,9 @@ from common import tuning
 from common.run import main, opt, pick_device
 from data import records
 from data.world import corpus
+from metrics import bootstrap, hits, mean, ratio
 from model import logprobs, pad
-from tools.evals import answer_logps, bootstrap, held_out_losses, hits, mean, ratio
+from tools.evals import answer_logps, held_out_losses
 from tools.results import put, table
 
 WAYS = {"full": {}, "lora4": dict(lora=4), "lora16": dict(lora=16), "lora64": dict(lora=64), **{k: dict(adapter=k) for k in tuning.KINDS},

@@ -1,9 +1,11 @@
-"""One page about a run:  python -m tools.report --out out      writes OUT/report.html and OUT/report.png
+"""One page about a run:  python -m tools.report --out out
 
-The page is one file: pictures are inline SVG, there is no script, nothing is fetched. It shows what
-is there: each stage's curves from OUT/STAGE/metrics.jsonl (also of a stage that has not finished),
-the figures of OUT/results.json, the answers of OUT/answers. report.png is its first picture.
-matplotlib draws; it is imported here and nowhere else.
+Writes OUT/report.html and OUT/report.png. The page is one file: pictures are inline SVG, there is
+no script, nothing is fetched. It shows what is there: each stage's curves from
+OUT/STAGE/metrics.jsonl (also of a stage that has not finished), the figures of OUT/results.json,
+the answers of OUT/answers. A fork's own stage is shown like the known ones, after them, with every
+figure that it logs. report.png holds the pictures at the top. matplotlib draws; it is imported here
+and nowhere else.
 """
 
 import io
@@ -16,75 +18,89 @@ from html import escape
 from pathlib import Path
 
 from common.run import main, opt
-from tools.evals import STAGES
+from tools.evals import STAGES, evaluated, in_order, own_stages
 
 PROMPTS = 12  # shown side by side
-# name: (on a light page, on a dark one); a picture is drawn in the light colours, which the page
-# replaces by var(--name)
+# fmt: off
+# name: (on a light page, on a dark one). Pictures are drawn in the light colours; the page replaces
+# those by var(--name)
 COLOURS = {
-    "ink": ("#1f2328", "#e6e9ee"), "soft": ("#6a7280", "#9aa3b0"), "line": ("#d9dde3", "#373d47"), "page": ("#fbfbfa", "#14171b"),
-    "card": ("#fffffe", "#1c2026"), "good": ("#1a7f4b", "#56c98a"), "bad": ("#c0392c", "#f08a7c"), "base": ("#8b93a0", "#949daa"),
-    "sft": ("#3a6fb7", "#79a9ec"), "ppo": ("#d9691e", "#f59a56"), "dpo": ("#16876f", "#4fc4a8"), "simpo": ("#8a54b8", "#bd92e6"),
+    "ink": ("#1f2328", "#e6e9ee"), "soft": ("#6a7280", "#9aa3b0"), "line": ("#d9dde3", "#373d47"),
+    "page": ("#fbfbfa", "#14171b"), "card": ("#fffffe", "#1c2026"),
+    "good": ("#1a7f4b", "#56c98a"), "bad": ("#c0392c", "#f08a7c"),
+    "base": ("#8b93a0", "#949daa"), "sft": ("#3a6fb7", "#79a9ec"), "ppo": ("#d9691e", "#f59a56"),
+    "dpo": ("#16876f", "#4fc4a8"), "simpo": ("#8a54b8", "#bd92e6"),
     "reward": ("#b8860b", "#e0b84a"),
-}  # fmt: skip
+    # of a fork's own stages, one after another
+    "own0": ("#c23a7e", "#f28abb"), "own1": ("#1287a8", "#55c3e0"), "own2": ("#6b7d14", "#b0c24c"),
+    "own3": ("#8c5a3a", "#cda07e"), "own4": ("#4b4fc0", "#9a9df2"), "own5": ("#a02c4a", "#e58aa0"),
+}
+OWN = [name for name in COLOURS if name.startswith("own")]
 TITLE = {
-    "base": "Base",
-    "sft": "SFT",
-    "reward": "Reward model",
-    "ppo": "PPO",
-    "dpo": "DPO",
+    "base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO",
     "simpo": "SimPO",
 }
 WHAT = {
-    "base": "The pre-trained model, where everything starts. It continues text; nobody has taught it to answer.",
-    "sft": "Supervised fine-tuning: the model learns to answer as the demonstrations do, the good ones and the bad ones alike. "
-           "Only the answers' tokens are learnt, the prompts are read.",
-    "reward": "The reward model learns from rankings which of two answers people prefer: −log σ(r₊ − r₋). "
-              "Its score then stands in for people.",
-    "ppo": "Reinforcement learning: the model answers, the reward model scores, and what scored better than expected becomes likelier. "
-           "Each nat of distance from the SFT model costs β.",
-    "dpo": "The short cut: of each pair the preferred answer is made likelier than the other one, measured against the SFT model. "
-           "No reward model, no sampling.",
-    "simpo": "DPO without a reference model: the log-probability per token is the reward, and the preferred answer must lead by a margin.",
-}  # fmt: skip
-# fmt: off
-PAIRS = [
-    ("Loss", {"loss": ""}, "DPO starts at ln 2 = 0.69: the model cannot tell the two apart yet."),
-    ("Margin", {"margin": ""}, "Reward of the preferred answer less that of the other one: should grow."),
-    ("Accuracy", {"accuracy": ""}, "Share of pairs whose preferred answer has the higher reward. Labellers disagree, so it stays below 1."),
-    ("Log-probabilities", {"logp_chosen": "preferred", "logp_rejected": "other"}, "Both may fall: the loss sees their difference only."),
-    ("Rewards", {"reward_chosen": "preferred", "reward_rejected": "other"}, "They should part; which way both drift matters less."),
-]
+    "base": "The pre-trained model, where everything starts. It continues text; nobody has taught "
+            "it to answer.",
+    "sft": "Supervised fine-tuning: the model learns to answer as the demonstrations do, the good "
+           "ones and the bad ones alike. The loss is on the answers' tokens only.",
+    "reward": "The reward model learns from rankings which of two answers people prefer: "
+              "−log σ(r₊ − r₋). Its score then stands in for people.",
+    "ppo": "Reinforcement learning: the model answers, the reward model scores, and answers that "
+           "scored better than expected become likelier. Each nat of KL to the SFT model costs β.",
+    "dpo": "The short cut: each pair's preferred answer becomes likelier than the other one, "
+           "measured against the SFT model. No reward model, no sampling.",
+    "simpo": "DPO without a reference model: the reward is the log-probability per token, and the "
+             "preferred answer must lead by a margin.",
+}
 # a stage's curves: title, {key in metrics.jsonl: label}, what to look for
+PAIRS = [
+    ("Loss", {"loss": ""},
+     "DPO starts at ln 2 = 0.69: the model cannot tell the two apart yet."),
+    ("Margin", {"margin": ""},
+     "Reward of the preferred answer minus that of the other one. Should grow."),
+    ("Accuracy", {"accuracy": ""},
+     "Share of pairs whose preferred answer has the higher reward. Labellers disagree, so it stays "
+     "below 1."),
+    ("Log-probabilities", {"logp_chosen": "preferred", "logp_rejected": "other"},
+     "Both may fall: the loss sees only their difference."),
+    ("Rewards", {"reward_chosen": "preferred", "reward_rejected": "other"},
+     "They should part; which way both drift matters less."),
+]
 CURVES = {
     "sft": [("Loss", {"loss": ""}, "Nats per token of the answers. Falls fast, then flattens.")],
     "reward": [
         ("Loss", {"loss": ""}, "ln 2 = 0.69 is guessing."),
-        ("Accuracy", {"accuracy": ""}, "Share of the batch's pairs in the labellers' order. They disagree, so it stays below 1."),
+        ("Accuracy", {"accuracy": ""},
+         "Share of the batch's pairs in the labellers' order. They disagree, so it stays below 1."),
     ],
     "ppo": [
-        (
-            "Reward",
-            {"reward": ""},
-            "Score of the reward model, in standard deviations of the demonstrations' scores. Should rise and flatten.",
-        ),
-        (
-            "Gold",
-            {"gold": ""},
-            "What the true rater thinks; no part of the training sees it. If it turns down while reward climbs: hacked.",
-        ),
-        ("KL to the SFT model", {"kl": "k1", "kl_k3": "k3"}, "Nats an answer, by two estimators that should agree."),
-        ("Entropy", {"entropy": ""}, "Nats a token. Falls slowly; near 0 all answers are alike."),
-        ("Clip fraction", {"clip_fraction": ""}, "Share of tokens at the clip. Above 0.2 the steps are too large."),
-        ("Explained variance", {"explained_variance": ""}, "Of the returns, by the critic. Should climb over 0.5."),
-        ("Length", {"length": ""}, "Tokens an answer. A runaway is a sign of hacking."),
-        ("Finished", {"finished": ""}, "Share of answers that reach their end. Should stay near 1."),
+        ("Reward", {"reward": ""},
+         "Score of the reward model, in standard deviations of the demonstrations' scores. Should "
+         "rise and flatten."),
+        ("Gold", {"gold": ""},
+         "What the true rater thinks; training never sees it. If it turns down while the reward "
+         "climbs: hacked."),
+        ("Right", {"right": ""},
+         "Share of right answers, by the same rater. If gold climbs and this does not, only the "
+         "manner got better."),
+        ("KL to the SFT model", {"kl": "k1", "kl_k3": "k3"},
+         "Nats per answer, by two estimators that should agree."),
+        ("Entropy", {"entropy": ""},
+         "Nats per token. Falls slowly; near 0 all answers are alike."),
+        ("Clip fraction", {"clip_fraction": ""},
+         "Share of tokens at the clip. Above 0.2 the steps are too large."),
+        ("Explained variance", {"explained_variance": ""},
+         "Of the returns, by the critic. Should climb."),
+        ("Length", {"length": ""}, "Tokens per answer. A runaway is a sign of hacking."),
+        ("Finished", {"finished": ""},
+         "Share of answers that reach their end. Should stay near 1."),
     ],
     "dpo": PAIRS,
     "simpo": PAIRS,
 }
-# fmt: on
-# rows of the tables: key in results.json, name, as per cent?, what it means
+# rows of the tables: key in results.json, name, in per cent (None: a count), what it means
 FIGURES = [
     ("gold_sampled", "Gold, sampled", False, "mean score at temperature 1"),
     ("gold_greedy", "Gold, greedy", False, "mean score of the likeliest answer"),
@@ -93,18 +109,18 @@ FIGURES = [
     ("right_greedy", "Right, greedy", True, "the likeliest answer"),
     ("win_vs_sft", "Wins over SFT", True, "same prompts, ties half"),
     ("win_vs_sft_decided", "Wins, decided", True, "same prompts, ties left out"),
-    ("kl_vs_sft", "KL to SFT", False, "nats an answer"),
+    ("kl_vs_sft", "KL to SFT", False, "nats per answer"),
     ("finished", "Finished", True, "reached the answer’s end"),
-    ("mean_length", "Length", False, "words an answer"),
-    ("loss_per_token", "Held-out loss", False, "nats a token, lower is better"),
+    ("mean_length", "Length", False, "words per answer"),
+    ("loss_per_token", "Held-out loss", False, "nats per token, lower is better"),
     ("implicit_accuracy", "Preference accuracy", True, "of the implicit reward log π − log π_SFT"),
     ("n", "Prompts", None, "held out"),
 ]
-# fmt: off
 REWARD = [
     ("pair_accuracy", "Pairs in the right order", True, "held-out answers; 50 % is guessing"),
     ("labeller_gold_accuracy", "The labellers on the same pairs", True, "who taught it"),
-    ("of_the_way", "Way from guessing to the labellers", True, "can exceed 100 %: noise averages out"),
+    ("of_the_way", "Way from guessing to the labellers", True,
+     "can exceed 100 %: noise averages out"),
     ("labeller_agreement", "Two labellers agree", True, "on pairs that differ in gold"),
     ("truth_accuracy", "Right over wrong", True, "answers alike in all but truth"),
     ("length_matched_accuracy", "Pairs of like length", True, "nothing to gain from length"),
@@ -114,38 +130,66 @@ REWARD = [
 ]
 # fmt: on
 GREEDY = {"": "sampled at temperature 1", ".greedy": "greedy: always the likeliest token"}
-GLANCE = {  # pictures of the figures: title, the stages that it means something for, as per cent?
-    "gold_sampled": ("Gold score, temperature 1", STAGES, False),
-    "right_greedy": ("Right answers, greedy", STAGES, True),
-    "win_vs_sft": ("Wins over SFT, ties half (even: 50 %)", STAGES[2:], True),
-    "loss_per_token": ("Held-out loss, nats a token", STAGES, False),
-    "implicit_accuracy": ("Preferences in order (guessing: 50 %)", (*STAGES[2:], "reward"), True),
+ALL, AFTER_SFT = (), ("base", "sft")  # the stages that a figure means nothing for
+GLANCE = {  # the pictures at the top: title, stages left out, in per cent
+    "gold_sampled": ("Gold score, temperature 1", ALL, False),
+    "right_greedy": ("Right answers, greedy", ALL, True),
+    "win_vs_sft": ("Wins over SFT, ties half (even: 50 %)", AFTER_SFT, True),
+    "loss_per_token": ("Held-out loss, nats per token", ALL, False),
+    "implicit_accuracy": ("Preferences in order (guessing: 50 %)", AFTER_SFT, True),
 }
 CSS = """
 :root { color-scheme: light dark; LIGHT }
 @media (prefers-color-scheme: dark) { :root { DARK } }
-* { box-sizing: border-box } body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 1180px; margin: auto; padding: 24px 16px 64px } h1 { font-size: 30px; margin: 8px 0 0 } h2 { margin: 48px 0 4px }
-p { max-width: 75ch; margin: 4px 0 12px } .soft, figcaption, small { color: var(--soft) } small { font-size: 13px }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 265px), 1fr)) }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 1180px; margin: auto; padding: 24px 16px 64px }
+h1 { font-size: 30px; margin: 8px 0 0 }
+h2 { margin: 48px 0 4px }
+p { max-width: 75ch; margin: 4px 0 12px }
+.soft, figcaption, small { color: var(--soft) }
+small { font-size: 13px }
+.good { color: var(--good) }
+.bad { color: var(--bad) }
+code { font-size: 13px; overflow-wrap: anywhere }
+summary { cursor: pointer; margin: 24px 0 0; font-weight: 600 }
+
+.grid { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 265px), 1fr)) }
 .five { grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)) }
 .glance { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }
-figure { margin: 0; padding: 8px 12px 12px; background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-figure b { display: block; color: var(--ink); font-size: 15px } figcaption { font-size: 13px; line-height: 1.4 }
-svg { width: 100%; height: auto; display: block } svg text { font-family: system-ui, sans-serif !important }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } td small, th small { display: block; font-weight: 400 }
-td, th { padding: 7px 12px; text-align: right; border-top: 1px solid var(--line); vertical-align: top } thead th { border: 0 }
-td { white-space: nowrap } tbody th { text-align: left; font-weight: 500; min-width: 120px } .narrow { max-width: 560px }
-.ask { margin: 24px 0 6px; font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere } .ask i { font-weight: 400; margin-right: 8px }
-.answers { display: grid; gap: 8px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)) }
-.answer { background: var(--card); border: 1px solid var(--line); border-top: 3px solid; border-radius: 8px; padding: 6px 10px 8px }
-.answer p { margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 15px; max-height: 12em; overflow-y: auto }
- .answer b { color: var(--ink); font-size: 14px }
-.answer > span { float: right; font-variant-numeric: tabular-nums; font-size: 14px } .good { color: var(--good) } .bad { color: var(--bad) }
-summary { cursor: pointer; margin: 24px 0 0; font-weight: 600 } code { font-size: 13px; overflow-wrap: anywhere }
-@media (max-width: 600px) { td, th { padding: 6px 4px; font-size: 14px } tbody th { min-width: 84px; padding-left: 8px }
-  td small, th small { font-size: 11px } }
+figure, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+figure { margin: 0; padding: 8px 12px 12px }
+figure b { display: block; color: var(--ink); font-size: 15px; overflow-wrap: anywhere }
+figcaption { font-size: 13px; line-height: 1.4 }
+svg { width: 100%; height: auto; display: block }
+svg text { font-family: system-ui, sans-serif !important }
+
+.scroll { overflow-x: auto }
+.narrow { max-width: 560px }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+td small, th small { display: block; font-weight: 400 }
+td, th { padding: 7px 12px; text-align: right; border-top: 1px solid var(--line);
+  vertical-align: top }
+td { white-space: nowrap }
+thead th { border: 0 }
+tbody th { text-align: left; font-weight: 500; min-width: 120px }
+
+.ask { margin: 24px 0 6px; font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere }
+.ask i { font-weight: 400; margin-right: 8px }
+.answers { display: grid; gap: 8px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)) }
+.answer { background: var(--card); border: 1px solid var(--line); border-top: 3px solid;
+  border-radius: 8px; padding: 6px 10px 8px }
+.answer p { margin: 4px 0; font-size: 15px; max-height: 12em; overflow-y: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere }
+.answer b { color: var(--ink); font-size: 14px }
+.answer > span { float: right; font-variant-numeric: tabular-nums; font-size: 14px }
+@media (max-width: 600px) {
+  td, th { padding: 6px 4px; font-size: 14px }
+  tbody th { min-width: 84px; padding-left: 8px }
+  td small, th small { font-size: 11px }
+}
 """
 
 
@@ -182,50 +226,91 @@ def read_json(path: Path) -> dict:
 
 
 def read(out: Path):
-    """→ results, {stage: lines of metrics.jsonl}, {file name: {prompt as JSON: line of an answers
-    file}}
+    """→ all stages' names in order, results, {stage: lines of metrics.jsonl}, {name of an answers
+    file: {prompt as JSON: its line}}.
     """
     results = read_json(out / "results.json")
-    metrics = {
-        s: read_jsonl(out / s / "metrics.jsonl") or read_jsonl(out / s / "state" / "metrics.jsonl")
-        for s in CURVES
-    }
-    names = [stage + greedy for stage in STAGES for greedy in ("", ".greedy")]
-    answers = {
-        n: {json.dumps(a["prompt"]): a for a in read_jsonl(out / "answers" / f"{n}.jsonl")}
-        for n in names
-    }
-    if not results and not any(metrics.values()):
+    stages = in_order({*STAGES, *evaluated(results), *own_stages(out)})
+    metrics, answers = {}, {}
+    for stage in [*stages, "reward"]:
+        lines = read_jsonl(out / stage / "metrics.jsonl")
+        lines = lines or read_jsonl(out / stage / "state" / "metrics.jsonl")
+        if lines and stage != "base":
+            metrics[stage] = lines
+    for name in [stage + greedy for stage in stages for greedy in GREEDY]:
+        lines = read_jsonl(out / "answers" / f"{name}.jsonl")
+        if lines:
+            answers[name] = {json.dumps(a["prompt"]): a for a in lines}
+    if not results and not metrics:
         raise FileNotFoundError(
             f"{out}: nothing to report on; results.json, or STAGE/metrics.jsonl of"
-            f" {', '.join(CURVES)} was expected"
+            f" {', '.join(CURVES)} or of your own stage was expected"
         )
-    return (
-        derived(results),
-        {s: m for s, m in metrics.items() if m},
-        {n: a for n, a in answers.items() if a},
-    )
+    return stages, derived(results), metrics, answers
 
 
 def derived(results: dict) -> dict:
-    """Adds the shares of the way that was gone, and takes out what SFT against itself would say."""
+    """Adds what share of the way was gone, and drops what compares SFT with itself."""
     sft, reward = results.get("sft", {}), results.get("reward", {})
-    for stage, r in results.items():
-        if (
-            stage != "sft"
-            and isinstance(r, dict)
-            and "gain_vs_sft" in r
-            and (left := results["perfect"] - sft["gold_sampled"]) > 0
-        ):
-            r["to_perfect"], r["to_perfect_ci"] = (
-                r["gain_vs_sft"] / left,
-                r["gain_vs_sft_ci"] / left,
-            )
+    left = results["perfect"] - sft["gold_sampled"] if "gold_sampled" in sft else 0
+    for stage in evaluated(results):
+        r = results[stage]
+        if stage != "sft" and "gain_vs_sft" in r and left > 0:
+            r["to_perfect"] = r["gain_vs_sft"] / left
+            r["to_perfect_ci"] = r["gain_vs_sft_ci"] / left
     if (best := reward.get("labeller_gold_accuracy", 0.5) - 0.5) > 0:
         reward["of_the_way"] = (reward["pair_accuracy"] - 0.5) / best
     for key in ("win_vs_sft", "win_vs_sft_decided", "kl_vs_sft", "implicit_accuracy"):
         sft.pop(key, None)
     return results
+
+
+# ---------------------------------------------------------------- names and colours
+def title(stage: str) -> str:
+    """A stage's name in the report, as plain text."""
+    return TITLE.get(stage, stage)
+
+
+def what(stage: str) -> str:
+    """What a stage does, as HTML."""
+    return WHAT.get(stage) or f"Your own stage, from its folder {escape(stage)}."
+
+
+def colours(stages) -> dict[str, str]:
+    """{stage: its name in COLOURS}; a fork's seventh stage has the colour of its first."""
+    own = [s for s in in_order(stages) if s not in TITLE]
+    return {s: s for s in TITLE} | {s: OWN[i % len(OWN)] for i, s in enumerate(own)}
+
+
+def numbers(lines: list[dict], key: str) -> list[tuple]:
+    """[(step, value)] of a logged figure, where it is a number; steps count from 1."""
+    points = []
+    for r in lines:
+        value = r.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            points.append((r["step"] + 1, value))
+    return points
+
+
+def curves_of(stage: str, lines: list[dict]) -> list[tuple]:
+    """A stage's panels, as in CURVES. A fork's own stage gets the known panels whose figures it
+    logs, except where one key means several things (`loss`), and one for each other figure.
+    """
+    if stage in CURVES:
+        return CURVES[stage]
+    logged = list(dict.fromkeys(key for r in lines for key in r if key != "step"))
+    known = [curves for panels in CURVES.values() for curves in panels]
+    shown = []
+    for curves in known:
+        keys = curves[1].keys()
+        one_meaning = all(curves == other for other in known if keys & other[1].keys())
+        if one_meaning and curves not in shown and keys & set(logged):
+            shown.append(curves)
+    captioned = {key for _, keys, _ in shown for key in keys}
+    for key in logged:
+        if key not in captioned:
+            shown.append((key.replace("_", " ").capitalize(), {key: ""}, ""))
+    return shown
 
 
 # ---------------------------------------------------------------- pictures
@@ -277,7 +362,7 @@ def smooth(ys: list, width: int) -> list:
 
 
 def curve(ax, points: dict, colour: str):
-    """points {label: [(step, value)]}; a long noisy curve is drawn faint, its running mean over it."""
+    """points {label: [(step, value)]}; a long noisy curve is faint, its running mean above it."""
     for i, (label, of) in enumerate(points.items()):
         steps, ys = [p[0] for p in of], [p[1] for p in of]
         style = dict(
@@ -295,163 +380,159 @@ def curve(ax, points: dict, colour: str):
         ax.legend(frameon=False, fontsize=9, labelcolor=light("ink"))
 
 
-def bars(ax, results: dict, key: str):
+def shown_in(key: str, results: dict) -> dict:
+    """{stage: (value, half its interval)} of a picture at the top; the reward model stands beside
+    the implicit rewards.
+    """
+    _, left_out, _ = GLANCE[key]
+    shown = {}
+    for stage in evaluated(results):
+        figures = results[stage]
+        if stage not in left_out and key in figures:
+            shown[stage] = figures[key], figures.get(f"{key}_ci", 0.0)
+    if key == "implicit_accuracy" and shown and "reward" in results:
+        figures = results["reward"]
+        shown["reward"] = figures["pair_accuracy"], figures.get("pair_accuracy_ci", 0.0)
+    return shown
+
+
+def bars(ax, results: dict, key: str, colour: dict):
     """One figure of all stages, with its 95 % interval."""
-    _, stages, percent = GLANCE[key]
-    if key == "implicit_accuracy" and "reward" in results:
-        results = results | {
-            "reward": {
-                key: results["reward"]["pair_accuracy"],
-                key + "_ci": results["reward"].get("pair_accuracy_ci", 0.0),
-            }
-        }
-    shown = [s for s in stages if key in results.get(s, {})]
-    values, errors = (
-        [results[s][key] for s in shown],
-        [results[s].get(key + "_ci", 0.0) for s in shown],
-    )
-    whiskers = dict(ecolor=light("ink"), error_kw=dict(linewidth=1.2, capsize=3))
+    shown, percent = shown_in(key, results), GLANCE[key][2]
+    values, errors = zip(*shown.values(), strict=True)
     ax.bar(
-        range(len(shown)), values, 0.62, color=[light(s) for s in shown], yerr=errors, **whiskers
+        range(len(shown)),
+        values,
+        0.62,
+        color=[light(colour[s]) for s in shown],
+        yerr=errors,
+        ecolor=light("ink"),
+        error_kw=dict(linewidth=1.2, capsize=3),
     )
     words = [
-        f"{TITLE[s].split()[0]}\n{number(v, percent)}" for s, v in zip(shown, values, strict=True)
+        f"{title(s).split()[0]}\n{number(v, percent)}" for s, v in zip(shown, values, strict=True)
     ]
-    ax.set_xticks(range(len(shown)), words, fontsize=10.5, fontweight="bold", color=light("ink"))
+    style = dict(fontsize=10.5, fontweight="bold", color=light("ink"), parse_math=False)
+    ax.set_xticks(range(len(shown)), words, **style)
     ax.set_xlim(-0.6, len(shown) - 0.4)
-    line = {
-        "gold_sampled": results.get("perfect"),
-        "win_vs_sft": 0.5,
-        "implicit_accuracy": 0.5,
-    }.get(key)
+    line = {"gold_sampled": results.get("perfect"), "win_vs_sft": 0.5, "implicit_accuracy": 0.5}
+    line = line.get(key)
     if line:
         ax.axhline(line, color=light("soft"), linewidth=1.2, linestyle="--")
     if key == "gold_sampled" and line:
-        ax.annotate(
-            "perfect",
-            (-0.55, line),
-            (0, 3),
-            textcoords="offset points",
-            fontsize=9,
-            color=light("soft"),
-        )
-    top = max(line or 0, *(v + e for v, e in zip(values, errors, strict=True)))
-    ax.set_ylim(
-        min(0, *(v - e for v, e in zip(values, errors, strict=True))),
-        max(1.0, top) if percent else top * 1.1,
-    )
+        style = dict(textcoords="offset points", fontsize=9, color=light("soft"))
+        ax.annotate("perfect", (-0.55, line), (0, 3), **style)
+    bottom = min(0, *(v - e for v, e in shown.values()))
+    top = max(line or 0, *(v + e for v, e in shown.values()))
+    ax.set_ylim(bottom, max(1.0, top) if percent else top * 1.1)
     if percent:
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0], [f"{v} %" for v in (0, 25, 50, 75, 100)])
 
 
 def glance(results: dict) -> list[str]:
-    """The figures there is something to draw of."""
-    return [
-        key
-        for key, (_, stages, _) in GLANCE.items()
-        if any(key in results.get(s, {}) for s in stages)
-    ]
+    """The pictures at the top that there is something to draw in."""
+    return [key for key in GLANCE if shown_in(key, results)]
 
 
-def write_png(path: Path, results: dict):
+def write_png(path: Path, results: dict, colour: dict):
     figure, axes = new_figure(3.9 * len(glance(results)), 3.4, len(glance(results)))
     for ax, key in zip(axes, glance(results), strict=True):
-        bars(ax, results, key)
+        bars(ax, results, key, colour)
         ax.set_title(GLANCE[key][0], fontsize=11, color=light("ink"), pad=12)
     figure.savefig(path, dpi=160, facecolor=light("page"), metadata={"Software": None})
 
 
 # ---------------------------------------------------------------- the page
 def number(value, percent) -> str:
-    """A figure in words; – where there is none."""
+    """A figure in words, – where there is none. percent: None for a count."""
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "–"
-    return (
-        f"{value:,}" if percent is None else f"{100 * value:.0f} %" if percent else f"{value:.2f}"
-    )
+    if percent is None:
+        return f"{value:,}"
+    return f"{100 * value:.0f} %" if percent else f"{value:.2f}"
 
 
 def cell(figures: dict, key: str, percent) -> str:
-    ci = figures.get(key + "_ci") if figures.get(key) is not None else None
-    return f"<td>{number(figures.get(key), percent)}{f'<small>±{number(ci, percent)}</small>' if ci is not None else ''}</td>"
+    value, ci = figures.get(key), figures.get(f"{key}_ci")
+    interval = f"<small>±{number(ci, percent)}</small>" if None not in (value, ci) else ""
+    return f"<td>{number(value, percent)}{interval}</td>"
 
 
-def table(results: dict, columns: tuple, rows: list, head=True) -> str:
-    """Rows are figures, columns stages: five columns fit on a phone."""
-    body = "".join(
-        f"<tr><th>{name}<small>{what}</small></th>{''.join(cell(results[c], key, percent) for c in columns)}</tr>"
-        for key, name, percent, what in rows
-        if any(key in results[c] for c in columns)
-    )
-    top = "".join(f'<th style="color: var(--{c})">{TITLE[c]}</th>' for c in columns)
-    head = f"<thead><tr><th></th>{top}</tr></thead>" if head else ""
+def table(results: dict, columns: list, rows: list, colour: dict, head=True) -> str:
+    """Rows are figures, columns stages: five columns fit on a phone, more scroll."""
+    body = ""
+    for key, name, percent, meaning in rows:
+        if any(key in results[c] for c in columns):
+            cells = "".join(cell(results[c], key, percent) for c in columns)
+            body += f"<tr><th>{name}<small>{meaning}</small></th>{cells}</tr>"
+    if not head:
+        return f'<div class="scroll narrow"><table><tbody>{body}</tbody></table></div>'
+    top = "".join(f'<th style="color: var(--{colour[c]})">{escape(title(c))}</th>' for c in columns)
     return (
-        "<div"
-        f' class="scroll{"" if head else " narrow"}"><table>{head}<tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr><th></th>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def panel(title: str, picture: str, words="") -> str:
-    return f"<figure><b>{title}</b>{picture}<figcaption>{words}</figcaption></figure>"
+def panel(heading: str, picture: str, words="") -> str:
+    return f"<figure><b>{escape(heading)}</b>{picture}<figcaption>{words}</figcaption></figure>"
 
 
-def stage_section(out: Path, stage: str, lines: list) -> str:
-    """What a stage did, its curves, its settings."""
+def settings(run: dict) -> str:
+    """A run's options that are numbers."""
+    words = []
+    for name, value in run.get("options", {}).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            words.append(f"{name} {value:g}")
+    return f"<p><code class='soft'>{escape(', '.join(words))}</code></p>" if words else ""
+
+
+def stage_section(out: Path, stage: str, lines: list, colour: str) -> str:
+    """What a stage does, its curves, its settings."""
     panels, run = [], read_json(out / stage / "run.json")
-    for title, keys, words in CURVES[stage]:
-        points = {
-            label: [(r["step"] + 1, r[k]) for r in lines if isinstance(r.get(k), int | float)]
-            for k, label in keys.items()
-        }
-        if any(points.values()):
+    for heading, keys, words in curves_of(stage, lines):
+        points = {label: numbers(lines, key) for key, label in keys.items()}
+        points = {label: found for label, found in points.items() if found}
+        if points:
             figure, (ax,) = new_figure(2.8, 1.8)
-            curve(ax, points, stage)
-            panels.append(panel(title, svg(figure, f"{TITLE[stage]}: {title}"), words))
-    settings = ", ".join(
-        f"{k} {v:g}"
-        for k, v in run.get("options", {}).items()
-        if isinstance(v, int | float) and not isinstance(v, bool)
-    )
-    settings = f"<p><code class='soft'>{escape(settings)}</code></p>" if settings else ""
-    title, what = TITLE[stage] + ("" if run else " (not finished)"), WHAT[stage]
-    if stage == "reward" and (ranked := read_jsonl(out / "comparisons.jsonl")):
-        what += (
-            f" Here: {len(ranked):,} prompts, up to {max(len(r['responses']) for r in ranked)}"
-            " answers each."
-        )
-    return (
-        f"<h2>{title}</h2><p>{what}</p><div"
-        f" class='grid{' five' * (len(panels) == 5)}'>{''.join(panels)}</div>{settings}"
-    )
+            curve(ax, points, colour)
+            panels.append(panel(heading, svg(figure, f"{title(stage)}: {heading}"), words))
+    text = what(stage)
+    ranked = read_jsonl(out / "comparisons.jsonl") if stage == "reward" else []
+    if ranked:
+        most = max(len(r["responses"]) for r in ranked)
+        text += f" Here: {len(ranked):,} prompts, up to {most} answers each."
+    name = escape(title(stage)) + ("" if run else " (not finished)")
+    grid = "grid five" if len(panels) == 5 else "grid"
+    return f"<h2>{name}</h2><p>{text}</p><div class='{grid}'>{''.join(panels)}</div>{settings(run)}"
 
 
-def marks(answer: dict) -> str:
-    """Gold and the rater's reasons; ✓ and ✗ tell also who sees no colours."""
+def mark(good: bool, words: str) -> str:
+    """Words in green after ✓ or in red after ✗: the signs are for those who see no colours."""
+    return f'<span class="{"good" if good else "bad"}">{"✓" if good else "✗"}{words}</span>'
+
+
+def reasons(answer: dict) -> str:
+    """The rater's reasons; of an answer without gold, whether it ended."""
     if "gold" not in answer:
         return "" if answer["finished"] else "<small>not finished</small>"
     words = []
-    for k, v in answer["reasons"].items():
-        if isinstance(v, bool) and (k != "rude" or v):
-            words.append(
-                "<span"
-                f' class="{"good" if v and k != "rude" else "bad"}">{"✓" if v and k != "rude" else "✗"}&nbsp;{escape(k)}</span>'
-            )
-        elif not isinstance(v, bool) and 0 < v < 1:
-            words.append(f"{escape(k)}&nbsp;{v:.0%}")
+    for name, value in answer["reasons"].items():
+        if name == "rude":
+            words += [mark(False, "&nbsp;rude")] if value else []
+        elif isinstance(value, bool):
+            words.append(mark(value, f"&nbsp;{escape(name)}"))
+        elif 0 < value < 1:
+            words.append(f"{escape(name)}&nbsp;{value:.0%}")
     return f'<small class="why">{" ".join(words)}</small>'
 
 
-def show_answer(stage: str, a: dict) -> str:
-    gold = (
-        f'<span class="{"good" if a["right"] else "bad"}">{"✓" if a["right"] else "✗"}'
-        f" {a['gold']:.2f}</span>"
-        if "gold" in a
-        else ""
-    )
+def show_answer(stage: str, a: dict, colour: str) -> str:
+    gold = mark(a["right"], f" {a['gold']:.2f}") if "gold" in a else ""
     text = escape(a["answer"].strip()) or '<i class="soft">(nothing)</i>'
     return (
-        '<div class="answer" style="border-top-color:'
-        f' var(--{stage})">{gold}<b>{TITLE[stage]}</b><p>{text}</p>{marks(a)}</div>'
+        f'<div class="answer" style="border-top-color: var(--{colour})">'
+        f"{gold}<b>{escape(title(stage))}</b><p>{text}</p>{reasons(a)}</div>"
     )
 
 
@@ -464,91 +545,88 @@ def pick(prompts: list[str], kinds: dict) -> list[str]:
     return [p for _, _, p in sorted(order)[:PROMPTS]]
 
 
-def side_by_side(answers: dict, kinds: dict, greedy: str) -> str:
+def question(prompt: str) -> str:
+    """A prompt (JSON) as text, with the roles where it has several messages."""
+    messages = json.loads(prompt)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def side_by_side(answers: dict, kinds: dict, greedy: str, colour: dict) -> str:
     """The same prompts, answered by every stage."""
-    found = {s: answers[s + greedy] for s in STAGES if s + greedy in answers}
+    found = {s: answers[s + greedy] for s in colour if s + greedy in answers}
     shared = [p for p in next(iter(found.values()), {}) if all(p in a for a in found.values())]
     blocks = []
     for p in pick(shared, kinds):
-        messages = json.loads(p)
-        asked = "\n".join(
-            m["content"] if len(messages) == 1 else f"{m['role']}: {m['content']}" for m in messages
-        )
         kind = f'<i class="soft">{escape(kinds[p])}</i>' if p in kinds else ""
-        cells = "".join(show_answer(s, a[p]) for s, a in found.items())
-        blocks.append(
-            f'<div class="ask">{kind}{escape(asked)}</div><div class="answers">{cells}</div>'
-        )
+        cells = "".join(show_answer(s, a[p], colour[s]) for s, a in found.items())
+        blocks.append(f'<div class="ask">{kind}{escape(question(p))}</div>')
+        blocks.append(f'<div class="answers">{cells}</div>')
     return "".join(blocks)
 
 
-def overview(results: dict) -> str:
-    """The pictures and the table of all stages."""
-    pictures, stages = [], tuple(s for s in STAGES if s in results)
-    for key in glance(results):
-        figure, (ax,) = new_figure(3.7, 2.8)
-        bars(ax, results, key)
-        pictures.append(panel(GLANCE[key][0], svg(figure, GLANCE[key][0])))
+def overview(results: dict, colour: dict) -> str:
+    """The pictures at the top and the table of all stages."""
+    stages = evaluated(results)
     if not stages:
         return "<p>Nothing is evaluated yet: <code>make eval</code> does it.</p>"
-    words = (
-        "<h2>All stages</h2><p class='soft'>On held-out prompts, none of which was trained on. ± is"
-        " half a 95 % interval.</p>"
-    )
+    pictures = []
+    for key in glance(results):
+        figure, (ax,) = new_figure(3.7, 2.8)
+        bars(ax, results, key, colour)
+        pictures.append(panel(GLANCE[key][0], svg(figure, GLANCE[key][0])))
     return (
-        '<div class="grid'
-        f' glance">{"".join(pictures)}</div>{words}{table(results, stages, FIGURES)}'
+        f'<div class="grid glance">{"".join(pictures)}</div>'
+        "<h2>All stages</h2><p class='soft'>On held-out prompts, none of which was trained on. ± is"
+        f" half a 95 % interval.</p>{table(results, stages, FIGURES, colour)}"
     )
 
 
-def samples(out: Path, answers: dict) -> str:
-    """The same prompts answered by each stage, sampled and greedy; the first of them is open."""
-    kinds = {
-        json.dumps(r["messages"]): r["item"]["kind"]
-        for r in read_jsonl(out / "world" / "heldout.jsonl")
-        if "item" in r
-    }
-    found = [(words, side_by_side(answers, kinds, greedy)) for greedy, words in GREEDY.items()]
-    found = [(words, text) for words, text in found if text]
-    blocks = [
-        f"<details{' open' * (i == 0)}><summary>{words}</summary>{text}</details>"
-        for i, (words, text) in enumerate(found)
-    ]
-    return "<h2>The same prompts, answered by each</h2>" * bool(found) + "".join(blocks)
+def samples(out: Path, answers: dict, colour: dict) -> str:
+    """The same prompts answered by each stage, sampled and greedy; the first block is open."""
+    kinds = {}
+    for r in read_jsonl(out / "world" / "heldout.jsonl"):
+        if "item" in r:
+            kinds[json.dumps(r["messages"])] = r["item"]["kind"]
+    blocks = []
+    for greedy, words in GREEDY.items():
+        if text := side_by_side(answers, kinds, greedy, colour):
+            is_open = "" if blocks else " open"
+            blocks.append(f"<details{is_open}><summary>{words}</summary>{text}</details>")
+    return "<h2>The same prompts, answered by each</h2>" * bool(blocks) + "".join(blocks)
 
 
-def page(out: Path, results: dict, metrics: dict, answers: dict) -> str:
-    parts = [overview(results), samples(out, answers)]
-    parts += [f"<h2>{TITLE['base']}</h2><p>{WHAT['base']}</p>"] if "base" in results else []
-    for stage in CURVES:
-        parts += [stage_section(out, stage, metrics[stage])] if stage in metrics else []
-        parts += (
-            [table(results, ("reward",), REWARD, head=False)]
-            if stage == "reward" and stage in results
-            else []
-        )
+def page(out: Path, stages: list, results: dict, metrics: dict, answers: dict) -> str:
+    colour = colours(stages)
+    parts = [overview(results, colour), samples(out, answers, colour)]
+    if "base" in results:
+        parts.append(f"<h2>{title('base')}</h2><p>{what('base')}</p>")
+    for stage in [*CURVES, *(s for s in stages if s not in STAGES)]:
+        if stage in metrics:
+            parts.append(stage_section(out, stage, metrics[stage], colour[stage]))
+        if stage == "reward" and stage in results:
+            parts.append(table(results, ["reward"], REWARD, colour, head=False))
     style = CSS
     for i, word in enumerate(("LIGHT", "DARK")):
         style = style.replace(word, " ".join(f"--{k}: {c[i]};" for k, c in COLOURS.items()))
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    )
     return (
-        f'<!doctype html><html lang="en"><head>{head}<title>tinytune:'
-        f" {escape(str(out))}</title><style>{style}</style></head><body><main>"
-        "<h1>From base model to assistant</h1><p class='soft'>tinytune’s report on"
-        f" <code>{escape(str(out))}</code></p>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>tinytune: {escape(str(out))}</title><style>{style}</style></head><body><main>"
+        "<h1>From base model to assistant</h1>"
+        f"<p class='soft'>tinytune’s report on <code>{escape(str(out))}</code></p>"
         f"{''.join(parts)}</main></body></html>\n"
     )
 
 
 def report(o: Options):
     out = Path(o.out)
-    results, metrics, answers = read(out)
-    text = page(out, results, metrics, answers)
+    stages, results, metrics, answers = read(out)
+    text = page(out, stages, results, metrics, answers)
     (out / "report.html").write_bytes(text.encode("utf-8", "replace"))
     if glance(results):
-        write_png(out / "report.png", results)
+        write_png(out / "report.png", results, colours(stages))
     print(f"{out / 'report.html'}: written")
 
 
