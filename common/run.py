@@ -413,7 +413,8 @@ CHECKPOINT = (
     "config.json",
 )
 LOCK, SAVED = "run.lock", "state.safetensors"
-# all names that a run uses in OUT/state
+TEMPORARY = ".tmp"  # safetensors writes into a file of such a name first, a killed run leaves it
+# all names that a run uses in OUT/state, beside temporary ones
 STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}
 
 
@@ -549,6 +550,7 @@ class Run:
         """Whether the entry of this name in OUT was written by a run."""
         if name == "state":
             there = {p.name for p in self.state.iterdir()} if self.state.is_dir() else {name}
+            there = {n for n in there if not n.startswith(TEMPORARY)}
             return not there or there <= STATE and bool(there & {LOCK, SAVED})
         if record is None:
             return False
@@ -573,6 +575,8 @@ class Run:
                 for path in sorted(self.state.iterdir(), key=lambda p: p.name != SAVED):
                     if path.name != LOCK:
                         remove(path)
+            for path in self.state.glob(TEMPORARY + "*"):
+                remove(path)
             log.touch()  # one line per step; steps after the last save are done and logged again
             lines = log.read_bytes().splitlines(keepends=True)
             if len(lines) < self.start:

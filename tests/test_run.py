@@ -709,6 +709,18 @@ def test_a_state_half_written_is_never_read(moment, o, whole, tmp_path, monkeypa
     assert seen[0] == 2 and files(tmp_path / "toy") == whole
 
 
+@pytest.mark.parametrize("die_at", [1, 3])
+def test_killed_while_safetensors_writes_its_temporary_file(die_at, o, whole, tmp_path):
+    """Before the first saved state, and after it."""
+    with pytest.raises(Killed):
+        toy(o, die_at=die_at)
+    left = tmp_path / "toy" / "state" / ".tmpA1b2C3"
+    left.write_bytes(b"half")
+    seen = []
+    toy(o, seen=seen)
+    assert seen[0] == die_at // 2 * 2 and not left.exists() and files(tmp_path / "toy") == whole
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_between_the_last_renames(moment, overwrite, o, whole, tmp_path, monkeypatch):
