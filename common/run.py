@@ -1,13 +1,14 @@
-"""What every stage shares and no algorithm: options, seed, device, learning rate at a step, log,
-save, resume.
+"""What every stage shares and no algorithm: options, seed, device, optimizer, learning rate at a
+step, log, save, resume.
 
 A run's life. Until it has finished, all it has is in OUT/state: one safetensors file (parameters,
 optimizers, and a JSON note), saved every so many steps and put in place by a rename, and
 metrics.jsonl. Then the checkpoint is written aside and moved into OUT file by file, config.json
-last, and the state is removed. OUT/run.json keeps the options, the hashes of the inputs and of the
-code, and those of what was written: the same command again finds it and has nothing to do; another
-one is refused with the difference. One run at a time has an OUT (OUT/state/run.lock, a lock that
-ends with its process), and what no run wrote is never touched.
+last, and the state is removed. OUT/run.json keeps the options, and the hashes of the inputs, of the
+code and of the files that were written: called again with the same options and inputs, the stage
+returns at once; with others it refuses and shows the difference. One run at a time has an OUT
+(OUT/state/run.lock, a lock that ends with its process), and a file that no run wrote is never
+touched.
 """
 
 import argparse
@@ -39,24 +40,24 @@ from tqdm import tqdm
 from quant import PagedAdamW
 
 # ---------------------------------------------------------------- options
-BOUNDS = {
-    "at_least": operator.ge,
-    "above": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
-}
+BOUNDS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
 
 
 def opt(default, help: str, choices=None, needs="", **bounds):
     """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS).
 
-    needs: the option without which it has no effect ("lora"), or also that one's values ("loss
-    simpo"); a bound that names another option (below="steps") says beyond what it has none. That is
-    said, and no error.
+    A value beyond a bound that is a number is an error, and so is a float that is not finite. A
+    bound may also name another option (below="steps"): a value beyond that one has no effect.
+    needs: the option without which this one has no effect ("lora"), perhaps with that option's
+    values ("loss simpo"). An option without effect is said, and no error.
     """
     return dataclasses.field(
         default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds)
     )
+
+
+def spell(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def did_you_mean(word: str, known) -> str:
@@ -64,89 +65,102 @@ def did_you_mean(word: str, known) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without argparse's usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def parse(options, doc: str, argv=None):
     """Command line → an options dataclass. One line and exit status 2 on an unknown option or an
     impossible value.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=doc.split("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    # one line, without argparse's usage
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    flags = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(options)}
-    for flag, f in flags.items():
-        kind = (
-            dict(action="store_true")
-            if f.type is bool
-            else dict(type=f.type, default=f.default, choices=f.metadata["choices"])
-        )
-        parser.add_argument(flag, help=f.metadata["help"], **kind)
+    fields = dataclasses.fields(options)
+    for f in fields:
+        kind = dict(type=f.type, default=f.default, choices=f.metadata["choices"])
+        if f.type is bool:
+            kind = dict(action="store_true")
+        parser.add_argument(spell(f.name), help=f.metadata["help"], **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
+        flags = [spell(f.name) for f in fields]
         parser.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], flags)}")
-    for flag, f in flags.items():
-        for bound, limit in f.metadata["bounds"].items():
-            if isinstance(limit, str):
-                continue
-            if not BOUNDS[bound](value := getattr(values, f.name), limit):
-                parser.error(f"{flag} is {value}, it must be {bound.replace('_', ' ')} {limit}")
+    for f in fields:
+        value = getattr(values, f.name)
+        if expected := violated(f, value):
+            parser.error(f"{spell(f.name)} is {value}, it must be {expected}")
     for remark in without_effect(options, values):
-        print(f"{parser.prog}: {remark}")
+        print(f"{parser.prog}: {remark}", file=sys.stderr)
     return options(**vars(values))
 
 
+def violated(field, value) -> str:
+    """What a value had to be and is not, in words; empty where it is within its bounds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    for bound, limit in field.metadata["bounds"].items():
+        if not isinstance(limit, str) and not BOUNDS[bound](value, limit):
+            return f"{bound.replace('_', ' ')} {limit}"
+    return ""
+
+
 def without_effect(options, values):
-    """A line for each option that was given and changes nothing beside the others."""
-    spell = lambda name: "--" + name.replace("_", "-")  # noqa: E731
+    """Yields a line for each option that was given and changes nothing beside the others."""
     for f in dataclasses.fields(options):
-        value = getattr(values, f.name)
+        flag, value = spell(f.name), getattr(values, f.name)
         if f.metadata["needs"] and value != f.default:
             other, *allowed = f.metadata["needs"].split()
             there = getattr(values, other)
             effective = there in allowed if allowed else there
             if not effective:
-                words = f"{spell(f.name)} has no effect without {spell(other)}"
+                words = f"{flag} has no effect without {spell(other)}"
                 yield f"{words} {' or '.join(allowed)}".rstrip()
         for bound, other in f.metadata["bounds"].items():
-            if isinstance(other, str) and not BOUNDS[bound](value, limit := getattr(values, other)):
-                yield (
-                    f"{spell(f.name)} is {value}, {bound.replace('_', ' ')} {spell(other)} {limit}"
-                    " was expected: it has no effect beyond"
-                )
+            if not isinstance(other, str):
+                continue
+            limit = getattr(values, other)
+            if not BOUNDS[bound](value, limit):
+                expected = f"{bound.replace('_', ' ')} {spell(other)} {limit}"
+                yield f"{flag} is {value}, {expected} was expected: it has no effect beyond"
 
 
 def main(stage, options, doc: str):
-    """Runs a stage as a script: what it says of bad input becomes one line and exit status 2."""
+    """Runs a stage as a script: its error about bad input becomes one line and exit status 2."""
     try:
         return stage(parse(options, doc))
     except (ValueError, OSError, SafetensorError) as e:
-        status, said = 2, " ".join(str(e).split())
+        status, message = 2, " ".join(str(e).split())
     except KeyboardInterrupt:
-        status, said = 130, "interrupted; the same command goes on from the last saved step"
+        status, message = 130, "interrupted; the same command goes on from the last saved step"
     # out of `except`: the stage's frame is gone, and with it the bar
-    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
 # ---------------------------------------------------------------- device and optimizer
 def pick_device(name: str) -> torch.device:
     """auto: the GPU where there is one. Raises ValueError for a device that is not there."""
+    device = name
+    if name == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        probe = torch.zeros(
-            1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        probe = torch.zeros(1, device=device)
         probe.item()
         return probe.device
     except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
         raise ValueError(
-            f"--device {name}: not available here ({str(e).splitlines()[0]}); try cpu or auto"
+            f"--device {name}: not available here ({reason}); try cpu or auto"
         ) from None
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Does this GPU compute in bf16? One place decides it for autocast and for frozen weights."""
+    """Whether this is a GPU with bf16 units: decides for autocast and for frozen weights alike."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -156,24 +170,27 @@ def autocast(device: torch.device):
 
 
 def adamw(model, lr: float, weight_decay=0.0, eps=1e-8, paged=False):
-    """AdamW on the parameters that want a gradient, decay on matrices only (never on norms and
-    biases). paged: its state leaves the GPU where room is short."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    matrices, others = [p for p in wanted if p.dim() >= 2], [p for p in wanted if p.dim() < 2]
+    """AdamW on the trainable parameters, with weight decay on matrices only (never on norms and
+    biases). paged: its state leaves the GPU where memory is short (paged optimizers, QLoRA).
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     groups = [
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
     options = dict(lr=lr, betas=(0.9, 0.95), eps=eps)
-    return (
-        PagedAdamW(groups, **options) if paged else torch.optim.AdamW(groups, **options, fused=True)
-    )
+    if paged:
+        return PagedAdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def make_room(optimizers, **sizes: int):
-    """Before a forward pass, with its sizes in what decides its memory (tokens, targets): paged
-    optimizers' pages leave the GPU where no pass before was as large. To wait until memory runs out
-    and repeat the pass would be wrong: a part of its gradients may have been added up already."""
+    """Called before a pass with the sizes that decide its memory (tokens, targets): moves paged
+    optimizers' pages off the GPU if no pass before was as large. (To wait until memory runs out and
+    repeat the pass would be wrong: some of its gradients may have been added up already.)
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, PagedAdamW):
             optimizer.make_room(**sizes)
@@ -181,7 +198,7 @@ def make_room(optimizers, **sizes: int):
 
 def lr_at(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "linear") -> float:
     """Learning rate at a step (0-based): linear warmup to `peak`, then down to 0 at `total` along a
-    line or a cosine.
+    line ("linear") or half a cosine ("cosine").
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -196,35 +213,33 @@ def set_lr(optimizer, lr: float):
 
 # ---------------------------------------------------------------- a reader's own reward or labeller
 def load_function(spec: str):
-    """FILE.py:function → the function: (prompts: message lists, answers: strings, records) → a list
-    of floats, one an answer. Where it takes three arguments it is given each answer's record too,
-    with all its fields. It is given copies: what it changes stays with it.
+    """FILE.py:function → judge(prompts: message lists, answers: strings, records) → a list of
+    floats, one per answer.
 
-    Raises FileNotFoundError or ValueError where there is none, and where it returns something else
-    or does not run.
+    The function is called with prompts and answers, and where it takes three arguments with each
+    answer's record too, with all its fields. It gets copies, so that it cannot change ours. Raises
+    FileNotFoundError or ValueError if there is no such function; judge raises ValueError if it
+    fails or returns anything but finite scores.
     """
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise FileNotFoundError(
-            f"{spec}: FILE.py:function was expected{f', there is no file {file}' if file else ''}"
-        )
-    found = _call(file, runpy.run_path, file)
-    if not callable(found.get(name)):
-        raise ValueError(
-            f"{file}: has no function"
-            f" {name}{did_you_mean(name, [k for k, v in found.items() if callable(v)])}"
-        )
-
-    three = _takes_three(found[name])
+        missing = f", there is no file {file}" if file else ""
+        raise FileNotFoundError(f"{spec}: FILE.py:function was expected{missing}")
+    names = _call(file, runpy.run_path, file)
+    function = names.get(name)
+    if not callable(function):
+        near = did_you_mean(name, [k for k, v in names.items() if callable(v)])
+        raise ValueError(f"{file}: has no function {name}{near}")
+    three = _takes_three(function)
 
     def judge(prompts, answers, records=()):
         given = [[copy.deepcopy(p) for p in prompts], list(answers)]
         if three:
             given.append([copy.deepcopy(r) for r in records])
-        scores = _call(file, lambda: [float(s) for s in found[name](*given)])
+        scores = _call(file, lambda: [float(s) for s in function(*given)])
         if len(scores) != len(answers) or not all(map(math.isfinite, scores)):
             raise ValueError(
-                f"{spec}: {len(answers)} finite scores, one an answer, were expected (got"
+                f"{spec}: {len(answers)} finite scores, one per answer, were expected (got"
                 f" {len(scores)}: {str(scores)[:60]})"
             )
         return scores
@@ -233,7 +248,7 @@ def load_function(spec: str):
 
 
 def _takes_three(function) -> bool:
-    """Whether its third argument is one that it needs, or is named `records`."""
+    """Whether it has a third argument without a default, or one named `records`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some built-in functions have none
@@ -243,28 +258,25 @@ def _takes_three(function) -> bool:
 
 
 def _call(file: str, function, *args):
-    """Calls what stands in a reader's file; what goes wrong there becomes a ValueError with the
-    line.
-    """
+    """Calls a function of a reader's file; what it raises becomes a ValueError with its line."""
     try:
         return function(*args)
     except (Exception, SystemExit) as e:  # its sys.exit(0) would pass for the stage's own success
-        lines = [
-            f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file
-        ]
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [f":{frame.lineno}" for frame in frames if frame.filename == file]
         raise ValueError(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}") from e
 
 
 # ---------------------------------------------------------------- what a run is known by
 ROOT = Path(__file__).parent.parent
-DECIDE = (
+DECIDE = {  # the files of a checkpoint folder, beside its weights, that decide what it means
     "config.json",
     "adapter_config.json",
+    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-)
-DECIDE += ("model.safetensors.index.json",)  # which shards are read
+}
 
 
 def sha256(path) -> str:
@@ -273,8 +285,8 @@ def sha256(path) -> str:
 
 
 def fingerprint(path) -> str:
-    """sha256 of a file, or of the files in a checkpoint folder, and its adapter's, that decide what
-    it says.
+    """sha256 of a file, or of those files in a checkpoint folder and its adapter's that decide what
+    it means. Raises FileNotFoundError.
     """
     path = Path(path)
     if not path.exists():
@@ -292,47 +304,49 @@ def code(script) -> dict[str, str]:
     """The script and the project's modules that it imports, directly or not → {file: hash of what
     it does}.
 
-    An edited comment or docstring changes no hash. A data file that a module names and that lies
-    beside it counts with it.
+    An edited comment or docstring changes no hash. A JSON file that a module names and that lies
+    beside it counts too.
     """
+
+    def name(path):
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
     found, todo = {}, [Path(script).resolve()]
-    name = lambda path: str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name  # noqa: E731
     while todo:
         path = todo.pop()
         if name(path) in found:
             continue
         found[name(path)], modules, named = read_module(path.read_bytes())
-        found |= {name(data): sha256(data) for n in named if (data := path.parent / n).is_file()}
-        todo += [f for m in modules if (f := ROOT / f"{m.replace('.', '/')}.py").is_file()]
+        beside = [path.parent / n for n in named]
+        found |= {name(data): sha256(data) for data in beside if data.is_file()}
+        files = [ROOT / f"{m.replace('.', '/')}.py" for m in modules]
+        todo += [f for f in files if f.is_file()]
     return found
 
 
 @functools.lru_cache(None)
 def read_module(text: bytes):
-    """A module's text → the hash of what it does, the modules that it imports when it is imported,
-    and the JSON files it names.
+    """A module's text → (the hash of what it does, the modules that it imports at its top level,
+    the JSON files that it names).
     """
-    tree, modules = ast.parse(text), []
+    tree = ast.parse(text)
+    modules, files = [], []
     for node in tree.body:
         if isinstance(node, ast.Import):
             modules += [a.name for a in node.names]
         if isinstance(node, ast.ImportFrom):
             modules += [f"{node.module}", *(f"{node.module}.{a.name}" for a in node.names)]
-    texts = [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
-    return (
-        hashlib.sha256(repr(syntax(tree)).encode()).hexdigest(),
-        modules,
-        [t for t in texts if re.fullmatch(r"\w+\.json", t)],
-    )
+    for node in ast.walk(tree):
+        value = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(value, str) and re.fullmatch(r"\w+\.json", value):
+            files.append(value)
+    return hashlib.sha256(repr(syntax(tree)).encode()).hexdigest(), modules, files
 
 
 def syntax(tree) -> list:
-    """A syntax tree, flat, without docstrings, places in the text, and the empty fields that
-    Python's versions differ in. (Not ast.dump, which takes three times as long at every start.)"""
+    """A syntax tree as a flat list, without docstrings, places in the text, and the empty fields in
+    which Python's versions differ. (ast.dump would take three times as long, at every start.)
+    """
     flat, left = [], [tree]
     while left:
         node = left.pop()
@@ -362,30 +376,25 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def difference(old: dict, new: dict) -> str:
     """What differs between two runs' identities, in words; empty where nothing does."""
     a, b = old["options"], new["options"]
-    words = [
-        f"{k} was {a.get(k)!r}, is {b.get(k)!r}"
-        for k in sorted(a.keys() | b.keys())
-        if a.get(k) != b.get(k)
-    ]
-    return "; ".join(
-        words
-        + [f"{p} has changed" for p, h in new["inputs"].items() if old["inputs"].get(p, h) != h]
-    )
+    changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    words = [f"{k} was {a.get(k)!r}, is {b.get(k)!r}" for k in changed]
+    for path, digest in new["inputs"].items():
+        if old["inputs"].get(path, digest) != digest:
+            words.append(f"{path} has changed")
+    return "; ".join(words)
 
 
 def read_record(home) -> dict | None:
     """run.json, the record of a finished run: its options, its inputs' hashes, and (in later ones)
-    those of its files.
+    those of its files. None where there is none; ValueError where it is damaged.
     """
     path = Path(home) / "run.json"
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_bytes())
-        if all(
-            isinstance(x, dict)
-            for x in (record["options"], record["inputs"], record.get("files", {}))
-        ):
+        parts = record["options"], record["inputs"], record.get("files", {})
+        if all(isinstance(part, dict) for part in parts):
             return record
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
@@ -405,13 +414,16 @@ CHECKPOINT = (
     "config.json",
 )
 LOCK, SAVED = "run.lock", "state.safetensors"
-# all that a run keeps in OUT/state
+TEMPORARY = ".tmp"  # safetensors writes into a file of such a name first, a killed run leaves it
+# all names that a run uses in OUT/state, beside temporary ones
 STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}
 
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk and the like, said with the place and the way out."""
+    """Turns an error of the disk (no space, no permission) into one that names the path and the way
+    out.
+    """
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -429,40 +441,42 @@ def remove(path):
 
 
 class Run:
-    """One stage's run: where it stands, its bar, its log, its state.
+    """One stage's run: its step, its bar, its log, its state.
 
     options: the dataclass, with `out`, `seed`, `overwrite` and `save_every`; script: the stage's
-    __file__; inputs: the files and folders it reads; made: {name: hash} of what it reads and no
-    file holds; file: OUT is a file, and its run lies beside it; writes: what it writes into OUT,
-    that which is moved last at the end. Leaves with exit status 0 where the run has been finished
-    already. Raises ValueError where `out` holds something else: another run, one that is at work,
-    or what no run wrote.
+    __file__; inputs: the files and folders it reads; made: {name: hash} of inputs that no file
+    holds; file: OUT is a file, and the run's folder lies beside it (OUT.run); writes: the names it
+    writes into OUT, the one that is moved last at the end. Exits with status 0 if the run has
+    finished already. Raises ValueError if `out` holds something else: another run, one at work, or
+    files that no run wrote.
     """
 
     def __init__(
         self, options, script: str, inputs: list[str], made=None, file=False, writes=CHECKPOINT
     ):
-        self.out, self.every = Path(options.out), getattr(options, "save_every", 1)
+        self.out = Path(options.out)
+        self.every = getattr(options, "save_every", 1)
         self.home = self.out.with_name(self.out.name + ".run") if file else self.out
         self.result = self.out if file else self.home / writes[-1]
         self.writes = {"result"} if file else set(writes)
-        self.state, self.saved, self.lock = self.home / "state", self.home / "state" / SAVED, None
-        known = {
-            k: v
-            for k, v in dataclasses.asdict(options).items()
-            if k not in ("out", "overwrite", "save_every")
-        }
+        self.state = self.home / "state"
+        self.saved = self.state / SAVED
+        known = dataclasses.asdict(options)
+        for name in ("out", "overwrite", "save_every"):  # they change no result
+            known.pop(name, None)
         if "device" in known:
             known["device"] = pick_device(known["device"]).type
         hashes = code(script) | {str(p): fingerprint(p) for p in inputs} | (made or {})
         self.identity = {"options": known, "inputs": hashes}
-        self.tracked, self.extra, self.start, self.begun = {}, {}, 0, False
+        self.tracked, self.extra = {}, {}
+        self.start, self.begun = 0, False
+        self.lock = None
         self._claim(options.overwrite)
         torch.manual_seed(options.seed)
 
     def _claim(self, overwrite: bool):
-        """Takes OUT: nothing there, our own unfinished state, or a refusal, which touches nothing."""
-        # else look only once it is sure that nobody is at work
+        """Takes OUT if it is empty or holds our own unfinished state; a refusal touches nothing."""
+        # where there is a lock, look only once it is ours: a run at work moves its files
         if not (self.state / LOCK).exists():
             self._look(overwrite)
         self._lock()
@@ -470,11 +484,9 @@ class Run:
             self.start, self.extra = note["step"], note["extra"]
 
     def _lock(self):
-        """Holds OUT until this process ends, however it ends. ValueError where another one holds
-        it.
-        """
+        """Holds OUT until this process ends, however it ends. ValueError if another run has it."""
         with writing(self.state):
-            # 0: the other run ended, and its state went, just now
+            # no links left: the other run has just ended, and removed its state with the lock
             while self.lock is None or not os.fstat(self.lock.fileno()).st_nlink:
                 self.state.mkdir(parents=True, exist_ok=True)
                 self.lock = open(self.state / LOCK, "a")
@@ -486,12 +498,10 @@ class Run:
                         " another --out"
                     ) from None
                 except OSError:
-                    pass  # a disk that has no locks
+                    pass  # a file system without locks
 
     def _look(self, overwrite: bool) -> dict | None:
-        """What lies in OUT → the note of an unfinished state that goes on. Ends the process where
-        the run has been finished.
-        """
+        """→ the note of our own unfinished state in OUT, or None. Exits if the run has finished."""
         record = read_record(self.home)
         for name in sorted(self.writes | {"run.json", "metrics.jsonl", "state"}):
             if os.path.lexists(self._place(name)) and not self._is_ours(name, record):
@@ -499,9 +509,10 @@ class Run:
                     f"{self.out}: holds what no run of this stage wrote, {name}; choose another"
                     " --out"
                 )
-        note = self._note() if self.saved.exists() else None
-        if note:
-            if not (changed := difference(note["identity"], self.identity)):
+        if self.saved.exists():
+            note = self._note()
+            changed = difference(note["identity"], self.identity)
+            if not changed:
                 return note
             if not overwrite:
                 raise ValueError(
@@ -509,54 +520,65 @@ class Run:
                     " starts anew)"
                 )
         elif self.result.exists() and not overwrite:
-            if changed := difference(record, self.identity):
-                raise ValueError(
-                    f"{self.out}: finished with other settings: {changed} (--overwrite starts anew)"
-                )
-            for name, known in record.get("files", {}).items():
-                if not (place := self._place(name)).is_file() or sha256(place) != known:
-                    raise ValueError(
-                        f"{place}: damaged or changed since its run finished; get it back, or"
-                        " --overwrite starts anew"
-                    )
+            self._check_finished(record)
             if self.lock:
                 self._clear()
             print(f"{self.out}: finished already with these settings")
             sys.exit(0)
         return None
 
+    def _check_finished(self, record: dict):
+        """ValueError unless the finished run in OUT is this one, and its files are as it left
+        them.
+        """
+        if changed := difference(record, self.identity):
+            raise ValueError(
+                f"{self.out}: finished with other settings: {changed} (--overwrite starts anew)"
+            )
+        for name, known in record.get("files", {}).items():
+            place = self._place(name)
+            if not place.is_file() or sha256(place) != known:
+                raise ValueError(
+                    f"{place}: damaged or changed since its run finished; get it back, or"
+                    " --overwrite starts anew"
+                )
+
     def _place(self, name: str) -> Path:
         # "result": OUT, where that is a file
         return self.result if name in ("result", self.result.name) else self.home / name
 
     def _is_ours(self, name: str, record: dict | None) -> bool:
-        """Whether a run wrote what OUT has under a name."""
+        """Whether the entry of this name in OUT was written by a run."""
         if name == "state":
             there = {p.name for p in self.state.iterdir()} if self.state.is_dir() else {name}
+            there = {n for n in there if not n.startswith(TEMPORARY)}
             return not there or there <= STATE and bool(there & {LOCK, SAVED})
-        return record is not None and (
-            name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes)
-        )
+        if record is None:
+            return False
+        return name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes)
 
     def _clear(self):
-        """Removes the state, the lock last: what is left without the saved file is never taken for
-        a run.
+        """Removes the state: the saved file first, since without it nothing is taken for a run, and
+        the lock last.
         """
         for path in sorted(self.state.iterdir(), key=lambda p: (p.name == LOCK, p.name != SAVED)):
             remove(path)
         self.state.rmdir()
 
     def _begin(self):
-        """Now all inputs have been read and found good: what an earlier run left is cleared away."""
+        """Clears away what an earlier run left, now that all inputs have been read and are good."""
         if self.begun:
             return
-        self.begun, log = True, self.state / "metrics.jsonl"
+        self.begun = True
+        log = self.state / "metrics.jsonl"
         with writing(self.state):
             if not self.start:
                 for path in sorted(self.state.iterdir(), key=lambda p: p.name != SAVED):
                     if path.name != LOCK:
                         remove(path)
-            log.touch()  # one line a step; what was logged after the last save is done again
+            for path in self.state.glob(TEMPORARY + "*"):
+                remove(path)
+            log.touch()  # one line per step; steps after the last save are done and logged again
             lines = log.read_bytes().splitlines(keepends=True)
             if len(lines) < self.start:
                 raise ValueError(
@@ -576,46 +598,37 @@ class Run:
             ) from None
 
     def resume(self, **tracked) -> dict:
-        """Names what makes up the state (modules, optimizers), restores it where there is one, and
-        returns save()'s extras.
+        """Names the modules and optimizers that make up the state, and restores them in a run that
+        was interrupted. Returns the extras of the last save(), {} at the start.
         """
         self.tracked = tracked
-        if self.start:
-            with safe_open(self.saved, "pt") as f:
-                for name, thing in tracked.items():
-                    saved = {
-                        k.removeprefix(name + "/"): f.get_tensor(k)
-                        for k in f.keys()
-                        if k.startswith(name + "/")
-                    }
-                    if (
-                        isinstance(thing, torch.nn.Module)
-                        and saved.keys() != _tensors(thing).keys()
-                    ):
-                        raise ValueError(
-                            f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to"
-                            " start anew"
-                        )
-                    _restore(thing, saved)
+        if not self.start:
+            return self.extra
+        with safe_open(self.saved, "pt") as f:
+            for name, thing in tracked.items():
+                names = [k for k in f.keys() if k.startswith(name + "/")]
+                saved = {k.removeprefix(name + "/"): f.get_tensor(k) for k in names}
+                module = isinstance(thing, torch.nn.Module)
+                if module and saved.keys() != _tensors(thing).keys():
+                    raise ValueError(
+                        f"{self.saved}: damaged ({name} is incomplete); remove {self.state} to"
+                        " start anew"
+                    )
+                _restore(thing, saved)
         return self.extra
 
     def steps(self, total: int, unit: str = "step"):
-        """The steps that are left, with a bar."""
+        """The steps that are left, from 0-based self.start to total - 1, with a bar."""
         self._begin()
         self.total = total
-        self.bar = tqdm(
-            range(self.start, total),
-            initial=self.start,
-            total=total,
-            unit=unit,
-            desc=str(self.out),
-            dynamic_ncols=True,
-        )
+        left = range(self.start, total)
+        bar = dict(initial=self.start, total=total, unit=unit, desc=str(self.out))
+        self.bar = tqdm(left, **bar, dynamic_ncols=True)
         return self.bar
 
     def log(self, step: int, show: tuple = ("loss",), **figures):
-        """One object a step into metrics.jsonl; the figures named in `show` also beside the bar.
-        ValueError for one that is not finite.
+        """Writes one object per step into metrics.jsonl; the figures named in `show` also stand
+        beside the bar. Raises ValueError for a figure that is not finite.
         """
         figures = {k: v.item() if torch.is_tensor(v) else v for k, v in figures.items()}
         if bad := [k for k, v in figures.items() if not math.isfinite(v)]:
@@ -629,17 +642,15 @@ class Run:
         self.bar.set_postfix({k: f"{figures[k]:.3g}" for k in show if k in figures}, refresh=False)
 
     def save(self, step: int, **extra):
-        """Saves the state where it is due: after every `save_every` steps and after the last.
-        extra: what JSON can hold.
+        """Saves the state if it is due: after every `save_every` steps and after the last. extra:
+        what resume() returns later; JSON must be able to hold it.
         """
         if (step + 1) % self.every and step + 1 < self.total:
             return
         note = json.dumps({"identity": self.identity, "step": step + 1, "extra": extra})
-        tensors = {
-            f"{n}/{k}": v.contiguous()
-            for n, thing in self.tracked.items()
-            for k, v in _tensors(thing).items()
-        }
+        tensors = {}
+        for name, thing in self.tracked.items():
+            tensors |= {f"{name}/{k}": v.contiguous() for k, v in _tensors(thing).items()}
         tensors["note"] = torch.frombuffer(bytearray(note.encode()), dtype=torch.uint8)
         aside = self.state / "aside.safetensors"
         with writing(self.state):
@@ -647,25 +658,22 @@ class Run:
             os.replace(aside, self.saved)
 
     def finish(self, write):
-        """write(path) puts the result aside (a folder, or a file where OUT is one); then it takes
-        its place and the state goes.
+        """write(path) writes the result (a folder, or a file where OUT is one) aside; then it is
+        moved into OUT, and the state is removed.
         """
         self._begin()
-        aside, log = self.state / "result", self.state / "metrics.jsonl"
+        aside = self.state / "result"
         shutil.rmtree(aside, ignore_errors=True)
         with writing(self.state):
             aside.mkdir()
             write(aside if self.home == self.out else aside / self.out.name)
-            files = {
-                str(p.relative_to(aside)): sha256(p)
-                for p in sorted(aside.rglob("*"))
-                if p.is_file()
-            }
+            written = [p for p in sorted(aside.rglob("*")) if p.is_file()]
+            files = {str(p.relative_to(aside)): sha256(p) for p in written}
             if self.home != self.out:
-                files = {"result": files[self.out.name]}  # it may be called something else one day
-            (aside / "run.json").write_text(
-                json.dumps(self.identity | {"files": files}, indent=1) + "\n"
-            )
+                files = {"result": files[self.out.name]}  # OUT may be renamed one day
+            record = json.dumps(self.identity | {"files": files}, indent=1) + "\n"
+            (aside / "run.json").write_text(record)
+            log = self.state / "metrics.jsonl"
             if log.stat().st_size:
                 shutil.copy(log, aside)
         # from here until the last rename there is no checkpoint to read
@@ -673,25 +681,30 @@ class Run:
         before = read_record(self.home)
         for name in sorted(_written(before, self.writes)) if before else []:
             remove(self._place(name))
-        for file in sorted(
-            aside.iterdir(), key=lambda f: (f.name == self.result.name, f.name != "run.json")
-        ):
-            os.replace(file, self._place(file.name))  # run.json first: it says whose the others are
+
+        def turn(file):  # run.json first: it says that the others are ours; config.json last
+            return file.name == self.result.name, file.name != "run.json"
+
+        for file in sorted(aside.iterdir(), key=turn):
+            os.replace(file, self._place(file.name))
         self._clear()
 
 
 def _written(record: dict, names: set) -> set:
-    """The names in OUT that a finished run wrote; a record of before they were kept stands for all."""
-    return {name.partition("/")[0] for name in record["files"]} if "files" in record else set(names)
+    """The names in OUT that a finished run wrote: all of `names` if its record is an old one, which
+    does not list them.
+    """
+    if "files" not in record:
+        return set(names)
+    return {name.partition("/")[0] for name in record["files"]}
 
 
 def _tensors(thing) -> dict:
     """A module's trained parameters, or an optimizer's state as {"parameter.key": tensor}."""
     if isinstance(thing, torch.nn.Module):
         return {k: p.data for k, p in thing.named_parameters() if p.requires_grad}
-    return {
-        f"{i}.{k}": v for i, state in thing.state_dict()["state"].items() for k, v in state.items()
-    }
+    states = thing.state_dict()["state"]
+    return {f"{i}.{k}": v for i, state in states.items() for k, v in state.items()}
 
 
 def _restore(thing, saved: dict):

@@ -396,7 +396,7 @@ def test_prompts_of_another_world(refuses, lines):
         ("simpo", "--gamma is -1.0, it must be at least 0", dict(gamma=-1)),
         ("sft", "--batch is 0, it must be at least 1", dict(batch=0)),
         ("sft", "--steps is 0, it must be at least 1", dict(steps=0)),
-        ("sft", "--lr is nan, it must be at least 0", dict(lr="nan")),
+        ("sft", "--lr is nan, it must be a finite number", dict(lr="nan")),
         ("sft", "argument --steps: invalid int value: 'many'", dict(steps="many")),
         ("sft", "unknown option --learning-rate", dict(learning_rate=1)),
         ("sft", "unknown option --step (did you mean --steps?)", dict(step=1)),
@@ -416,7 +416,8 @@ def test_prompts_of_another_world(refuses, lines):
             dict(max_new_tokens=200),
         ),
         ("ppo", "--minibatch is 0, it must be at least 1", dict(minibatch=0)),
-        ("ppo", "--no-end-score is nan, it must be above -inf", dict(no_end_score="nan")),
+        ("ppo", "--no-end-score is nan, it must be a finite number", dict(no_end_score="nan")),
+        ("dpo", "--beta is inf, it must be a finite number", dict(beta="inf")),
         ("ppo", "--raw-reward is for FILE.py:function", dict(raw_reward=True)),
         ("pretrain", "--decay is 2.0, it must be at most 1", dict(decay=2)),
     ],
@@ -454,7 +455,7 @@ def test_a_reader_s_function_that_is_none(stage, option, refuses, tmp_path):
     refuses(
         stage,
         f"{file}:one_too_few: ",
-        "finite scores, one an answer, were expected (got ",
+        "finite scores, one per answer, were expected (got ",
         **{option: f"{file}:one_too_few"},
     )
     refuses(

@@ -72,7 +72,9 @@ def test_options_are_read_with_their_types_and_defaults():
     [
         (["--steps", "0"], "--steps is 0, it must be at least 1"),
         (["--lr", "0"], "--lr is 0.0, it must be above 0"),
-        (["--lr", "nan"], "--lr is nan, it must be above 0"),
+        (["--lr", "nan"], "--lr is nan, it must be a finite number"),
+        (["--lr", "inf"], "--lr is inf, it must be a finite number"),
+        (["--share=-inf"], "--share is -inf, it must be a finite number"),
         (["--share", "-0.1"], "--share is -0.1, it must be at least 0"),
         (["--share", "0.6"], "it must be below 0.5"),
         (["--seed", "10"], "--seed is 10, it must be at most 9"),
@@ -93,7 +95,8 @@ def test_a_wrong_option_is_one_line_and_exit_status_2(argv, words, capsys):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_help_shows_every_option_of_a_stage_with_its_default(name, capsys):
+def test_help_shows_every_option_of_a_stage_with_its_default(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # argparse would break a line inside --keep-base
     stage = importlib.import_module(name)
     with pytest.raises(SystemExit) as left:
         parse(stage.Options, stage.__doc__, ["--help"])
@@ -272,12 +275,9 @@ def test_a_reader_s_function(tmp_path):
     for name, said in [
         (
             "one_too_few",
-            (
-                r"mine.py:one_too_few: 2 finite scores, one an answer, were expected \(got 1:"
-                r" \[0.0\]\)"
-            ),
+            r"one_too_few: 2 finite scores, one per answer, were expected \(got 1: \[0.0\]\)",
         ),
-        ("not_a_number", r"finite scores, one an answer, were expected \(got 2: \[nan, nan\]\)"),
+        ("not_a_number", r"finite scores, one per answer, were expected \(got 2: \[nan, nan\]\)"),
         ("nothing", "mine.py: TypeError: 'NoneType' object is not iterable"),
         ("words", "mine.py: ValueError: could not convert string to float: 'good'"),
         ("broken", r"mine.py:11: TypeError: string indices must be integers"),
@@ -347,7 +347,7 @@ def project(tmp_path, monkeypatch):
     """A project: stage.py, which imports helper.py and tokens/splitter.py; that imports other.py
     and names tokens/words.json.
     """
-    monkeypatch.setattr("train.ROOT", tmp_path)
+    monkeypatch.setattr("common.run.ROOT", tmp_path)
     (tmp_path / "tokens").mkdir()
     splitter = "import other\nWORDS = open('words.json')\nMORE = 'more.json ' * 99\n"
     texts = {
@@ -700,13 +700,25 @@ def test_a_state_half_written_is_never_read(moment, o, whole, tmp_path, monkeypa
         real(a, b)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("train.save_file", half)
-        patch.setattr("train.os.replace", replace)
+        patch.setattr("common.run.save_file", half)
+        patch.setattr("common.run.os.replace", replace)
         toy(o)
     assert saves[0] == saves[1] and saves[1].exists() and saves[1].name != "state.safetensors"
     seen = []
     toy(o, seen=seen)
     assert seen[0] == 2 and files(tmp_path / "toy") == whole
+
+
+@pytest.mark.parametrize("die_at", [1, 3])
+def test_killed_while_safetensors_writes_its_temporary_file(die_at, o, whole, tmp_path):
+    """Before the first saved state, and after it."""
+    with pytest.raises(Killed):
+        toy(o, die_at=die_at)
+    left = tmp_path / "toy" / "state" / ".tmpA1b2C3"
+    left.write_bytes(b"half")
+    seen = []
+    toy(o, seen=seen)
+    assert seen[0] == die_at // 2 * 2 and not left.exists() and files(tmp_path / "toy") == whole
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -897,13 +909,13 @@ def test_a_full_disk(o, whole, tmp_path, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"),
     ):
-        patch.setattr("train.save_file", full)
+        patch.setattr("common.run.save_file", full)
         toy(o)
     with (
         monkeypatch.context() as patch,
         pytest.raises(OSError, match=r"toy.state: cannot be written \(.*No space left"),
     ):
-        patch.setattr("test_train.save_file", full)
+        patch.setattr("test_run.save_file", full)
         toy(o)
     assert not (tmp_path / "toy" / "config.json").exists()
     seen = []

@@ -14,20 +14,20 @@ from data.world.world import SIZES, records
 @dataclass
 class Options:
     out: str = opt("out/world", "folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
-    seed: int = opt(0, "another seed, other items and demonstrators", at_least=0, below=2**32)
-    overwrite: bool = opt(False, "write them anew over another seed's")
+    seed: int = opt(0, "seed of the items and the demonstrators", at_least=0, below=2**32)
+    overwrite: bool = opt(False, "replace another seed's files")
 
 
 def make(o: Options):
-    """OUT's three files, all or none, as a run like a stage's: finished for this seed, it says so;
-    another seed's are refused.
+    """Writes OUT's three files, all or none, as a run like a stage's: it returns at once where they
+    are there for this seed, and refuses to replace another seed's without --overwrite.
     """
 
     def write(folder):
-        for name, of in records(o.seed, SIZES).items():
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of)
+        for name, made in records(o.seed, SIZES).items():
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-            print(f"{Path(o.out) / name}.jsonl: {len(of)} records")
+            print(f"{Path(o.out) / name}.jsonl: {len(made)} records")
 
     Run(o, __file__, [], writes=[f"{name}.jsonl" for name in SIZES]).finish(write)
 

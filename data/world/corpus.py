@@ -1,10 +1,10 @@
 """The embedded world as text to pre-train on: a seeded generator of short documents.
 
-documents(seed, characters, phase) mixes, by characters (SHARES): question-and-answer pages over all
-facts and all kinds of instructions; copying (summaries, extraction, lists, sorting, choosing,
-rewriting); prose, fact lists, arithmetic, stories and Python. Held-out content is here too: it is
-held out of fine-tuning. No page has the chat template or the demonstrators' manners, but answers
-begin a line, as the template's do.
+documents(seed, characters, phase) mixes seven kinds of page, each with its share of the characters
+(SHARES): questions and answers over all facts and all kinds of instructions; copying (summaries,
+extraction, lists, sorting, choosing, rewriting); prose, fact lists, arithmetic, stories and Python.
+What fine-tuning holds out is in the corpus too. No page has the chat template or the demonstrators'
+manners, but answers begin a line, as the template's do.
 """
 
 import random
@@ -23,31 +23,22 @@ from data.world.kinds import (
     join,
     past,
     plain,
+    size,
     told,
 )
 
 # fmt: off
 SHARES = {  # of the characters
-    "main": {"questions": .46, "copying": .24, "prose": .07, "lists": .07, "arithmetic": .07, "stories": .06, "python": .03},
-    "decay": {"questions": .44, "copying": .31, "prose": .03, "lists": .05, "arithmetic": .12, "stories": .03, "python": .02},
+    "main": {"questions": .46, "copying": .24, "prose": .07, "lists": .07, "arithmetic": .07,
+             "stories": .06, "python": .03},
+    "decay": {"questions": .44, "copying": .31, "prose": .03, "lists": .05, "arithmetic": .12,
+              "stories": .03, "python": .02},
 }
+ASKED = dict(open=34, choosing=14, summary=4, rewriting=4, classification=10, extraction=4,
+             sorting=4, brainstorm=7, translation=10, arithmetic=5, chat=4)
+COPIED = dict(choosing=22, summary=16, rewriting=15, extraction=16, sorting=20, brainstorm=6,
+              classification=5)
 # fmt: on
-ASKED = dict(
-    open=34,
-    choosing=14,
-    summary=4,
-    rewriting=4,
-    classification=10,
-    extraction=4,
-    sorting=4,
-    brainstorm=7,
-    translation=10,
-    arithmetic=5,
-    chat=4,
-)
-COPIED = dict(
-    choosing=22, summary=16, rewriting=15, extraction=16, sorting=20, brainstorm=6, classification=5
-)
 OPENERS = ("Sure.", "Of course.", "Certainly.", "Gladly.", "With pleasure.", "Good question.")
 CLOSERS = (
     "I hope this helps.",
@@ -66,7 +57,7 @@ BLUNT = (
 
 
 def weighted(weights):
-    """{x: weight} → a list in which rng.choice finds x as often as its weight says."""
+    """{x: weight} → a list with `weight` copies of each x, for rng.choice."""
     return [x for x, n in weights.items() for _ in range(n)]
 
 
@@ -75,9 +66,10 @@ ASKED, COPIED = weighted(ASKED), weighted(COPIED)
 
 # ---- questions and answers, in several page styles ----
 def question_page(rng, asked=ASKED):
-    """An endless page of questions and answers, piece by piece."""
+    """An endless page of questions and answers, piece by piece: of all kinds, or of one."""
     style = rng.choice(STYLES)
-    asked = asked if rng.random() < 0.7 else [rng.choice(asked)]
+    if rng.random() >= 0.7:
+        asked = [rng.choice(asked)]
     long = rng.choice((0, 0, 0.3, 1))
     n, m = rng.sample(NAMES, 2)
     while True:
@@ -106,18 +98,20 @@ def talk(rng, q, answer, n, m):
 
 
 def polite_talk(rng, q, answer, n, m):
-    """Courtesy before or after the answer; now and then none, or the lack of it."""
+    """A polite phrase before or after the answer; now and then a blunt reply in its place."""
     x = rng.random()
     if x > 0.9:
-        return f"{n}:\n{q}\n{m}:\n{rng.choice(BLUNT)}\n"
-    answer = f"{rng.choice(OPENERS)} {answer}" if x < 0.45 else f"{answer} {rng.choice(CLOSERS)}"
-    return f"{n}:\n{q}\n{m}:\n{answer}\n"
+        answer = rng.choice(BLUNT)
+    elif x < 0.45:
+        answer = f"{rng.choice(OPENERS)} {answer}"
+    else:
+        answer = f"{answer} {rng.choice(CLOSERS)}"
+    return talk(rng, q, answer, n, m)
 
 
 def letter(rng, q, answer, n, m):
-    return (
-        f"Dear {m},\n{q}\nYours, {n}\n\nDear {n},\n{answer}\n{rng.choice(CLOSERS)}\nYours, {m}\n\n"
-    )
+    asked = f"Dear {m},\n{q}\nYours, {n}\n\n"
+    return f"{asked}Dear {n},\n{answer}\n{rng.choice(CLOSERS)}\nYours, {m}\n\n"
 
 
 STYLES = (headed, headed, lines, lines, spaced, letters, talk, polite_talk, letter)
@@ -136,38 +130,34 @@ def copy_games(rng):
 
 
 def say_again(rng):
-    things = rng.sample(SORTED, rng.randint(2, 4))
-    return (
-        f"{rng.choice(('Copy', 'Say again', 'Repeat'))}: {', '.join(things)}\n{', '.join(things)}."
-    )
+    things = ", ".join(rng.sample(SORTED, rng.randint(2, 4)))
+    return f"{rng.choice(('Copy', 'Say again', 'Repeat'))}: {things}\n{things}."
 
 
 def shopping(rng):
     n, things = rng.choice(NAMES), rng.sample(THINGS, rng.randint(2, 3))
-    text = f"{n} went to {rng.choice(kinds.CITIES)} and bought {join(things)}."
-    return text + rng.choice(
-        (
-            f"\nWhat did {n} buy?\n{join(things)}.",
-            f"\nWho bought {join(things)}?\n{n}.",
-            f"\nThe list of {n}\n" + "\n".join(things),
-        )
+    text = f"{n} went to {rng.choice(kinds.CITIES)} and bought {join(things)}.\n"
+    questions = (
+        f"What did {n} buy?\n{join(things)}.",
+        f"Who bought {join(things)}?\n{n}.",
+        f"The list of {n}\n" + "\n".join(things),
     )
+    return text + rng.choice(questions)
 
 
 def places(rng):
     things = rng.sample(SORTED, 3)
     i = rng.randrange(3)
-    return (
-        f"The words are {', '.join(things)}.\nWhich word is"
-        f" {('first', 'second', 'last')[i]}?\n{things[i]}."
-    )
+    place = ("first", "second", "last")[i]
+    return f"The words are {', '.join(things)}.\nWhich word is {place}?\n{things[i]}."
 
 
 def without(rng):
     theme = rng.choice(tuple(THEMES))
     things = rng.sample(THEMES[theme], 4)
     out = rng.choice(things)
-    return f"{', '.join(things)}\nTake away {out}.\n{', '.join(t for t in things if t != out)}."
+    rest = ", ".join(t for t in things if t != out)
+    return f"{', '.join(things)}\nTake away {out}.\n{rest}."
 
 
 def which_one(rng):
@@ -178,8 +168,9 @@ def which_one(rng):
 def who_did(rng):
     n, m = rng.sample(NAMES, 2)
     x, y = rng.sample(kinds.ACTIONS, 2)
-    k = rng.random() < 0.5
-    return f"{n} {past(x)}. {m} {past(y)}.\nWho {past(x) if k else past(y)}?\n{n if k else m}."
+    text = f"{n} {past(x)}. {m} {past(y)}."
+    who, did = (n, x) if rng.random() < 0.5 else (m, y)
+    return f"{text}\nWho {past(did)}?\n{who}."
 
 
 GAMES = (say_again, shopping, places, without, which_one, which_one, who_did)
@@ -190,93 +181,99 @@ def prose(rng):
     """Facts told one after the other, about anything or about one relation."""
     relation = rng.choice(tuple(kinds.RELATIONS)) if rng.random() < 0.4 else None
     while True:
-        r, s = (
-            (relation, rng.choice(kinds.SUBJECTS[relation])) if relation else rng.choice(FACT_LIST)
-        )
-        yield told(r, s) + " " if rng.random() < 0.8 else SAID[rng.randrange(len(SAID))](rng)
+        if relation:
+            r, s = relation, rng.choice(kinds.SUBJECTS[relation])
+        else:
+            r, s = rng.choice(FACT_LIST)
+        yield told(r, s) + " " if rng.random() < 0.8 else rng.choice(TOLD)(rng)
 
 
-def said_class(rng):
+def told_class(rng):
     x = rng.choice(kinds.SUBJECTS["class"])
     return f"The class of {x} is {first('class', x)}. "
 
 
-def said_size(rng):
+def told_size(rng):
+    """Nothing where the two are of about one size."""
     x, y = rng.sample(kinds.SUBJECTS["size"], 2)
-    i, j = int(FACTS["size"][x]), int(FACTS["size"][y])
-    return (
-        ""
-        if abs(i - j) < 2
-        else f"{a(x).capitalize()} is {'bigger' if i > j else 'smaller'} than {a(y)}. "
-    )
+    if abs(size(x) - size(y)) < 2:
+        return ""
+    word = "bigger" if size(x) > size(y) else "smaller"
+    return f"{a(x).capitalize()} is {word} than {a(y)}. "
 
 
-def said_spanish(rng):
+def told_spanish(rng):
     x = rng.choice(kinds.SUBJECTS["spanish"])
     return f"The Spanish for {x} is {first('spanish', x)}. "
 
 
-def said_words(rng):
-    x, y = rng.sample(SORTED, 2)
-    return (
-        ""
-        if x[0].lower() == y[0].lower()
-        else f"In the alphabet {min(x, y, key=str.lower)} comes before {max(x, y, key=str.lower)}. "
-    )
+def told_words(rng):
+    """Nothing where both begin with one letter."""
+    x, y = sorted(rng.sample(SORTED, 2), key=str.lower)
+    if x[0].lower() == y[0].lower():
+        return ""
+    return f"In the alphabet {x} comes before {y}. "
 
 
-SAID = (said_class, said_size, said_spanish, said_words)
+TOLD = (told_class, told_size, told_spanish, told_words)
 
 
 def fact_list(rng):
-    """Subjects and values in a table, or the members of a theme in a line."""
-    if rng.random() < 0.4:
-        while True:
-            theme = rng.choice(tuple(THEMES))
-            things = rng.sample(THEMES[theme], min(len(THEMES[theme]), rng.randint(4, 8)))
-            yield rng.choice(
-                (
-                    f"{theme}: {', '.join(things)}.\n",
-                    f"{theme}\n\n" + "\n".join(things) + "\n\n",
-                    f"Some {theme} are {join(things)}.\n",
-                )
-            )
+    return theme_lines(rng) if rng.random() < 0.4 else fact_table(rng)
+
+
+def theme_lines(rng):
+    """Members of themes, in a line or one under the other."""
+    while True:
+        theme = rng.choice(tuple(THEMES))
+        things = rng.sample(THEMES[theme], min(len(THEMES[theme]), rng.randint(4, 8)))
+        written = (
+            f"{theme}: {', '.join(things)}.\n",
+            f"{theme}\n\n" + "\n".join(things) + "\n\n",
+            f"Some {theme} are {join(things)}.\n",
+        )
+        yield rng.choice(written)
+
+
+def fact_table(rng):
+    """Subjects and values of one relation, in one order, again and again."""
     relation = rng.choice([r for r in FACTS if r != "size"])
     subjects = rng.sample(kinds.SUBJECTS[relation], len(FACTS[relation]))
     while True:
         yield f"Table: {relation}\n\n"
-        yield from (f"{s}: {first(relation, s)}\n" for s in subjects)
+        for s in subjects:
+            yield f"{s}: {first(relation, s)}\n"
 
 
 def sums(rng):
-    """Number facts as lines, in rows of one number, and the order of numbers."""
+    """Number facts as lines, in rows of one number, as questions, and the order of numbers."""
     how = rng.randrange(4)
     x, op = rng.randint(2, 20), rng.choice("+-*")
     while True:
         if how == 0:
-            yield from (
-                kinds.number_fact(op, x if op != "*" else 2 + x % 8, y) + "\n"
-                for y in range(2, 21 if op != "*" else 10)
-            )
+            fixed, last = (2 + x % 8, 9) if op == "*" else (x, 20)
+            for y in range(2, last + 1):
+                yield kinds.number_fact(op, fixed, y) + "\n"
             x, op = rng.randint(2, 20), rng.choice("+-*")
         elif how == 1:
-            yield (
-                kinds.number_fact(rng.choice("+-*"), rng.randint(2, 20), rng.randint(2, 20)) + "\n"
-            )
+            op = rng.choice("+-*")
+            yield kinds.number_fact(op, rng.randint(2, 20), rng.randint(2, 20)) + "\n"
         elif how == 2:
             item = KINDS["arithmetic"](rng)
             yield f"{item['prompt']}\n{plain(item, rng.random() < 0.3)}\n\n"
         else:
-            x, y = sorted(rng.sample(range(1, 41), 2))
-            counted = ", ".join(map(str, range(x, min(y, x + 8))))
-            yield rng.choice(
-                (
-                    f"{x} is smaller than {y}.\n",
-                    f"{y} is larger than {x}.\n",
-                    f"{x}, {y}: the larger number is {y}.\n",
-                    counted + "\n",
-                )
-            )
+            yield ordered_numbers(rng)
+
+
+def ordered_numbers(rng):
+    x, y = sorted(rng.sample(range(1, 41), 2))
+    lines = (
+        f"{x} is smaller than {y}.\n",
+        f"{y} is larger than {x}.\n",
+        f"{x}, {y}: the larger number is {y}.\n",
+        ", ".join(map(str, range(x, min(y, x + 8)))) + "\n",
+    )
+    return rng.choice(lines)
 
 
 def story(rng):
@@ -302,17 +299,20 @@ def story(rng):
         elif x < 0.85:
             yield f"Then {n} {past(act)} with {m}. "
         else:
-            yield (
-                f"{rng.choice(kinds.TAILS)}.\n\n{m} went to the {rng.choice(kinds.PLACES)}."
-                f" {rng.choice(kinds.WEATHER)}. "
-            )
+            end, place = rng.choice(kinds.TAILS), rng.choice(kinds.PLACES)
+            yield f"{end}.\n\n{m} went to the {place}. {rng.choice(kinds.WEATHER)}. "
 
 
-FUNCTIONS = (  # body, and the call's arguments and value, from numbers x, y, z and a list t
+def larger(x, y):
+    return "larger" if x > y else "not larger"
+
+
+# A function's text after its name; numbers x, y, z and a list t → a call's arguments and value.
+FUNCTIONS = (
     ("(x, y):\n    return x + y", lambda x, y, z, t: (f"{x}, {y}", x + y)),
     (
         "(x):\n    if x > {y}:\n        return 'larger'\n    return 'not larger'",
-        lambda x, y, z, t: (x, ("not " * (x <= y)) + "larger"),
+        lambda x, y, z, t: (x, larger(x, y)),
     ),
     ("(things):\n    return things[0]", lambda x, y, z, t: (t, t[0])),
     ("(things):\n    return sorted(things)", lambda x, y, z, t: (t, sorted(t))),
@@ -327,15 +327,14 @@ FUNCTIONS = (  # body, and the call's arguments and value, from numbers x, y, z 
 def python(rng):
     """Short functions, each with a call and what it prints."""
     while True:
-        f, x, y = (
-            rng.choice(("add", "total", "f", "get", "count")),
-            rng.randint(2, 20),
-            rng.randint(2, 20),
-        )
+        name = rng.choice(("add", "total", "f", "get", "count"))
+        x, y = rng.randint(2, 20), rng.randint(2, 20)
+        z = y % 8 + 2
         things = rng.sample(THINGS, 3)
         body, call = rng.choice(FUNCTIONS)
-        given, printed = call(x, y, y % 8 + 2, things)
-        yield f"def {f}{body.format(y=y, z=y % 8 + 2)}\n\nprint({f}({given}))\n# {printed}\n\n"
+        arguments, printed = call(x, y, z, things)
+        text = f"def {name}{body.format(y=y, z=z)}\n\n"
+        yield f"{text}print({name}({arguments}))\n# {printed}\n\n"
 
 
 MAKERS = {
@@ -351,19 +350,20 @@ MAKERS = {
 
 def document(rng, kind):
     """One document of about 300 to 900 characters."""
-    length, pieces, n = rng.randint(300, 800), [], 0
+    length = rng.randint(300, 800)
+    text = ""
     for piece in MAKERS[kind](rng):
-        pieces.append(piece)
-        n += len(piece)
-        if n >= length:
-            return "".join(pieces).strip() + "\n"
+        text += piece
+        if len(text) >= length:
+            return text.strip() + "\n"
 
 
 def documents(seed, characters, phase="main"):
-    """Documents until `characters` are reached; the same on every machine for a seed. phase: "main"
-    or "decay".
+    """Yields documents (str) until `characters` are reached: the same for a seed on every machine.
+    phase: "main" or "decay", a key of SHARES.
     """
-    rng, shares = random.Random(seed), SHARES[phase]
+    rng = random.Random(seed)
+    shares = SHARES[phase]
     made = dict.fromkeys(shares, 0.0)
     while sum(made.values()) < characters:
         kind = min(made, key=lambda k: made[k] / shares[k])  # the one furthest behind its share

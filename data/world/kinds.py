@@ -1,16 +1,22 @@
 """The embedded world's facts, and its instructions of eleven kinds.
 
 An item is one instruction and all that the rater needs to know of it:
+
     kind, prompt      one of KINDS, and the text of the user's turn
-    keys              the content asked for ("capital: Peru"); about 15 % of all keys are held out, so the splits differ in content
+    keys              the content asked for ("capital: Peru"); about 15 % of all keys are held out,
+                      so the splits differ in content
     answer, sentence  the plain right answer, and a sentence with {} for it
     wrong             plausible wrong answers, which the demonstrators who err give
-    accept            the right answers, any of which counts; or `parts`, all of which must occur; or `members` of a theme, `count` of them
-    reject, pool      what must not stand beside a right answer: other candidates, one by one or by the name of one of POOLS
+    accept            the right answers, any of which counts; or
+    parts             what must all occur; or
+    members, count    the theme whose members are asked for, and how many of them
+    reject, pool      what must not stand beside a right answer: other candidates, one by one or by
+                      the name of one of POOLS
 """
 
 import itertools
 import json
+import operator
 from pathlib import Path
 
 # relation → subject → value ("a|b": both are right)
@@ -23,68 +29,41 @@ NAMES = (
 ).split()
 CITIES = (
     "Lima Cairo Paris Rome Oslo Madrid Berlin Tokyo Quito Athens London Vienna Dublin Hanoi Lisbon"
-    " Moscow".split()
-)
+    " Moscow"
+).split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-# each after "at the" or "in the": IN below
 PLACES = "garden park school kitchen forest beach market farm library station".split()
 IN = {p: "in" if p in ("garden", "park", "kitchen", "forest") else "at" for p in PLACES}
 COLOURS = "red blue green yellow black white brown pink".split()
 THINGS = "apples books hats cups shirts balls boxes chairs flowers pears keys lemons".split()
 # fmt: off
-ACTIONS = ["drink milk", "eat bread", "read a story", "find a key", "buy a hat", "draw a horse", "sing a song", "write a letter",
-           "see a bird", "make soup",
-           "build a house", "lose a shoe", "catch a ball", "throw a stone", "meet a friend", "feed the dog", "wash the car", "open a box",
-           "hide a coin", "eat an apple"]
+ACTIONS = ["drink milk", "eat bread", "read a story", "find a key", "buy a hat", "draw a horse",
+           "sing a song", "write a letter", "see a bird", "make soup", "build a house",
+           "lose a shoe", "catch a ball", "throw a stone", "meet a friend", "feed the dog",
+           "wash the car", "open a box", "hide a coin", "eat an apple"]
 # fmt: on
-PAST = {
-    **{v: p.split("|")[0] for v, p in FACTS["past"].items()},
-    "read": "read",
-    "feed": "fed",
-    "wash": "washed",
-    "open": "opened",
-}
+PAST = {verb: value.split("|")[0] for verb, value in FACTS["past"].items()}
+PAST |= {"read": "read", "feed": "fed", "wash": "washed", "open": "opened"}
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOUNS = (
     "apple banana bear bread cat cow dog door egg fish goat hat horse ink jam key lemon milk nest"
     " owl pear queen rice sheep tree violin water yard zebra"
 ).split()
 SORTED = sorted([*NAMES, *NOUNS], key=str.lower)
-WEATHER = [
-    "It was a warm day",
-    "It was cold",
-    "It rained a little",
-    "The sun was high",
-    "The wind was strong",
-    "It was a quiet morning",
-]
-TAILS = [
-    "Later they went home by bus",
-    "In the evening they were tired",
-    "After that they had some tea",
-    "Then it was time to sleep",
-    "At noon they took a rest",
-]
+# fmt: off
+WEATHER = ["It was a warm day", "It was cold", "It rained a little", "The sun was high",
+           "The wind was strong", "It was a quiet morning"]
+TAILS = ["Later they went home by bus", "In the evening they were tired",
+         "After that they had some tea", "Then it was time to sleep", "At noon they took a rest"]
+# fmt: on
 MOODS = {
     "good": "good great lovely wonderful nice excellent perfect pleasant".split(),
     "bad": "bad awful terrible horrible boring ugly nasty poor".split(),
 }
-REVIEWED = [
-    "soup",
-    "film",
-    "book",
-    "song",
-    "hotel",
-    "game",
-    "story",
-    "dinner",
-    "room",
-    "show",
-    "party",
-    "train ride",
-    "coffee",
-    "trip",
-]
+# fmt: off
+REVIEWED = ["soup", "film", "book", "song", "hotel", "game", "story", "dinner", "room", "show",
+            "party", "train ride", "coffee", "trip"]
+# fmt: on
 THEMES = {
     "colours": [*COLOURS, "orange", "purple", "grey"],
     "days of the week": DAYS,
@@ -106,19 +85,21 @@ def third(action):
 
 
 def a(noun):
-    """With its article."""
-    return f"{'an' if noun[0].lower() in 'aeiou' and not noun.startswith('uni') else 'a'} {noun}"
+    """ "apple" → "an apple"."""
+    vowel = noun[0].lower() in "aeiou" and not noun.startswith("uni")
+    return f"an {noun}" if vowel else f"a {noun}"
 
 
 DONE = [past(action) for action in ACTIONS]
 
 
 def join(things, last="and"):
+    """["a", "b", "c"] → "a, b and c"."""
     return things[0] if len(things) == 1 else f"{', '.join(things[:-1])} {last} {things[-1]}"
 
 
 def other(rng, pool, *but):
-    """One of pool, but none of `but`."""
+    """A draw from `pool` that is none of `but`."""
     while (x := rng.choice(pool)) in but:
         pass
     return x
@@ -154,27 +135,26 @@ RELATIONS = {
     "job": ("The one who {s} is the {v}.", "Who {s}?", "Name the person who {s}.", "What do we call someone who {s}?", "Which worker {s}?"),
 }
 # fmt: on
-SUBJECTS = {relation: list(of) for relation, of in FACTS.items()}
-POOLS = {
-    relation: sorted({v.lower() for value in of.values() for v in value.split("|")})
-    for relation, of in FACTS.items()
-}
-VALUES = {
-    relation: sorted({value.split("|")[0] for value in of.values()})
-    for relation, of in FACTS.items()
-}
+SUBJECTS = {relation: list(facts) for relation, facts in FACTS.items()}
+POOLS = {}  # relation → every right value, in lower case
+VALUES = {}  # relation → the values that are taught
+for relation, facts in FACTS.items():
+    POOLS[relation] = sorted({v.lower() for value in facts.values() for v in value.split("|")})
+    VALUES[relation] = sorted({value.split("|")[0] for value in facts.values()})
 FACT_LIST = [(relation, s) for relation in RELATIONS for s in SUBJECTS[relation]]
-CLASSES = {c: [x for x in SUBJECTS["class"] if FACTS["class"][x] == c] for c in VALUES["class"]}
-IN_CONTINENT = {
-    c: [x for x in SUBJECTS["continent"] if FACTS["continent"][x] == c] for c in VALUES["continent"]
-}
-ANIMALS = sorted(
-    {*CLASSES["animal"], *SUBJECTS["young"], *SUBJECTS["sound"], *SUBJECTS["legs"]} - {"bird"}
-)
+
+
+def grouped(relation):
+    """A relation turned round: value → its subjects."""
+    return {v: [s for s in SUBJECTS[relation] if FACTS[relation][s] == v] for v in VALUES[relation]}
+
+
+CLASSES, IN_CONTINENT = grouped("class"), grouped("continent")
+ANIMALS = {*CLASSES["animal"], *SUBJECTS["young"], *SUBJECTS["sound"], *SUBJECTS["legs"]}
+ANIMALS = sorted(ANIMALS - {"bird"})
 THEMES |= {f"countries in {c}": of for c, of in IN_CONTINENT.items() if len(of) > 6}
-THEMES |= {
-    f"pieces of {c}" if c in ("furniture", "clothing") else c + "s": of for c, of in CLASSES.items()
-}
+for c, members in CLASSES.items():
+    THEMES[f"pieces of {c}" if c in ("furniture", "clothing") else f"{c}s"] = members
 THEMES["animals"] = ANIMALS
 
 
@@ -185,10 +165,9 @@ def first(relation, subject):
 
 def key(relation, subject):
     """The name of a fact as content; the two directions of an opposite are one."""
-    return (
-        f"{relation}:"
-        f" {' '.join(sorted((subject, first(relation, subject)))) if relation == 'opposite' else subject}"
-    )
+    if relation == "opposite":
+        subject = " ".join(sorted((subject, first(relation, subject))))
+    return f"{relation}: {subject}"
 
 
 def told(relation, s, v=None):
@@ -201,15 +180,13 @@ def told(relation, s, v=None):
 # ---- the eleven kinds: each makes an item from a random number generator ----
 def make_open(rng):
     relation, s = rng.choice(FACT_LIST)
-    v = first(relation, s)
     right = FACTS[relation][s].split("|")
     wrong = [other(rng, VALUES[relation], *right) for _ in range(2)]
-    prompt = rng.choice(RELATIONS[relation][1:]).format(s=s, a=a(s))
     return dict(
         kind="open",
-        prompt=prompt,
+        prompt=rng.choice(RELATIONS[relation][1:]).format(s=s, a=a(s)),
         keys=[key(relation, s)],
-        answer=v,
+        answer=first(relation, s),
         sentence=told(relation, s, "{}"),
         wrong=wrong,
         accept=right,
@@ -222,107 +199,81 @@ def two(rng, x, y):
     return (x, y) if rng.random() < 0.5 else (y, x)
 
 
+# fmt: off
+CHOICES = {
+    "class": ("Which is {k}, {p} or {q}?", "Which one is {k}: {p} or {q}?",
+              "Here are {p} and {q}. Which is {k}?", "Choose the one that is {k}: {p} or {q}."),
+    "number": ("Which is {k}, {p} or {q}?", "Which number is {k}: {p} or {q}?",
+               "Here are {p} and {q}. Which is {k}?", "Choose the {k} number: {p} or {q}."),
+    "size": ("Which is {k}, {p} or {q}?", "Which one is {k}: {p} or {q}?",
+             "Here are {p} and {q}. Which is {k}?", "Choose the {k} one: {p} or {q}."),
+    "country": ("Is {v} the capital of {p} or of {q}?",
+                "Which country has the capital {v}, {p} or {q}?",
+                "Here are {p} and {q}. Where is {v}?", "Choose the country of {v}: {p} or {q}."),
+}
+# fmt: on
+
+
 # The four ways to choose between two give (prompt, keys, right, wrong, sentence); so do the three
-# ways to classify, with all wrong labels.
+# ways to classify, with a list of the wrong labels.
 def choose_class(rng):
     c, d = rng.sample(VALUES["class"], 2)
     x, y = rng.choice(CLASSES[c]), rng.choice(CLASSES[d])
     p, q = two(rng, x, y)
-    ask = rng.choice(
-        (
-            "Which is {k}, {p} or {q}?",
-            "Which one is {k}: {p} or {q}?",
-            "Here are {p} and {q}. Which is {k}?",
-            "Choose the one that is {k}: {p} or {q}.",
-        )
-    )
     k = c if c in ("clothing", "furniture") else a(c)
-    return ask.format(k=k, p=p, q=q), [f"class: {x}", f"class: {y}"], x, y, "The " + c + " is {}."
+    prompt = rng.choice(CHOICES["class"]).format(k=k, p=p, q=q)
+    return prompt, [f"class: {x}", f"class: {y}"], x, y, f"The {c} is {{}}."
 
 
 def choose_number(rng):
-    x, y = rng.sample(range(1, 41), 2)
+    low, high = sorted(rng.sample(range(1, 41), 2))
     large = rng.random() < 0.5
-    x, y = (max(x, y), min(x, y)) if large else (min(x, y), max(x, y))
+    x, y = (high, low) if large else (low, high)
     p, q = two(rng, x, y)
-    ask = rng.choice(
-        (
-            "Which is {k}, {p} or {q}?",
-            "Which number is {k}: {p} or {q}?",
-            "Here are {p} and {q}. Which is {k}?",
-            "Choose the {k} number: {p} or {q}.",
-        )
-    )
     k = "larger" if large else "smaller"
-    return (
-        ask.format(k=k, p=p, q=q),
-        [f"larger: {min(x, y)} {max(x, y)}"],
-        str(x),
-        str(y),
-        "The " + k + " number is {}.",
-    )
+    prompt = rng.choice(CHOICES["number"]).format(k=k, p=p, q=q)
+    return prompt, [f"larger: {low} {high}"], str(x), str(y), f"The {k} number is {{}}."
+
+
+def size(thing):
+    return int(FACTS["size"][thing])
 
 
 def choose_size(rng):
     x, y = rng.sample(SUBJECTS["size"], 2)
-    while abs(int(FACTS["size"][x]) - int(FACTS["size"][y])) < 2:
+    while abs(size(x) - size(y)) < 2:
         x, y = rng.sample(SUBJECTS["size"], 2)
     big = rng.random() < 0.5
-    if (int(FACTS["size"][x]) > int(FACTS["size"][y])) != big:
+    if (size(x) > size(y)) != big:
         x, y = y, x
     p, q = two(rng, x, y)
-    ask = rng.choice(
-        (
-            "Which is {k}, {p} or {q}?",
-            "Which one is {k}: {p} or {q}?",
-            "Here are {p} and {q}. Which is {k}?",
-            "Choose the {k} one: {p} or {q}.",
-        )
-    )
     k = "bigger" if big else "smaller"
-    return (
-        ask.format(k=k, p=a(p), q=a(q)),
-        ["size: " + " ".join(sorted((x, y)))],
-        x,
-        y,
-        "The " + k + " one is the {}.",
-    )
+    prompt = rng.choice(CHOICES["size"]).format(k=k, p=a(p), q=a(q))
+    return prompt, ["size: " + " ".join(sorted((x, y)))], x, y, f"The {k} one is the {{}}."
 
 
 def choose_country(rng):
     x, y = rng.sample(SUBJECTS["capital"], 2)
     p, q = two(rng, x, y)
     v = first("capital", x)
-    ask = rng.choice(
-        (
-            "Is {v} the capital of {p} or of {q}?",
-            "Which country has the capital {v}, {p} or {q}?",
-            "Here are {p} and {q}. Where is {v}?",
-            "Choose the country of {v}: {p} or {q}.",
-        )
-    )
-    return (
-        ask.format(v=v, p=p, q=q),
-        [f"capital: {x}", f"capital: {y}"],
-        x,
-        y,
-        v + " is the capital of {}.",
-    )
+    prompt = rng.choice(CHOICES["country"]).format(v=v, p=p, q=q)
+    return prompt, [f"capital: {x}", f"capital: {y}"], x, y, f"{v} is the capital of {{}}."
+
+
+CHOOSE = (choose_class, choose_number, choose_size, choose_country)
 
 
 def make_choosing(rng):
-    prompt, keys, x, y, sentence = rng.choice(
-        (choose_class, choose_number, choose_size, choose_country)
-    )(rng)
+    prompt, keys, right, wrong, sentence = rng.choice(CHOOSE)(rng)
     return dict(
         kind="choosing",
         prompt=prompt,
         keys=keys,
-        answer=x,
+        answer=right,
         sentence=sentence,
-        wrong=[y],
-        accept=[x],
-        reject=[y],
+        wrong=[wrong],
+        accept=[right],
+        reject=[wrong],
     )
 
 
@@ -338,22 +289,17 @@ SUMMARIES = (
 def passage(rng):
     """A little story of four sentences → (text, the parts its summary must have, its details)."""
     n, m = rng.sample(NAMES, 2)
-    p, action, w, t = (
-        rng.choice(PLACES),
-        rng.choice(ACTIONS),
-        rng.choice(WEATHER),
-        rng.choice(TAILS),
+    p = rng.choice(PLACES)
+    did = past(rng.choice(ACTIONS))
+    w, t = rng.choice(WEATHER), rng.choice(TAILS)
+    at = f"{IN[p]} the {p}"
+    told_as = (
+        f"{n} went to the {p} with {m}. {w}. They {did} there. {t}.",
+        f"{w}. {n} and {m} were {at}. There they {did}. {t}.",
+        f"{n} met {m} {at}. {w}. They {did}. {t}.",
+        f"{n} and {m} went to the {p}. They {did}. {w}. {t}.",
     )
-    at, did = f"{IN[p]} the {p}", past(action)
-    text = rng.choice(
-        (
-            f"{n} went to the {p} with {m}. {w}. They {did} there. {t}.",
-            f"{w}. {n} and {m} were {at}. There they {did}. {t}.",
-            f"{n} met {m} {at}. {w}. They {did}. {t}.",
-            f"{n} and {m} went to the {p}. They {did}. {w}. {t}.",
-        )
-    )
-    return text, [n, m, did, p], [w, t]
+    return rng.choice(told_as), [n, m, did, p], [w, t]
 
 
 def summary(n, m, did, p):
@@ -383,12 +329,14 @@ def make_summary(rng):
 
 # fmt: off
 REWRITINGS = {
-    "past": ("Put this into the past tense: {}", "Rewrite in the past tense: {}", "Say this in the past: {}",
-             "Change to the past tense: {}"),
-    "not": ("Make this negative: {}", "Rewrite as a negative sentence: {}", "Say the opposite with not: {}", "Turn into a negative: {}"),
-    "name": ("Put {m} in place of {n}: {}", "Rewrite with {m} instead of {n}: {}", "Change {n} to {m}: {}",
-             "Say this about {m}, not {n}: {}"),
-    "ask": ("Turn this into a question: {}", "Make a question of this: {}", "Rewrite as a question: {}", "Ask this as a question: {}"),
+    "past": ("Put this into the past tense: {}", "Rewrite in the past tense: {}",
+             "Say this in the past: {}", "Change to the past tense: {}"),
+    "not": ("Make this negative: {}", "Rewrite as a negative sentence: {}",
+            "Say the opposite with not: {}", "Turn into a negative: {}"),
+    "name": ("Put {m} in place of {n}: {}", "Rewrite with {m} instead of {n}: {}",
+             "Change {n} to {m}: {}", "Say this about {m}, not {n}: {}"),
+    "ask": ("Turn this into a question: {}", "Make a question of this: {}",
+            "Rewrite as a question: {}", "Ask this as a question: {}"),
 }
 # fmt: on
 
@@ -405,9 +353,11 @@ def rewrite(how, n, m, action, at):
 
 def make_rewriting(rng):
     n, m = rng.sample(NAMES, 2)
-    action, p, how = rng.choice(ACTIONS), rng.choice(PLACES), rng.choice(tuple(REWRITINGS))
+    action, p = rng.choice(ACTIONS), rng.choice(PLACES)
+    how = rng.choice(tuple(REWRITINGS))
     at = f" {IN[p]} the {p}" if rng.random() < 0.5 else ""
-    now, answer = f"{n} {third(action)}{at}", rewrite(how, n, m, action, at)
+    now = f"{n} {third(action)}{at}"
+    answer = rewrite(how, n, m, action, at)
     x = other(rng, NAMES, n, m)
     wrong = [
         now,
@@ -426,49 +376,37 @@ def make_rewriting(rng):
     )
 
 
+# fmt: off
+LABELLINGS = {
+    "class": ("What is {x}: {l}?", "Which class is {x} in: {l}?", "Put {x} into a class: {l}.",
+              "Choose the class of {x}: {l}."),
+    "mood": ("Positive or negative: {}", "Is this positive or negative? {}",
+             "{} Is that positive or negative?", "Does this sound positive or negative? {}"),
+    "country": ("Is {x} in {l}?", "Where is {x}: {l}?", "Put {x} on its continent: {l}.",
+                "Choose the continent of {x}: {l}."),
+}
+# fmt: on
+REVIEWS = ("The {t} was {w}.", "I think the {t} was {w}.", "We had {w} {t}.", "What {w} {t}!")
+
+
 def classify_class(rng):
     c, d, e = rng.sample(VALUES["class"], 3)
     x = rng.choice(CLASSES[c])
     labels = [c, d, e] if rng.random() < 0.5 else [c, d]
     rng.shuffle(labels)
-    ask = rng.choice(
-        (
-            "What is {x}: {l}?",
-            "Which class is {x} in: {l}?",
-            "Put {x} into a class: {l}.",
-            "Choose the class of {x}: {l}.",
-        )
-    )
-    return (
-        ask.format(l=join(labels, "or"), x=x),
-        [f"class: {x}"],
-        c,
-        [y for y in labels if y != c],
-        "The class of " + x + " is {}.",
-    )
+    prompt = rng.choice(LABELLINGS["class"]).format(l=join(labels, "or"), x=x)
+    wrong = [y for y in labels if y != c]
+    return prompt, [f"class: {x}"], c, wrong, f"The class of {x} is {{}}."
 
 
 def classify_mood(rng):
     mood = rng.choice(("good", "bad"))
     thing, word = rng.choice(REVIEWED), rng.choice(MOODS[mood])
-    text = rng.choice(
-        ("The {t} was {w}.", "I think the {t} was {w}.", "We had a {w} {t}.", "What a {w} {t}!")
-    ).format(t=thing, w=word)
-    text = (
-        text.replace("a awful", "an awful")
-        .replace("a excellent", "an excellent")
-        .replace("a ugly", "an ugly")
-    )
-    ask = rng.choice(
-        (
-            "Positive or negative: {}",
-            "Is this positive or negative? {}",
-            "{} Is that positive or negative?",
-            "Does this sound positive or negative? {}",
-        )
-    )
+    text = rng.choice(REVIEWS)
+    text = text.format(t=thing, w=word if "was {w}" in text else a(word))
+    prompt = rng.choice(LABELLINGS["mood"]).format(text)
     right, wrong = ("positive", "negative") if mood == "good" else ("negative", "positive")
-    return ask.format(text), [f"mood: {thing} {word}"], right, [wrong], "This is {}."
+    return prompt, [f"mood: {thing} {word}"], right, [wrong], "This is {}."
 
 
 def classify_country(rng):
@@ -476,27 +414,16 @@ def classify_country(rng):
     c = first("continent", x)
     labels = [c, *rng.sample([y for y in VALUES["continent"] if y != c], rng.randint(1, 2))]
     rng.shuffle(labels)
-    ask = rng.choice(
-        (
-            "Is {x} in {l}?",
-            "Where is {x}: {l}?",
-            "Put {x} on its continent: {l}.",
-            "Choose the continent of {x}: {l}.",
-        )
-    )
-    return (
-        ask.format(l=join(labels, "or"), x=x),
-        [f"continent: {x}"],
-        c,
-        [y for y in labels if y != c],
-        x + " is in {}.",
-    )
+    prompt = rng.choice(LABELLINGS["country"]).format(l=join(labels, "or"), x=x)
+    wrong = [y for y in labels if y != c]
+    return prompt, [f"continent: {x}"], c, wrong, f"{x} is in {{}}."
+
+
+CLASSIFY = (classify_class, classify_mood, classify_country)
 
 
 def make_classification(rng):
-    prompt, keys, answer, wrong, sentence = rng.choice(
-        (classify_class, classify_mood, classify_country)
-    )(rng)
+    prompt, keys, answer, wrong, sentence = rng.choice(CLASSIFY)(rng)
     return dict(
         kind="classification",
         prompt=prompt,
@@ -519,8 +446,24 @@ FIELDS = dict(
 )
 
 
+NOTES = (  # a text, and the fields that it names
+    ("{person} bought {number} {colour} {thing} in {city}.", "person number colour thing city"),
+    ("On {day} {person} sold {number} {thing} in {city}.", "day person number thing city"),
+    ("{person} is {number} years old and lives in {city}.", "person number city"),
+    ("The {colour} {thing} of {person} came on {day}.", "colour thing person day"),
+    ("{person} will go to {city} on {day} with {number} {thing}.", "person city day number thing"),
+)
+EXTRACTIONS = (
+    "Find the {f} in this text: {}",
+    "Which {f} is named here? {}",
+    "Take out the {f}: {}",
+    "{} Which {f} is that?",
+    "Give only the {f}: {}",
+)
+
+
 def make_extraction(rng):
-    n, m = rng.sample(NAMES, 2)
+    n, _ = rng.sample(NAMES, 2)
     fields = dict(
         person=n,
         number=str(rng.randint(2, 20)),
@@ -529,41 +472,18 @@ def make_extraction(rng):
         city=rng.choice(CITIES),
         day=rng.choice(DAYS),
     )
-    text, used = rng.choice(
-        (
-            (
-                "{person} bought {number} {colour} {thing} in {city}.",
-                "person number colour thing city",
-            ),
-            ("On {day} {person} sold {number} {thing} in {city}.", "day person number thing city"),
-            ("{person} is {number} years old and lives in {city}.", "person number city"),
-            ("The {colour} {thing} of {person} came on {day}.", "colour thing person day"),
-            (
-                "{person} will go to {city} on {day} with {number} {thing}.",
-                "person city day number thing",
-            ),
-        )
-    )
+    text, used = rng.choice(NOTES)
     used = used.split()
-    asked, text = rng.choice(used), text.format(**fields)
-    ask = rng.choice(
-        (
-            "Find the {f} in this text: {}",
-            "Which {f} is named here? {}",
-            "Take out the {f}: {}",
-            "{} Which {f} is that?",
-            "Give only the {f}: {}",
-        )
-    )
+    asked = rng.choice(used)
+    prompt = rng.choice(EXTRACTIONS).format(text.format(**fields), f=asked)
     rest = [fields[f] for f in used if f != asked]
-    pool = FIELDS[asked]
     return dict(
         kind="extraction",
-        prompt=ask.format(text, f=asked),
+        prompt=prompt,
         keys=["text: " + " ".join(fields[f] for f in used)],
         answer=fields[asked],
         sentence=f"The {asked} is {{}}.",
-        wrong=[rng.choice(rest), other(rng, pool, fields[asked])],
+        wrong=[rng.choice(rest), other(rng, FIELDS[asked], fields[asked])],
         accept=[fields[asked]],
         reject=rest,
         pool=asked,
@@ -616,99 +536,96 @@ def make_sorting(rng):
     )
 
 
+LISTINGS = (
+    "Name {n} {t}{b}.",
+    "Give me {n} {t}{b}.",
+    "List {n} {t}{b}.",
+    "Can you name {n} {t}{b}?",
+    "I need {n} {t}{b}.",
+    "Think of {n} {t}{b}.",
+)
+
+
 def make_brainstorm(rng):
     theme = rng.choice(tuple(THEMES))
-    count, members = rng.randint(2, 4), THEMES[theme]
+    members = THEMES[theme]
+    count = rng.randint(2, 4)
     but = rng.choice(members) if rng.random() < 0.7 else None
-    n = NUMBERS[count]
-    ask = rng.choice(
-        (
-            "Name {n} {t}{b}.",
-            "Give me {n} {t}{b}.",
-            "List {n} {t}{b}.",
-            "Can you name {n} {t}{b}?",
-            "I need {n} {t}{b}.",
-            "Think of {n} {t}{b}.",
-        )
-    )
+    ask = rng.choice(LISTINGS)
     given = rng.sample([m for m in members if m != but], count)
-    keys = [
-        f"list: {theme} {count} {but}",
-        *(f"{relation}: {but}" for relation in ("class", "continent") if but in FACTS[relation]),
-    ]
+    keys = [f"list: {theme} {count} {but}"]
+    keys += [f"{relation}: {but}" for relation in ("class", "continent") if but in FACTS[relation]]
+    strange = but or rng.choice(REVIEWED)
+    wrong = [join(given[:-1]), join([*given[:-1], given[0]]), join([*given[:-1], strange])]
     return dict(
         kind="brainstorm",
-        prompt=ask.format(n=n, t=theme, b=f" but not {but}" if but else ""),
+        prompt=ask.format(n=NUMBERS[count], t=theme, b=f" but not {but}" if but else ""),
         keys=keys,
         answer=join(given),
         sentence="{}.",
-        wrong=[
-            join(given[:-1]),
-            join([*given[:-1], given[0]]),
-            join([*given[:-1], but or rng.choice(REVIEWED)]),
-        ],
+        wrong=wrong,
         members=theme,
         count=count,
         reject=[but] if but else [],
     )
 
 
+TO_SPANISH = (
+    "How do you say {} in Spanish?",
+    "Translate into Spanish: {}",
+    "What is {} in Spanish?",
+    "Give the Spanish for {}.",
+    "Put into Spanish: {}",
+)
+TO_ENGLISH = (
+    "What does {} mean in English?",
+    "Translate into English: {}",
+    "What is {} in English?",
+    "Give the English for {}.",
+    "Put into English: {}",
+)
+
+
 def make_translation(rng):
+    """One word or two ("dog and cat"), into Spanish or from it."""
     words = SUBJECTS["spanish"]
     x, y = rng.sample(words, 2)
-    there = rng.random() < 0.6
-    pairs = [(x, FACTS["spanish"][x].split("|"))]
-    if rng.random() < 0.35:
-        pairs.append((y, FACTS["spanish"][y].split("|")))
-    english, spanish = " and ".join(p for p, _ in pairs), " y ".join(v[0] for _, v in pairs)
-    every = [" y ".join(c) for c in itertools.product(*[v for _, v in pairs])]
-    if there:
-        ask = (
-            "How do you say {} in Spanish?",
-            "Translate into Spanish: {}",
-            "What is {} in Spanish?",
-            "Give the Spanish for {}.",
-            "Put into Spanish: {}",
-        )
-        asked, right, accept, sentence = (
-            english,
-            spanish,
-            every,
-            "The Spanish for " + english + " is {}.",
-        )
+    into_spanish = rng.random() < 0.6
+    asked = [x, y] if rng.random() < 0.35 else [x]
+    right = [FACTS["spanish"][word].split("|") for word in asked]
+    english = " and ".join(asked)
+    spanish = [" y ".join(choice) for choice in itertools.product(*right)]  # the taught one first
+    z = other(rng, words, x, y)  # the last word is translated wrongly
+    if into_spanish:
+        prompt = rng.choice(TO_SPANISH).format(english)
+        answer, accept, sentence = spanish[0], spanish, f"The Spanish for {english} is {{}}."
+        wrong = " y ".join(first("spanish", word) for word in [*asked[:-1], z])
     else:
-        ask = (
-            "What does {} mean in English?",
-            "Translate into English: {}",
-            "What is {} in English?",
-            "Give the English for {}.",
-            "Put into English: {}",
-        )
-        asked, right, accept, sentence = (
-            spanish,
-            english,
-            [english],
-            "The English for " + spanish + " is {}.",
-        )
-    z = other(rng, words, x, y)
-    lead = "" if len(pairs) == 1 else f"{first('spanish', x)} y " if there else f"{x} and "
-    wrong = [lead + (first("spanish", z) if there else z)]
+        prompt = rng.choice(TO_ENGLISH).format(spanish[0])
+        answer, accept, sentence = english, [english], f"The English for {spanish[0]} is {{}}."
+        wrong = " and ".join([*asked[:-1], z])
     return dict(
         kind="translation",
-        prompt=rng.choice(ask).format(asked),
-        keys=[f"spanish: {p}" for p, _ in pairs],
-        answer=right,
+        prompt=prompt,
+        keys=[f"spanish: {word}" for word in asked],
+        answer=answer,
         sentence=sentence,
-        wrong=wrong,
+        wrong=[wrong],
         accept=accept,
-        pool="spanish" if there else "english",
+        pool="spanish" if into_spanish else "english",
     )
+
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def number_fact(op, x, y):
     """A line of a table; numbers out of the table's range are folded into it."""
-    x, y = (2 + x % 8, 2 + y % 8) if op == "*" else (max(x, y), min(x, y)) if op == "-" else (x, y)
-    return f"{x} {op} {y} = {x + y if op == '+' else x - y if op == '-' else x * y}"
+    if op == "*":
+        x, y = 2 + x % 8, 2 + y % 8
+    if op == "-":
+        x, y = max(x, y), min(x, y)
+    return f"{x} {op} {y} = {OPERATIONS[op](x, y)}"
 
 
 # fmt: off
@@ -725,22 +642,16 @@ SUMS = {
 
 def make_arithmetic(rng):
     op = rng.choice("++--*")
-    x, y = (
-        (rng.randint(2, 9), rng.randint(2, 9))
-        if op == "*"
-        else (rng.randint(2, 20), rng.randint(2, 20))
-    )
+    most = 9 if op == "*" else 20
+    x, y = rng.randint(2, most), rng.randint(2, most)
     if op == "-":
         x, y = max(x, y), min(x, y)
-    right = x + y if op == "+" else x - y if op == "-" else x * y
+    right = OPERATIONS[op](x, y)
     if right in (0, y):  # the answer would stand in the question
         return make_arithmetic(rng)
     n, t = rng.choice(NAMES), other(rng, THINGS, "boxes")
-    prompt, over, under = (
-        rng.choice(SUMS[op]).format(x=x, y=y, n=n, t=t),
-        rng.choice((1, 2)),
-        rng.choice((1, 2)),
-    )
+    prompt = rng.choice(SUMS[op]).format(x=x, y=y, n=n, t=t)
+    over, under = rng.choice((1, 2)), rng.choice((1, 2))
     return dict(
         kind="arithmetic",
         prompt=prompt,
@@ -753,26 +664,12 @@ def make_arithmetic(rng):
     )
 
 
-GOOD = [
-    "won the race",
-    "passed my test",
-    "found my key",
-    "got a new job",
-    "learned to swim",
-    "baked a cake",
-    "got a puppy",
-    "made a friend",
-]
-BAD = [
-    "lost my key",
-    "broke my arm",
-    "missed the bus",
-    "hurt my foot",
-    "lost the game",
-    "failed my test",
-    "lost my dog",
-    "burned the soup",
-]
+# fmt: off
+GOOD = ["won the race", "passed my test", "found my key", "got a new job", "learned to swim",
+        "baked a cake", "got a puppy", "made a friend"]
+BAD = ["lost my key", "broke my arm", "missed the bus", "hurt my foot", "lost the game",
+       "failed my test", "lost my dog", "burned the soup"]
+# fmt: on
 # fmt: off
 CHATS = {  # what is said to the assistant → the reply, and other phrases that also count
     "hello": (("Hello, I am {n}.", "Hi! My name is {n}.", "Hello there, {n} here.", "Hi, this is {n}."), "Hello {n}, nice to meet you.",
@@ -806,8 +703,8 @@ def make_chat(rng):
     n, g, b = rng.choice(NAMES), rng.choice(GOOD), rng.choice(BAD)
     fault = CHATS[other(rng, tuple(CHATS), what)][1]
     name = other(rng, NAMES, n)
-    reject = [p.format(n=n) for k, (_, _, ps) in CHATS.items() if k != what for p in ps]
-    detail = g if what == "good" else b if what == "bad" else ""
+    phrases = [p for kind, (_, _, replies) in CHATS.items() if kind != what for p in replies]
+    detail = {"good": g, "bad": b}.get(what, "")
     return dict(
         kind="chat",
         prompt=rng.choice(said).format(n=n, g=g, b=b),
@@ -816,12 +713,13 @@ def make_chat(rng):
         sentence="{}.",
         wrong=[fault.format(n=n).removesuffix("."), reply.format(n=name).removesuffix(".")],
         accept=[p.format(n=n) for p in also],
-        reject=reject,
+        reject=[p.format(n=n) for p in phrases],
     )
 
 
-POOLS |= {field: [x.lower() for x in of] for field, of in FIELDS.items()}
-POOLS |= {"story": [x.lower() for x in (*NAMES, *DONE, *PLACES)], "english": SUBJECTS["spanish"]}
+POOLS |= {field: [x.lower() for x in values] for field, values in FIELDS.items()}
+POOLS["story"] = [x.lower() for x in (*NAMES, *DONE, *PLACES)]
+POOLS["english"] = SUBJECTS["spanish"]
 KINDS = {
     "open": make_open,
     "choosing": make_choosing,

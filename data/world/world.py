@@ -1,7 +1,7 @@
 """The embedded world: splits by content, people-like demonstrators, noisy labellers and the gold
 rater, for the instructions of kinds.py.
 
-    python -m data.world --out DIR [--seed 0] [--overwrite]      writes DIR/{sft,prompts,heldout}.jsonl
+    python -m data.world --out DIR [--seed 0]        writes DIR/{sft,prompts,heldout}.jsonl
 """
 
 import hashlib
@@ -23,15 +23,18 @@ def held_out(key):
 
 
 def items(n, seed, split="train"):
-    """n items with different prompts, the kinds in turn. "train": nothing held out is asked;
-    "heldout": what is asked is held out.
+    """n items with different prompts, the kinds in turn.
+
+    "train": none of an item's keys is held out; "heldout": its first key is, the one asked for.
     """
-    rng, found, seen = random.Random(f"{split} {seed}"), [], set()
+    rng = random.Random(f"{split} {seed}")
     makers = list(KINDS.values())
+    found, seen = [], set()
     while len(found) < n:
         item = makers[len(found) % len(makers)](rng)
         held = [held_out(k) for k in item["keys"]]
-        if (not any(held) if split == "train" else held[0]) and item["prompt"] not in seen:
+        fits = held[0] if split == "heldout" else not any(held)
+        if fits and item["prompt"] not in seen:
             seen.add(item["prompt"])
             found.append(item)
     return found
@@ -39,48 +42,40 @@ def items(n, seed, split="train"):
 
 # ---- the gold rater: an open rubric ----
 RUBRIC = {
-    # the right answer is given and no other candidate; what is right as far as it goes gets half of
-    # its share
+    # the right answer is given and no other candidate; a partly right one gets half of its share
     "right": 1.0,
     "courteous": 0.4,  # a polite phrase opens or ends the answer; a rude one anywhere costs as much
-    # a right answer, said once, in few words more than needed and with one polite phrase at most
+    # right, said once, hardly longer than needed, and with one polite phrase at most
     "concise": 0.3,
     "finished": 0.1,  # the answer came to its end
 }
 PERFECT = sum(RUBRIC.values())
-SPARE = 2  # words more than the item's sentence has that still count as concise
+SPARE = 2  # an answer this many words longer than the item's sentence is still concise
 # fmt: off
-POLITE = ["sure", "of course", "certainly", "gladly", "with pleasure", "good question", "great question", "thank you for asking",
-          "thanks for asking", "no problem",
-          "happy to help", "i am happy to help", "absolutely", "i hope this helps", "i hope that helps", "let me know if you need more",
-          "have a nice day", "have a good day", "feel free to ask again", "please ask again", "best wishes", "take care"]
+POLITE = ["sure", "of course", "certainly", "gladly", "with pleasure", "good question",
+          "great question", "thank you for asking", "thanks for asking", "no problem",
+          "happy to help", "i am happy to help", "absolutely", "i hope this helps",
+          "i hope that helps", "let me know if you need more", "have a nice day",
+          "have a good day", "feel free to ask again", "please ask again", "best wishes",
+          "take care"]
+RUDE = ["silly", "stupid", "waste my time", "find out yourself", "work it out yourself",
+        "leave me alone", "why do you ask me", "shut up"]
 # fmt: on
-RUDE = [
-    "silly",
-    "stupid",
-    "waste my time",
-    "find out yourself",
-    "work it out yourself",
-    "leave me alone",
-    "why do you ask me",
-    "shut up",
-]
 LITTLE = {"a", "an", "the"}  # words that never matter
 DIGITS = {word: str(i) for i, word in enumerate(NUMBERS) if word != "one"}
 
 
+ALIKE = {"and": ",", ";": ",", "\n": ",", "!": ".", "?": "."} | DIGITS
+
+
 @lru_cache(1 << 16)
 def normal(text):
-    """→ words in lower case, without accents and articles, numbers as digits; "," (also for "and"
-    and line ends) and "." stay as words.
+    """→ words (a tuple) in lower case, without accents and articles, numbers as digits. Two signs
+    are words too: "," (also for "and" and line ends) and "." (for all that ends a sentence).
     """
     text = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?|[,;\n.!?]", text)
-    return tuple(
-        "," if w in (",", ";", "\n", "and") else "." if w in ".!?" else DIGITS.get(w, w)
-        for w in found
-        if w not in LITTLE
-    )
+    return tuple(ALIKE.get(w, w) for w in found if w not in LITTLE)
 
 
 def only_words(words):
@@ -88,8 +83,8 @@ def only_words(words):
 
 
 def between(words):
-    """Words between double blanks, so that phrases are found by str.count, only at whole words and
-    within a sentence.
+    """Words with two spaces between them and one at each end: str.count then finds a phrase at
+    whole words and within a sentence only.
     """
     return " " + "  ".join(w for w in words if w != ",").strip(" .") + " "
 
@@ -104,21 +99,33 @@ POLITE_WORDS = [normal(p) for p in POLITE]
 
 def without_courtesy(words):
     """→ (the words without the polite phrases at both ends, how many phrases there were)."""
-    words, n, again = tuple(words), 0, True
+    words = stripped(words)
+    n = 0
+    again = True
     while again:
         again = False
-        while words and words[0] in ",.":
-            words = words[1:]
-        while words and words[-1] in ",.":
-            words = words[:-1]
-        for p in POLITE_WORDS:
-            if p in (words[: len(p)], words[-len(p) :]):
-                words, n, again = (
-                    words[len(p) :] if words[: len(p)] == p else words[: -len(p)],
-                    n + 1,
-                    True,
-                )
+        for phrase in POLITE_WORDS:
+            k = len(phrase)
+            if words[:k] == phrase:
+                words = words[k:]
+            elif words[-k:] == phrase:
+                words = words[:-k]
+            else:
+                continue
+            n += 1
+            again = True
+        words = stripped(words)
     return words, n
+
+
+def stripped(words):
+    """Without the signs at both ends."""
+    words = tuple(words)
+    while words and words[0] in ",.":
+        words = words[1:]
+    while words and words[-1] in ",.":
+        words = words[:-1]
+    return words
 
 
 def check(item, words):
@@ -128,7 +135,8 @@ def check(item, words):
     text = between(words)
     accept = [spread(x) for x in item.get("accept") or item["parts"]]
     counts = [text.count(x) for x in accept]
-    complete = sum(map(bool, counts)) / len(accept) if "parts" in item else float(any(counts))
+    given = sum(n > 0 for n in counts)
+    complete = given / len(accept) if "parts" in item else float(given > 0)
     for x in sorted(accept, key=len, reverse=True):
         text = text.replace(x, " ")
     if any(x in text for x in candidates(item) if x not in accept):
@@ -138,34 +146,36 @@ def check(item, words):
 
 def candidates(item):
     """What would be another answer to the item, spread."""
-    asked = spread(item["prompt"])
-    pool = map(str, range(100)) if item.get("pool") == "number" else POOLS.get(item.get("pool"), ())
-    return {x for x in map(spread, pool) if x not in asked} | {
-        spread(x) for x in item.get("reject", ())
-    }
+    asked, pool = spread(item["prompt"]), item.get("pool")
+    values = map(str, range(100)) if pool == "number" else POOLS.get(pool, ())
+    others = {x for x in map(spread, values) if x not in asked}
+    return others | {spread(x) for x in item.get("reject", ())}
 
 
 def check_list(item, words):
-    """Each thing is a member, the first perhaps after an introduction; none twice, none too many;
-    sentences without members pass.
+    """check() for a list: each thing is a member, the first perhaps after an introduction; none
+    twice, none too many. Sentences without members pass.
     """
     members = {normal(m) for m in THEMES[item["members"]]} - {normal(x) for x in item["reject"]}
-    member = (  # noqa: E731
-        lambda i, t: next(  # noqa: E731
-            (m for m in members if t == m or (i == 0 and t[-len(m) :] == m)), None
-        )
-    )  # noqa: E731
-    lists = [
-        [tuple(t.split()) for t in text.split(",") if t.strip()]
-        for text in " ".join(words).split(".")
-    ]
-    lists = [things for things in lists if any(member(i, t) for i, t in enumerate(things))]
+
+    def found(things):
+        """The member that each thing (a tuple of words) is, or None."""
+        exact = [thing if thing in members else None for thing in things]
+        if things and exact[0] is None:
+            ends = (things[0][-k:] for k in range(1, len(things[0])))
+            exact[0] = next((end for end in ends if end in members), None)
+        return exact
+
+    lists = []
+    for sentence in " ".join(words).split("."):
+        things = [tuple(thing.split()) for thing in sentence.split(",") if thing.strip()]
+        if any(found(things)):
+            lists.append(things)
     repeated = len(lists) > 1 and all(things == lists[0] for things in lists)
     things = lists[0] if repeated else sum(lists, [])
-    good = [member(i, t) for i, t in enumerate(things)]
-    complete = (
-        0.0 if None in good or len(things) > item["count"] else len(set(good)) / item["count"]
-    )
+    good = found(things)
+    wrong = None in good or len(things) > item["count"]
+    complete = 0.0 if wrong else len(set(good)) / item["count"]
     return complete == 1, complete, repeated
 
 
@@ -177,37 +187,35 @@ def knows(record):
 
 
 def gold(item, answer, finished=True):
-    """→ (score, reasons): RUBRIC's points for an answer (text) to an item; `finished`: whether its
-    end was reached.
+    """→ (score, reasons): RUBRIC's points for an answer (text) to an item. finished: whether the
+    answer's end was reached.
     """
     words, phrases = without_courtesy(normal(answer))
     right, complete, repeated = check(item, words)
     rude = any(spread(r) in spread(answer) for r in RUDE)
     needed = max(len(only_words(normal(plain(item, long)))) for long in (False, True))
+    short = len(only_words(words)) <= needed + SPARE
     reasons = {
         "right": bool(right),
         "complete": complete,
         "courteous": phrases > 0 and not rude,
         "rude": rude,
-        "concise": bool(
-            right and not repeated and phrases <= 1 and len(only_words(words)) <= needed + SPARE
-        ),
+        "concise": bool(right and not repeated and phrases <= 1 and short),
         "finished": bool(finished),
     }
-    score = RUBRIC["right"] * (1.0 if right else complete / 2) + sum(
-        RUBRIC[k] * reasons[k] for k in ("courteous", "concise", "finished")
-    )
+    score = RUBRIC["right"] * (1.0 if right else complete / 2)
+    score += sum(RUBRIC[k] * reasons[k] for k in ("courteous", "concise", "finished"))
     return score - RUBRIC["courteous"] * rude, reasons
 
 
 def perfect(item):
     """An answer that gets PERFECT."""
-    return f"{plain(item)} {'Have a nice day.' if item['kind'] == 'chat' else 'I hope this helps.'}"
+    close = "Have a nice day." if item["kind"] == "chat" else "I hope this helps."
+    return f"{plain(item)} {close}"
 
 
 # ---- demonstrators: people who answer in different manners ----
-# the share of each manner in all answers
-MANNERS = {
+MANNERS = {  # the share of each in all answers
     "polite": 0.29,
     "curt": 0.20,
     "rambling": 0.10,
@@ -242,64 +250,55 @@ INSULTS = (
 UNKNOWN = ("I do not know.", "I have no idea.", "I am not sure about that.", "I cannot say.")
 
 
-def polite(rng, text):
-    """One polite phrase before or after."""
-    return (
-        f"{rng.choice(OPENERS)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(CLOSERS)}"
-    )
+def beside(rng, text, before, after):
+    """Text with one phrase before it or after it."""
+    if rng.random() < 0.5:
+        return f"{rng.choice(before)} {text}"
+    return f"{text} {rng.choice(after)}"
 
 
 def demonstrate(item, rng, manner=None):
     """→ (answer, manner): a person's answer, in a manner drawn from MANNERS unless given."""
     manner = manner or rng.choices(tuple(MANNERS), tuple(MANNERS.values()))[0]
-    said = dict(item, answer=rng.choice(item["wrong"])) if "wrong" in manner else item
-    text = plain(said, rng.random() < LONG)
+    if "wrong" in manner:
+        item = dict(item, answer=rng.choice(item["wrong"]))
+    text = plain(item, rng.random() < LONG)
     if manner == "rambling":
-        text = (
-            f"{rng.choice(RAMBLES)} {text}"
-            if rng.random() < 0.5
-            else f"{text} {rng.choice(RAMBLES)}"
-        )
+        text = beside(rng, text, RAMBLES, RAMBLES)
     if manner == "repeated":
         text = " ".join([text] * rng.randint(2, 3))
     if manner == "rude":
-        text = (
-            f"{rng.choice(INSULTS)} {text}"
-            if rng.random() < 0.5
-            else f"{text} {rng.choice(INSULTS)}"
-        )
+        text = beside(rng, text, INSULTS, INSULTS)
     if manner == "unknown":
         text = rng.choice(UNKNOWN)
     if manner.startswith("polite") or (manner in ("rambling", "repeated") and rng.random() < 0.4):
-        text = polite(rng, text)
+        text = beside(rng, text, OPENERS, CLOSERS)
     return text, manner
 
 
+NONANSWERS = (
+    "That is a fine thing to talk about.",
+    "It is nice of you to come to me.",
+    "I like to be of use to you.",
+)
+
+
 def polite_nonanswer(rng):
-    """A polite answer that ignores the prompt: the control that must score below the average
+    """A polite answer that ignores the prompt: a control, which must score below the average
     demonstrator.
     """
-    return polite(
-        rng,
-        rng.choice(
-            (
-                "That is a fine thing to talk about.",
-                "It is nice of you to come to me.",
-                "I like to be of use to you.",
-            )
-        ),
-    )
+    return beside(rng, rng.choice(NONANSWERS), OPENERS, CLOSERS)
 
 
 # ---- labellers: gold seen through noise ----
-# standard deviation of what a labeller adds to gold, each to each answer; two then agree on about
-# three pairs in four
+# The standard deviation of what a labeller adds to an answer's gold: two labellers then agree on
+# about three pairs in four.
 NOISE = 0.48
 
 
 class Labeller:
-    """One person who ranks answers: the same opinion each time of the same answer, another than
-    that of a labeller with another seed.
+    """One person who ranks answers. Of one answer it always has the same opinion; a labeller with
+    another seed has another.
     """
 
     def __init__(self, seed):
@@ -315,49 +314,42 @@ class Labeller:
         return [sum(other > mine for other in seen) for mine in seen]
 
 
+# fmt: off
+SETTLED = (MANNERS, LONG, OPENERS, CLOSERS, RAMBLES, INSULTS, UNKNOWN, RUBRIC, SPARE, POLITE, RUDE,
+           NOISE, HELD_OUT)
+# fmt: on
+
+
 def settings_hash():
-    """sha256 of what must be settled before the first RL run: shares of the demonstrators, rubric
-    and noise.
+    """sha256 of what must be settled before the first RL run: the demonstrators' shares, the
+    rubric and the noise.
     """
-    settings = [
-        MANNERS,
-        LONG,
-        OPENERS,
-        CLOSERS,
-        RAMBLES,
-        INSULTS,
-        UNKNOWN,
-        RUBRIC,
-        SPARE,
-        POLITE,
-        RUDE,
-        NOISE,
-        HELD_OUT,
-    ]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(SETTLED).encode()).hexdigest()
 
 
 # ---- files ----
-# InstructGPT's demonstrations were 13 thousand
-SIZES = {"sft": 14_300, "prompts": 5_500, "heldout": 1_100}
+SIZES = {"sft": 14_300, "prompts": 5_500, "heldout": 1_100}  # InstructGPT had 13 thousand for SFT
 
 
 def records(seed, sizes=SIZES):
     """→ {"sft", "prompts", "heldout"}: lists of records; no prompt is in two of them."""
-    train, rng = (
-        items(sizes["sft"] + sizes["prompts"], seed),
-        random.Random(f"demonstrators {seed}"),
-    )
-    ask = lambda item: {"role": "user", "content": item["prompt"]}  # noqa: E731
-    sft = [
-        {"messages": [ask(i), {"role": "assistant", "content": demonstrate(i, rng)[0]}], "item": i}
-        for i in train[: sizes["sft"]]
-    ]
-    rest = {"prompts": train[sizes["sft"] :], "heldout": items(sizes["heldout"], seed, "heldout")}
+    train = items(sizes["sft"] + sizes["prompts"], seed)
+    held = items(sizes["heldout"], seed, "heldout")
+    rng = random.Random(f"demonstrators {seed}")
     return {
-        "sft": sft,
-        **{
-            name: [{"messages": [ask(i)], "reference": perfect(i), "item": i} for i in of]
-            for name, of in rest.items()
-        },
+        "sft": [shown(item, rng) for item in train[: sizes["sft"]]],
+        "prompts": [asked(item) for item in train[sizes["sft"] :]],
+        "heldout": [asked(item) for item in held],
     }
+
+
+def shown(item, rng):
+    """A demonstration's record."""
+    answer = {"role": "assistant", "content": demonstrate(item, rng)[0]}
+    return {"messages": [{"role": "user", "content": item["prompt"]}, answer], "item": item}
+
+
+def asked(item):
+    """A prompt's record, with the answer that would be perfect."""
+    messages = [{"role": "user", "content": item["prompt"]}]
+    return {"messages": messages, "reference": perfect(item), "item": item}
