@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from quant import PagedAdamW
+from paged import PagedAdamW
 
 # ---------------------------------------------------------------- options
 BOUNDS = {

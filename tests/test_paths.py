@@ -21,7 +21,7 @@ import sft
 from common import hub, tuning
 from data import templates, tokenizer
 from model import Transformer, scalar_model
-from quant import PagedAdamW
+from paged import PagedAdamW
 
 STAGES = {"sft": sft.sft, "reward": reward.reward, "ppo": ppo.ppo, "dpo": dpo.dpo}
 FEW = {
