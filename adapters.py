@@ -1,5 +1,4 @@
-"""The lighter adapters: a frozen model, 4-bit or not, steered by a few learned numbers. PEFT
-folders both ways.
+"""The lighter adapters: a frozen model, 4-bit or not, steered by a few learned numbers.
 
     IA3             k = l_k ⊙ (W_k x), v = l_v ⊙ (W_v x), down(l_ff ⊙ silu(gate x) * up x); every l is 1 at the start      Liu et al. 2022
     prompt tuning   P learned embeddings stand before every row's own                                              Lester et al. 2021
@@ -11,15 +10,9 @@ if they stood in front, for they come first and nothing sees ahead. A prefix's k
 they are compared, without RoPE; the real tokens' positions start at P with both.
 """
 
-import shutil
-from pathlib import Path
-
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 
-from common.files import hub_name, read_json, write_json
-from lora import read_tensors
 from model import Cache, wide
 
 # Peak learning rates for AdamW, which moves a number by about the learning rate a step whatever its
@@ -29,7 +22,7 @@ from model import Cache, wide
 # inputs at once, in every layer (Li & Liang: 5e-5). Chosen among a few by short single runs on
 # SmolLM2.
 LEARNING_RATE = {"ia3": 3e-2, "prompt": 3e-2, "prefix": 5e-4}
-PEFT_TYPE = {"ia3": "IA3", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
+KINDS = tuple(LEARNING_RATE)
 SCALED, FEEDFORWARD = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 
 
@@ -137,8 +130,8 @@ def add_adapter(
     is drawn. ValueError where that is impossible. → the model
     """
     check(model)
-    if kind not in PEFT_TYPE:
-        raise ValueError(f"{kind!r} is no kind of adapter: {', '.join(PEFT_TYPE)} are")
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of adapter: {', '.join(KINDS)} are")
     if kind != "ia3" and not 0 < tokens < model.context:
         raise ValueError(
             f"{tokens} virtual tokens were asked for: the model's context leaves room for 1 to"
@@ -213,154 +206,3 @@ def put(model, name: str, module):
 def parts(model):
     """(name, module) of what was added to the model: its IA3 layers, or its prompt or prefix."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, IA3Linear | Prompt | Prefix)]
-
-
-def state(model) -> dict:
-    """The adapter's numbers as PEFT names and shapes them, copies in float32 on the CPU."""
-    with torch.no_grad():
-        found = {
-            "prompt_embeddings" if n == "virtual" else ia3_key(n): m.stored()
-            for n, m in parts(model)
-        }
-        return {k: v.to("cpu", torch.float32, copy=True).contiguous() for k, v in found.items()}
-
-
-def ia3_key(name: str) -> str:
-    return f"base_model.model.{hub_name(name)}.ia3_l"
-
-
-# ---------------------------------------------------------------- PEFT folders
-def save_adapter(model, path, base=None):
-    """Writes adapter_config.json and adapter_model.safetensors as PEFT does. base: the folder or
-    hub name of the model.
-    """
-    c, path, tensors = model.config, Path(path), state(model)
-    if not tensors:
-        raise ValueError(f"{path}: the model has no IA3, prompt or prefix to save")
-    kind = type(model.virtual).__name__.lower() if model.virtual is not None else "ia3"
-    said = {"peft_type": PEFT_TYPE[kind], "task_type": task_type(model), "inference_mode": True}
-    said |= {"base_model_name_or_path": base and str(base)}
-    if kind == "ia3":
-        said |= {
-            "target_modules": list(SCALED),
-            "feedforward_modules": list(FEEDFORWARD),
-            "fan_in_fan_out": False,
-            "modules_to_save": None,
-        }
-    else:
-        said |= shape_of(c, kind) | {"num_virtual_tokens": model.virtual.tokens}
-        said |= (
-            {"prompt_tuning_init": "RANDOM"} if kind == "prompt" else {"prefix_projection": False}
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
-    write_json(path / "adapter_config.json", said)
-    # safetensors makes it the owner's alone
-    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")
-
-
-def task_type(model) -> str:
-    return "SEQ_CLS" if model.config.num_labels else "CAUSAL_LM"
-
-
-def shape_of(c, kind: str) -> dict:
-    """What PEFT's config says of the model: a prefix token is as wide as the key/value heads, not
-    as the hidden state.
-    """
-    heads = c.num_attention_heads if kind == "prompt" else c.num_key_value_heads
-    size = c.hidden_size if kind == "prompt" else heads * c.head_dim
-    return {
-        "num_layers": c.num_hidden_layers,
-        "num_attention_heads": heads,
-        "token_dim": size,
-        "num_transformer_submodules": 1,
-    }
-
-
-def load_adapter(model, path, trainable=True):
-    """Reads a PEFT folder into the model, which is frozen; the adapter too where not `trainable`. →
-    the model
-
-    FileNotFoundError or ValueError, before anything changes, where a file is missing, asks for what
-    we lack, or is another model's.
-    """
-    check(model, loading=True)
-    path = Path(path)
-    kind, tokens = read_config(path, model)
-    if kind == "ia3":
-        shapes = {
-            ia3_key(n): (1, m.in_features) if n.endswith(FEEDFORWARD) else (m.out_features, 1)
-            for n, m in linears(model)
-        }
-    else:
-        shapes = {
-            "prompt_embeddings": (
-                tokens,
-                model.config.hidden_size if kind == "prompt" else width(model.config),
-            )
-        }
-    tensors = {
-        k: v.to(model.device, torch.float32)
-        for k, v in read_tensors(path / "adapter_model.safetensors", shapes, model).items()
-    }
-    model.requires_grad_(False)
-    if kind == "ia3":
-        for name, module in parts(wrap(model)):
-            module.scale.data = tensors[ia3_key(name)].flatten()
-    else:
-        model.virtual = {"prompt": Prompt, "prefix": Prefix}[kind](tensors["prompt_embeddings"])
-    return model if trainable else model.requires_grad_(False)
-
-
-# What a config may say without changing what is computed here (a stored prefix is the keys and
-# values, however they were made).
-SAID = (
-    "peft_type base_model_name_or_path revision peft_version auto_mapping inference_mode"
-    " init_ia3_weights num_virtual_tokens"
-)
-SAID += (
-    " init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path"
-    " tokenizer_kwargs"
-)
-SAID += " prefix_projection encoder_hidden_size"
-
-
-def read_config(path: Path, model) -> tuple[str, int]:
-    """adapter_config.json → the kind and the number of virtual tokens. Refuses by name whatever it
-    asks for and we lack.
-    """
-    where = path / "adapter_config.json"
-    if not where.is_file():
-        raise FileNotFoundError(
-            f"{where} is missing: a PEFT folder (adapter_config.json, adapter_model.safetensors)"
-            " was expected"
-        )
-    said = read_json(where)
-    kind = next((k for k, v in PEFT_TYPE.items() if v == said.get("peft_type")), None)
-    if kind is None:
-        raise ValueError(
-            f"{where}: peft_type is {said.get('peft_type')!r}, one of"
-            f" {', '.join(PEFT_TYPE.values())} was expected"
-        )
-    ia3 = {"target_modules": sorted(SCALED), "feedforward_modules": sorted(FEEDFORWARD)}
-    known = {"task_type": task_type(model)} | (
-        ia3 if kind == "ia3" else shape_of(model.config, kind)
-    )
-    for key, value in said.items():
-        if key in known and (sorted(map(str, value)) if isinstance(value, list) else value) not in (
-            known[key],
-            None,
-        ):
-            raise ValueError(
-                f"{where}: {key} is {value!r}, {known[key]!r} was expected of an adapter for this"
-                " model"
-            )
-        if value and key not in known and key not in SAID.split():
-            raise ValueError(f"{where} asks for {key} = {value!r}, which tinytune does not know")
-    tokens = said.get("num_virtual_tokens")
-    if kind != "ia3" and (type(tokens) is not int or not 0 < tokens < model.context):
-        raise ValueError(
-            f"{where}: num_virtual_tokens is {tokens!r}, a number from 1 to {model.context - 1} was"
-            " expected"
-        )
-    return kind, tokens

@@ -19,7 +19,8 @@ from tiny import chat_tokenizer, lm
 
 import lora
 from common import hub, run
-from lora import LoRALinear, add_lora, load_adapter, merge, save_adapter, unmoved, use
+from common.peft import load_adapter, save_adapter
+from lora import LoRALinear, add_lora, merge, unmoved, use
 from model import generate, last_score, scalar_model, scores
 from ppo import values_of
 from quant import quantize_model
@@ -639,10 +640,11 @@ def test_the_same_logits_in_a_fresh_process(tmp_path):
     hub.save(tmp_path / "base", lm())
     save_adapter(model, tmp_path / "adapter")
     code = f"""
-import torch, hub, lora
+import torch
+from common import hub, peft
 from safetensors.torch import load_file, save_file
 model, _ = hub.load({str(tmp_path / "base")!r})
-lora.load_adapter(model, {str(tmp_path / "adapter")!r})
+peft.load_adapter(model, {str(tmp_path / "adapter")!r})
 save_file({{"logits": model(load_file({str(tmp_path / "tokens")!r})["tokens"]).detach()}}, {str(tmp_path / "logits")!r})
 """
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
@@ -726,7 +728,7 @@ def test_what_we_lack_is_refused_by_name(name, adapter):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(peft_type="IA3"), 'peft_type is "IA3", LORA was expected'),
+        (dict(peft_type="IA3"), "asks for bias = 'none'"),
         (dict(peft_type=None), "peft_type is null"),
         (dict(r="4"), "r is '4', a whole number"),
         (dict(r=True), "r is True, a whole number"),
