@@ -496,8 +496,8 @@ BUGS = [
      "        model.requires_grad_(False)\n        score",
      "        score"),
     (31, "A and B are stored transposed", "common/peft.py", "lora",
-     "save_file({k: v.detach().cpu().contiguous() for k, v",
-     "save_file({k: v.detach().cpu().T.contiguous() for k, v"),
+     "return {k: v.detach().cpu().contiguous() for k, v",
+     "return {k: v.detach().cpu().T.contiguous() for k, v"),
     (36, "the reference is the adapter too", "lora.py", "lora",
      "        if self.active not in self.A:\n            return y\n        A, B = self.A[self.active], self.B[self.active]",
      "        if not self.A:\n            return y\n        self.active = self.active or next(iter(self.A))\n"
@@ -512,7 +512,7 @@ BUGS = [
      "model.score.weight = nn.Parameter(score.detach().to(model.device, torch.float32, copy=True), trainable)",
      "model.score.weight.requires_grad_(trainable).data.copy_(score.detach())"),
     (0, "a PEFT config is read for what we know, the rest ignored", "common/peft.py", "lora",
-     'v not in (False, "none", "", [], {})}',
+     "v not in OFF}",
      "v is NotImplemented}"),
     (0, "a pattern may match a part of the name", "lora.py", "lora",
      "bool(re.fullmatch(wanted, layer))",
@@ -543,8 +543,8 @@ BUGS = [
      "base.out_features, device=device))",
      "base.out_features, device=device, dtype=base.weight.dtype))"),
     (29, "a prompt in the base's type", "adapters.py", "adapters",
-     "Prompt(wide(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device))))",
-     "Prompt(model.embed_tokens(torch.tensor((ids * tokens)[:tokens], device=model.device)))"),
+     "Prompt(wide(model.embed_tokens(first)))",
+     "Prompt(model.embed_tokens(first))"),
     (34, "no virtual tokens in generate", "model.py", "adapters",
      "if self.virtual is not None:  # a past",
      "if self.virtual is not None and cache is None:  # a past"),
@@ -564,8 +564,10 @@ BUGS = [
      "torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)",
      "torch.cat((new, old.to(new.dtype).expand(B, -1, -1, -1)), 2)"),
     (34, "a prefix's keys before its values, all layers", "adapters.py", "adapters",
-     "view(self.tokens, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim).permute(1, 2, 3, 0, 4)",
-     "view(self.tokens, 2, c.num_hidden_layers, c.num_key_value_heads, c.head_dim).permute(2, 1, 3, 0, 4)"),
+     "(self.tokens, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)\n"
+     "        kv = self.stored().view(shape).permute(1, 2, 3, 0, 4)",
+     "(self.tokens, 2, c.num_hidden_layers, c.num_key_value_heads, c.head_dim)\n"
+     "        kv = self.stored().view(shape).permute(2, 1, 3, 0, 4)"),
     (34, "a prompt without positions", "adapters.py", "adapters",
      "torch.arange(self.tokens, device=model.device)[None]",
      "torch.zeros(1, self.tokens, device=model.device)"),
@@ -573,6 +575,7 @@ BUGS = [
      "return self.rows if self.mlp is None else self.start + self.mlp(self.rows)\n"
      "\n"
      "    def past(self, model):\n"
+     '        """A pair (1,kv_heads,P,head_dim) per layer."""\n'
      "        c = model.config\n",
      "return self.rows\n"
      "\n"
@@ -617,16 +620,16 @@ BUGS = [
      "return wrap(model)"),
     (0, "the base is trained beside a prompt or prefix", "adapters.py", "adapters",
      "    model.requires_grad_(False)\n"
-     "    virtual = ",
-     "    virtual = "),
+     "    first = ",
+     "    first = "),
     (0, "a text's first token alone starts a prompt", "adapters.py", "adapters",
      "torch.tensor((ids * tokens)[:tokens]",
      "torch.tensor((ids[-1:] * tokens)[:tokens]"),
     (0, "other target modules are passed over", "common/peft.py", "adapters",
-     "not in (known[key], None):",
-     "not in (known[key], None) and not isinstance(value, list):"),
+     "got != known[k]:",
+     "got != known[k] and not isinstance(v, list):"),
     (0, "unknown options of a config are passed over", "common/peft.py", "adapters",
-     "if value and key not in known and key not in SAID.split():",
+     "if v and k not in known and k not in SAID.split():",
      "if False:"),
     # ---- NF4 and the 4-bit layer
     (32, "the second quantisation is ignored", "quant.py", "quant",
