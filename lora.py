@@ -1,5 +1,4 @@
-"""LoRA: a frozen linear layer learns a low-rank change beside it (Hu et al. 2021, equation 3), and
-PEFT's adapter folders.
+"""LoRA: a frozen linear layer learns a low-rank change beside it (Hu et al. 2021, equation 3).
 
     y = W x + s B A x        A (r,in), B (out,r);  s = α/r, or α/√r (rsLoRA: Kalajdzievski 2023)
 
@@ -12,18 +11,13 @@ eval(), as everywhere in torch.
 """
 
 import difflib
-import json
 import re
-import shutil
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from common.files import hub_name, read_json, write_json
+from common.files import hub_name
 
 # lora.share: policy, reference, critic and reward model as adapters over one frozen base
 from model import share as share
@@ -127,6 +121,20 @@ def attach(model, name: str, settings: dict, tensors: dict, score=None, trainabl
         )
     use(model, name)
     return model
+
+
+def checked(where, said: dict) -> dict:
+    """An adapter's settings, in PEFT's words, or a ValueError."""
+    for k, kinds, fits, what in (
+        ("r", int, lambda v: v >= 1, "a whole number from 1"),
+        ("lora_alpha", (int, float), lambda v: 0 < v < float("inf"), "a number above 0"),
+        ("lora_dropout", (int, float), lambda v: 0 <= v < 1, "a number from 0, below 1"),
+        ("use_rslora", bool, lambda v: True, "true or false"),
+    ):
+        v = said[k]
+        if not isinstance(v, kinds) or isinstance(v, bool) != (kinds is bool) or not fits(v):
+            raise ValueError(f"{where}: {k} is {v!r}, {what} was expected")
+    return said
 
 
 def linears(model) -> dict:
@@ -256,227 +264,3 @@ def visits(layer, device):
         return hook
 
     return layer.register_forward_pre_hook(move(device)), layer.register_forward_hook(move("cpu"))
-
-
-# -- PEFT's folders: adapter_config.json and adapter_model.safetensors
-
-# of A and B alone; PiSSA, OLoRA, LoftQ, CorDA change the base too
-INITS = (True, False, "gaussian", "orthogonal", "eva")
-HARMLESS = {
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "layers_pattern",
-}
-# they say nothing unless another key does
-HARMLESS |= {"megatron_core", "qalora_group_size", "eva_config"}
-READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-}
-
-
-def save_adapter(model, path, base: str | None = None, name="default"):
-    """Writes an adapter as PEFT's folder; base: the name or folder of the model that it belongs to."""
-    layers = {n: m for n, m in linears(model).items() if isinstance(m, LoRALinear) and name in m.A}
-    if not layers:
-        raise ValueError(
-            f"the model has no adapter named {name}: it has {', '.join(adapters(model)) or 'none'}"
-        )
-    path, scalar = Path(path), bool(model.config.num_labels)
-    tensors = {
-        key(n, k): p[name] for n, m in layers.items() for k, p in (("lora_A", m.A), ("lora_B", m.B))
-    }
-    tensors |= {key("score"): model.score.weight} if scalar else {}
-    targets = sorted({n.rpartition(".")[2] for n in layers})
-    # the short names would mean more layers than these
-    if {n for n in linears(model) if matches(n, targets)} != layers.keys():
-        targets = [hub_name(n) for n in layers]
-    said = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "base_model_name_or_path": base,
-    }
-    said |= next(iter(layers.values())).settings[name] | {
-        "target_modules": targets,
-        "modules_to_save": ["score"] if scalar else None,
-    }
-    said |= {
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_dora": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        path / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    write_json(path / "adapter_config.json", said | {"rank_pattern": {}, "alpha_pattern": {}})
-    # safetensors makes it the owner's alone
-    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")
-
-
-def load_adapter(model, path, name="default", trainable=True):
-    """Puts a PEFT folder's adapter on the model and takes it into use → the model.
-
-    trainable: everything else is frozen; otherwise the adapter is, and the rest stays as it was.
-    FileNotFoundError where a file is missing; ValueError, before anything changes, where the config
-    asks for what we lack or the tensors are not this model's.
-    """
-    path = Path(path)
-    said, chosen = read_config(path, model)
-    wanted = {key(n, "lora_A"): (said["r"], layer.in_features) for n, layer in chosen.items()}
-    wanted |= {key(n, "lora_B"): (layer.out_features, said["r"]) for n, layer in chosen.items()}
-    if said["modules_to_save"]:
-        wanted[key("score")] = tuple(model.score.weight.shape)
-    tensors = read_tensors(path / "adapter_model.safetensors", wanted, model)
-    pairs = {n: (tensors[key(n, "lora_A")], tensors[key(n, "lora_B")]) for n in chosen}
-    settings = {k: said[k] for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    return attach(model, name, settings, pairs, tensors.get(key("score")), trainable)
-
-
-def key(layer: str, part="") -> str:
-    """A tensor's name in PEFT's file: what it wraps is "base_model.model", then transformers' name
-    of the layer.
-    """
-    return "base_model.model." + hub_name(".".join(filter(None, (layer, part, "weight"))))
-
-
-def read_config(path: Path, model) -> tuple[dict, dict]:
-    """adapter_config.json → what it says, defaults filled in, and the layers that it means. Refuses
-    by name what we lack.
-    """
-    where = path / "adapter_config.json"
-    if not where.is_file():
-        raise FileNotFoundError(
-            f"{path} has no adapter_config.json: an adapter's folder was expected, such as PEFT"
-            " writes"
-        )
-    said = {
-        "r": 8,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "modules_to_save": None,
-        "exclude_modules": None,
-    }
-    said |= {k: v for k, v in read_json(where).items() if v is not None}
-    if said.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{where}: peft_type is {json.dumps(said.get('peft_type'))}, LORA was expected"
-        )
-    targets, skipped, heads = (
-        said.get("target_modules"),
-        said["exclude_modules"] or [],
-        said["modules_to_save"] or [],
-    )
-    for k, v in (
-        ("target_modules", targets),
-        ("exclude_modules", skipped),
-        ("modules_to_save", heads),
-    ):
-        if not (isinstance(v, str) or isinstance(v, list) and all(isinstance(w, str) for w in v)):
-            raise ValueError(f"{where}: {k} is {json.dumps(v)}, names or a pattern were expected")
-    lacking = {
-        k: v
-        for k, v in said.items()
-        if k not in HARMLESS | READ and v not in (False, "none", "", [], {})
-    }
-    lacking |= (
-        {"init_lora_weights": init}
-        if (init := lacking.pop("init_lora_weights", True)) not in INITS
-        else {}
-    )
-    # PEFT itself always adds "classifier"
-    heads = [m for m in heads if not (model.config.num_labels and m in ("score", "classifier"))]
-    lacking |= {"modules_to_save": heads} if heads else {}
-    for k, v in lacking.items():
-        raise ValueError(
-            f"{where} asks for {k} = {json.dumps(v)}, which tinytune does not know for this model:"
-            " plain LoRA is"
-        )
-    checked(where, said)
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = GROUPS["all"]
-    try:
-        chosen = {
-            n: m
-            for n, m in linears(model).items()
-            if matches(n, targets) and not matches(n, skipped)
-        }
-    except re.error as e:
-        raise ValueError(
-            f"{where}: target_modules or exclude_modules is no regular expression ({e})"
-        ) from None
-    if not chosen:
-        raise ValueError(
-            f"{where}: target_modules = {json.dumps(targets)} means no linear layer of this model"
-        )
-    return said, chosen
-
-
-def checked(where, said: dict) -> dict:
-    """An adapter's settings, in PEFT's words, or a ValueError."""
-    for k, kinds, fits, what in (
-        ("r", int, lambda v: v >= 1, "a whole number from 1"),
-        ("lora_alpha", (int, float), lambda v: 0 < v < float("inf"), "a number above 0"),
-        ("lora_dropout", (int, float), lambda v: 0 <= v < 1, "a number from 0, below 1"),
-        ("use_rslora", bool, lambda v: True, "true or false"),
-    ):
-        v = said[k]
-        if not isinstance(v, kinds) or isinstance(v, bool) != (kinds is bool) or not fits(v):
-            raise ValueError(f"{where}: {k} is {v!r}, {what} was expected")
-    return said
-
-
-def read_tensors(file: Path, wanted: dict, model) -> dict:
-    """The tensors that are wanted, by name and shape, and no others. (PEFT writes an adapted head's
-    base along: it must be ours.)
-    """
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing: an adapter's weights were expected there, as PEFT's"
-            " save_pretrained() writes them"
-        )
-    try:
-        with safe_open(file, "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e:
-        raise ValueError(f"{file} is damaged or no safetensors file ({e}); get it again") from None
-    theirs = tensors.pop(key("lm_head", "base_layer"), None)
-    if theirs is not None and key("lm_head", "lora_A") in wanted:
-        head = getattr(model.lm_head, "base", model.lm_head).weight
-        # but for 16 bits
-        if theirs.shape != head.shape or not torch.allclose(
-            wide(theirs), wide(head).cpu(), rtol=0.01, atol=1e-3
-        ):
-            raise ValueError(
-                f"{file}: its lm_head is not this model's: the adapter belongs to another model"
-            )
-    for what, names in (
-        ("lacks", wanted.keys() - tensors),
-        ("has, and its config does not ask for,", tensors.keys() - wanted),
-    ):
-        if names:
-            raise ValueError(
-                f"{file} {what} {min(names)}: the adapter and this model are not a pair"
-            )
-    for k, shape in wanted.items():
-        if tuple(tensors[k].shape) != shape or not tensors[k].is_floating_point():
-            raise ValueError(
-                f"{file}: {k} is {tuple(tensors[k].shape)} in {tensors[k].dtype}, floating point of"
-                f" {shape} was expected"
-            )
-    return tensors

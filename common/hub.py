@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import adapters
+from common import peft
 from common.files import hub_name, read_json, write_json
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
@@ -102,7 +102,7 @@ def add_virtual(model, folder):
     """
     file = folder / "adapter_config.json"
     if file.exists() and read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        adapters.load_adapter(model, folder).requires_grad_(True)
+        peft.load_adapter(model, folder).requires_grad_(True)
 
 
 def language_model(path, device="cpu", dtype=torch.float32, quant=None):
@@ -133,7 +133,7 @@ def save(path, model, tokenizer=None, dtype=None):
     if any(name.endswith(".base") for name, _ in model.named_modules()):
         raise ValueError(
             f"{path}: the model has adapters: lora.merge() takes them into the weights,"
-            " lora.save_adapter() writes them alone"
+            " peft.save_adapter() writes them alone"
         )
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
     if any(isinstance(m, Linear4bit) for m in model.modules()):

@@ -20,13 +20,13 @@ import torch
 
 import adapters
 import lora
-from common import hub, memory
+from common import hub, memory, peft
 from common.run import has_bf16, opt
 from data.tokenizer import Tokenizer
 from model import scalar_model, share
 from quant import Linear4bit
 
-KINDS = tuple(adapters.PEFT_TYPE)
+KINDS = adapters.KINDS
 # LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about
 # ten
 LORA_LR = 5
@@ -104,6 +104,16 @@ def base_of(path) -> str:
     return base
 
 
+def expect_lora(path):
+    """ValueError where the adapter of a stage's folder is not LoRA, the only kind that --keep-base
+    goes on with.
+    """
+    file = Path(path) / "adapter" / "adapter_config.json"
+    kind = hub.read_json(file).get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type is {json.dumps(kind)}, LORA was expected")
+
+
 def inputs(o) -> list[str]:
     """The folders that a run of a stage reads its model from."""
     check(o)
@@ -132,7 +142,8 @@ def start(o, device):
         return tune(o, model, tok).eval(), tok
     model, tok = hub.load(base_of(o.model), device, dtype, quant)[0], Tokenizer.load(Path(o.model))
     model.config.eos_token_id = hub.read_config(Path(o.model)).eos_token_id
-    lora.load_adapter(model, f"{o.model}/adapter")
+    expect_lora(o.model)
+    peft.load_adapter(model, f"{o.model}/adapter")
     model.checkpointing = o.checkpointing
     return model.eval(), tok
 
@@ -193,7 +204,8 @@ def on_shared_base(o, path, reference):
         raise ValueError(f"--keep-base: {bases}: one base was expected")
     model, config = scalar_model(reference), hub.read_config(Path(path))
     model.config.reward_mean, model.config.reward_std = config.reward_mean, config.reward_std
-    return lora.load_adapter(model, f"{path}/adapter", name="reward"), Tokenizer.load(Path(path))
+    expect_lora(path)
+    return peft.load_adapter(model, f"{path}/adapter", name="reward"), Tokenizer.load(Path(path))
 
 
 def check_spread(where, mean: float, std: float):
@@ -222,9 +234,9 @@ def save(o, path, model, tok):
     is no change of the weights: its folder is the one place where it is."""
     folder = path / "adapter"
     if names := lora.adapters(model):
-        lora.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])
+        peft.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])
     elif adapters.parts(model):
-        adapters.save_adapter(model, folder, o.model)
+        peft.save_adapter(model, folder, o.model)
     if in_4_bits(model) or any(hasattr(m, "base") for m in model.modules()):
         lora.merge(model)
     hub.save(path, model, tok)
@@ -266,8 +278,7 @@ def on_base(path, device, dtype, quant):
         model = scalar_model(model)
     for key in ("eos_token_id", "reward_mean", "reward_std"):
         setattr(model.config, key, getattr(config, key))
-    is_lora = hub.read_json(folder / "adapter_config.json").get("peft_type") == "LORA"
-    return (lora if is_lora else adapters).load_adapter(model, folder, trainable=False), tok
+    return peft.load_adapter(model, folder, trainable=False), tok
 
 
 # ---------------------------------------------------------------- what is said about it

@@ -19,9 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stages import done, refused, run
 
-import adapters
-import lora
-from common import hub, tuning
+from common import hub, peft, tuning
 from common.run import pick_device
 from data import templates, tokenizer
 from model import decode, generate, scalar_model
@@ -114,8 +112,8 @@ def test_whatever_a_json_file_says_is_read_or_refused_in_one_line(tmp_path):
     for file, read in (
         ("model/config.json", whole), ("model/tokenizer.json", whole), ("model/tokenizer_config.json", whole),
         ("model/generation_config.json", whole), ("reward/config.json", whole), ("shards/model.safetensors.index.json", whole),
-        ("prompt/adapter_config.json", lambda at: adapters.load_adapter(copy.deepcopy(base), at)),
-        ("lora/adapter_config.json", lambda at: lora.load_adapter(copy.deepcopy(base), at)),
+        ("prompt/adapter_config.json", lambda at: peft.load_adapter(copy.deepcopy(base), at)),
+        ("lora/adapter_config.json", lambda at: peft.load_adapter(copy.deepcopy(base), at)),
     ):  # fmt: skip
         file = tmp_path / file
         text = file.read_text()

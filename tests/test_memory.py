@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+import paged
 import quant
 from common import memory
 from common.memory import (
@@ -131,7 +132,7 @@ def test_a_view_counts_as_what_it_keeps_alive():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.AdamW, quant.PagedAdamW]
+    "make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.AdamW, paged.PagedAdamW]
 )
 def test_gradients_and_optimizer_are_what_a_step_leaves(make):
     model = tiny.lm()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from common.run import _restore, _tensors, make_room
-from quant import PagedAdamW
+from paged import PagedAdamW
 
 SHAPES = [(40, 30), (7,), (30, 40), (), (40, 30), (3, 5, 7), (2000,)]
 PAGE = [8 * torch.Size(s).numel() for s in SHAPES]  # bytes of each one's page

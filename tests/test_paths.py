@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 import dpo
-import lora
 import ppo
 import reward
 import sft
-from common import hub, tuning
+from common import hub, peft, tuning
 from data import templates, tokenizer
 from model import Transformer, scalar_model
-from quant import PagedAdamW
+from paged import PagedAdamW
 
 STAGES = {"sft": sft.sft, "reward": reward.reward, "ppo": ppo.ppo, "dpo": dpo.dpo}
 FEW = {
@@ -126,9 +125,7 @@ def with_adapter(folder, quant, scalar):
     said = json.loads(Path(folder, "adapter", "adapter_config.json").read_text())
     model, _ = hub.load(said["base_model_name_or_path"], quant=quant)
     model = scalar_model(model) if scalar else model
-    return (lora if said["peft_type"] == "LORA" else adapters).load_adapter(
-        model, Path(folder, "adapter")
-    )
+    return peft.load_adapter(model, Path(folder, "adapter"))
 
 
 @pytest.mark.parametrize("stage, way, bits", PATHS)

@@ -35,7 +35,8 @@ from common.memory import SIZES, UNIT, count, measured, shape
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from data import records, templates
 from model import Transformer, generate, pad, scalar_model, share
-from quant import Linear4bit, PagedAdamW, block_linears, quantize_nf4
+from paged import PagedAdamW
+from quant import Linear4bit, block_linears, quantize_nf4
 from sft import IGNORE, pack, sft_loss
 
 SIZES = SIZES | {"tiny": shape(500, 64, 96, 2, 4, 2, 16)}  # runs without a GPU too

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import adapters
 import lora
-from common import hub
+from common import hub, peft
 from model import Config, Transformer, generate
 from parity.test_hub import batch, measured, shape, spread
 
@@ -81,7 +81,7 @@ def test_theirs_loaded_by_us(name, changes, tmp_path):
     )
     peer = far(get_peft_model(peer_of(tmp_path / "base"), CONFIGS[name]())).eval()
     peer.save_pretrained(tmp_path / "adapter")
-    model = adapters.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter")
+    model = peft.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter")
     tokens, mask = batch()
     ours, out = model(tokens, mask), theirs(peer, tokens, mask)
     measured(
@@ -123,7 +123,7 @@ def test_ours_loaded_by_them(kind, reparametrise, tmp_path):
                 generator=torch.Generator().manual_seed(0),
             )
         )
-        adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        peft.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
         peer = PeftModel.from_pretrained(peer_of(tmp_path / "base"), tmp_path / "adapter").eval()
         tokens, mask = batch()
         with torch.no_grad():
@@ -150,7 +150,7 @@ def test_their_merged_ia3_is_ours(tmp_path):
     ).save_pretrained(tmp_path / "base")
     peer = far(get_peft_model(peer_of(tmp_path / "base"), CONFIGS["ia3"]()))
     peer.save_pretrained(tmp_path / "adapter")
-    model = lora.merge(adapters.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter"))
+    model = lora.merge(peft.load_adapter(hub.load(tmp_path / "base")[0], tmp_path / "adapter"))
     expected = peer.merge_and_unload().state_dict()
     worst = max(
         (v - expected[hub.hub_name(k)]).abs().max().item() for k, v in model.state_dict().items()

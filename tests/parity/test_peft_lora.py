@@ -14,7 +14,8 @@ import torch
 from tiny import lm
 
 from common import hub
-from lora import add_lora, load_adapter, merge, save_adapter
+from common.peft import load_adapter, save_adapter
+from lora import add_lora, merge
 from model import last_score, pad, scalar_model
 
 peft = pytest.importorskip("peft")
