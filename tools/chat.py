@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from common import tuning
 from common.run import autocast, main, opt, pick_device
 from data import templates
-from model import decode
+from sampling import decode
 
 HELP = """/reset           forget the talk so far
 /system TEXT     tell the model who it is (no TEXT: no system message)
@@ -78,7 +78,7 @@ def stream(tok, tokens, ends) -> tuple[str, str]:
     ids, shown = [], 0
     why = "cut off: --max-new-tokens sets how long an answer may be"
     try:
-        for _, new in tokens:
+        for new in tokens:
             if new.item() in ends:
                 why = ""
                 break
