@@ -116,7 +116,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = page
 
     def _evict(self, p) -> bool:
-        """Sends the page that is needed last to the host → False where none is needed after p's."""
+        """Sends the page that is needed last to the host → False where it is needed before p's."""
         last = max(self.resident, key=self._wait, default=p)
         if self._wait(last) <= self._wait(p):
             return False
