@@ -138,7 +138,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.host[p]
 
     def _empty(self, p, shape):
-        """Memory beside p. While the GPU has none left, pages needed after p's leave, one by one."""
+        """Memory beside p. While the GPU has none left, pages needed after p's leave in turn."""
         while True:
             try:
                 return torch.empty(shape, dtype=p.dtype, device=p.device)
