@@ -532,6 +532,8 @@ class Run:
         """Whether a run wrote what OUT has under a name."""
         if name == "state":
             there = {p.name for p in self.state.iterdir()} if self.state.is_dir() else {name}
+            # safetensors writes aside first: a run killed within save_file leaves that file
+            there = {n for n in there if not n.startswith(".tmp")}
             return not there or there <= STATE and bool(there & {LOCK, SAVED})
         return record is not None and (
             name in ("run.json", "metrics.jsonl") or name in _written(record, self.writes)
