@@ -133,7 +133,7 @@ class NF4:
         return weight[: prod(self.shape)].view(self.shape).to(dtype or self.dtype)
 
     def state_dict(self, name: str) -> dict:
-        """bitsandbytes' tensors of the weight `name`; its constants are JSON in a tensor of bytes."""
+        """bitsandbytes' tensors of the weight `name`; constants are JSON in a tensor of bytes."""
         device = self.codes.device
         constants = {"quant_type": "nf4", "blocksize": self.block_size}
         constants |= {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
@@ -308,7 +308,7 @@ class Linear4bit(nn.Module):
 
 
 def block_linears(model) -> list[str]:
-    """Names of the blocks' linear layers: these are quantised; embedding, norms and heads are not."""
+    """Names of the blocks' linear layers, which are quantised; embedding, norms, heads are not."""
     modules = model.layers.named_modules()
     return [f"layers.{name}" for name, module in modules if isinstance(module, nn.Linear)]
 
