@@ -49,7 +49,7 @@ def sample(logits, temperature: float, top_p: float, uniform):
         return logits.argmax(-1)
     p = torch.softmax(logits.float() / temperature, -1)
     if top_p < 1:
-        ranked, order = p.sort(-1, descending=True, stable=True)
+        ranked, order = p.sort(dim=-1, descending=True, stable=True)
         nucleus = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
         p = torch.zeros_like(p).scatter(-1, order, nucleus)
     cdf = p.cumsum(-1)

@@ -22,6 +22,8 @@ import lora
 import model as M
 from common import hub, peft
 from common.run import _tensors, adamw
+from packing import by_segments, pad
+from sampling import Cache, generate, prompt_room
 from sft import sft_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,9 +128,9 @@ def written_out(model, x, start=0, past=None):
 
 def test_ia3_starts_as_the_base():
     model, plain = adapted("ia3", far=False), base()
-    tokens, mask = M.pad(rows())
+    tokens, mask = pad(rows())
     assert torch.equal(model(tokens, mask), plain(tokens, mask))
-    assert M.generate(model, rows(), 6) == M.generate(plain, rows(), 6)
+    assert generate(model, rows(), 6) == generate(plain, rows(), 6)
     assert all(
         (p == 1).all() and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
     )
@@ -152,7 +154,7 @@ def test_ia3_scales_keys_values_and_what_enters_down():
             name = f"layers.{i}.mlp.down_proj"
             for column, factor in enumerate(factors[name].scale):
                 weights[f"{name}.weight"][:, column] *= factor
-    tokens, mask = M.pad(rows())
+    tokens, mask = pad(rows())
     close(model.hidden(tokens, mask)[mask], by_hand.hidden(tokens, mask)[mask])
     assert (model.hidden(tokens, mask) - base().hidden(tokens, mask))[mask].abs().max() > 0.1
 
@@ -312,12 +314,10 @@ def test_adapters_are_float32_on_a_bf16_base():
 @torch.no_grad()
 def test_padded_is_unpadded(name, left):
     model = adapted(name)
-    tokens, mask = M.pad(rows(), left=left)
-    hidden, dense = model.hidden(tokens, mask), M.dense_hidden(model, tokens, mask)
+    tokens, mask = pad(rows(), left=left)
+    hidden = model.hidden(tokens, mask)
     for i, row in enumerate(rows()):
-        alone = model.hidden(torch.tensor([row]))[0]
-        close(hidden[i][mask[i]], alone)
-        close(dense[i][mask[i]], alone)
+        close(hidden[i][mask[i]], model.hidden(torch.tensor([row]))[0])
     assert torch.equal(
         model(tokens, mask)[mask], model(torch.where(mask, tokens, tokens + 1), mask)[mask]
     )
@@ -325,27 +325,27 @@ def test_padded_is_unpadded(name, left):
 
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
-def test_packed_is_separate_and_shared_beginnings_too(name):
+def test_packed_is_separate_and_shared_prompts_too(name):
     model, texts = adapted(name), rows((4, 3, 5, 1))
-    packed, segments = (
-        torch.tensor([sum(texts, []) + [9, 9]]),
-        torch.tensor([[0] * 4 + [1] * 3 + [2] * 5 + [3, -1, -1]]),
-    )
-    hidden = model.hidden(packed, segments=segments)
+    packed = torch.tensor([sum(texts, []) + [9, 9]])
+    segments = torch.tensor([[0] * 4 + [1] * 3 + [2] * 5 + [3, -1, -1]])
+    hidden = model.packed(by_segments(packed, segments))
     for n, row in enumerate(texts):
         close(hidden[0][segments[0] == n], model.hidden(torch.tensor([row]))[0])
-    tokens, mask, where = M.join([texts[0]] * 2 + [texts[2]], rows((3, 1, 7)))
-    close(M.dense_hidden(model, tokens, mask, where)[mask], model.hidden(tokens, mask)[mask])
-    logp = M.logprobs(model, tokens, mask, where)
-    expected = model(tokens, mask)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
-    close(logp[:, 1:][where[:, 1:]], expected[where[:, 1:]], 1e-4)
+    prompts, answers = [texts[0]] * 2 + [texts[2]], rows((3, 1, 7))
+    states, logps = M.states(model, prompts, answers), M.logprobs(model, prompts, answers)
+    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        alone = model.hidden(torch.tensor([prompt + answer]))[0, len(prompt) - 1 :]
+        close(states[n, : len(answer) + 1], alone)
+        p = model.lm_head(alone[:-1]).log_softmax(-1)
+        close(logps[n, : len(answer)], p.gather(1, torch.tensor(answer)[:, None])[:, 0], 1e-4)
     labels = torch.where(segments >= 0, packed, -100)
-    nll, n = sft_loss(model, packed, labels, segments)
+    nll = M.nll(model, packed, labels, segments)
     lone = [
-        sft_loss(model, torch.tensor([t]), torch.tensor([t]), torch.zeros(1, len(t)))[0]
-        for t in texts
+        M.nll(model, torch.tensor([t]), torch.tensor([t]), torch.zeros(1, len(t))) for t in texts
     ]
-    assert n == 9 and nll.item() == pytest.approx(sum(lone).item(), rel=1e-5)
+    close(nll[segments >= 0], torch.cat(lone, 1)[0], 1e-4)
+    assert (nll != 0).sum() == 9
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -355,7 +355,7 @@ def test_generation_is_the_forward_s(name, monkeypatch):
     if model.virtual is not None:
         past = type(model.virtual).past
         monkeypatch.setattr(type(model.virtual), "past", lambda *a: calls.append(1) or past(*a))
-    answers = M.generate(model, prompts, 12, temperature=0, eos_id=7)
+    answers = generate(model, prompts, 12, temperature=0, eos_id=7)
     assert len(calls) == (name in VIRTUAL)  # a generation computes it once
     for prompt, answer in zip(prompts, answers, strict=True):
         plain = []
@@ -363,13 +363,13 @@ def test_generation_is_the_forward_s(name, monkeypatch):
             plain.append(model(torch.tensor([prompt + plain]))[0, -1].argmax().item())
         assert answer == plain
     model.virtual = None
-    assert name == "ia3" or M.generate(model, prompts, 12, temperature=0, eos_id=7) != answers
+    assert name == "ia3" or generate(model, prompts, 12, temperature=0, eos_id=7) != answers
 
 
 @torch.no_grad()
 def test_a_cache_read_in_parts():
-    model, (tokens, mask) = adapted("prefix"), M.pad(rows(), left=True)
-    cache = M.Cache(model, 4, 9)
+    model, (tokens, mask) = adapted("prefix"), pad(rows(), left=True)
+    cache = Cache(model, 4, 9)
     parts = [
         model.hidden(tokens[:, :4], mask[:, :4], cache=cache),
         model.hidden(tokens[:, 4:], mask[:, 4:], cache=cache),
@@ -379,12 +379,12 @@ def test_a_cache_read_in_parts():
 
 def test_virtual_tokens_take_their_part_of_the_context():
     model = adapted("prompt")
-    assert base().context == 64 and model.context == 59 and M.prompt_room(model, 9) == 50
-    assert len(M.generate(model, [[1] * 50], 9)[0]) == 9
+    assert base().context == 64 and model.context == 59 and prompt_room(model, 9) == 50
+    assert len(generate(model, [[1] * 50], 9)[0]) == 9
     with pytest.raises(ValueError, match="60 tokens exceed the model's context of 59"):
-        M.generate(model, [[1] * 50], 10)
+        generate(model, [[1] * 50], 10)
     with pytest.raises(ValueError, match="the model's context is 59 tokens"):
-        M.prompt_room(model, 59)
+        prompt_room(model, 59)
 
 
 # -- training
@@ -393,12 +393,12 @@ def test_virtual_tokens_take_their_part_of_the_context():
 def step(model, lr=1e-2):
     """One step on a packed batch; the loss, and the gradients by name."""
     torch.manual_seed(0)
-    optimizer, (tokens, mask) = adamw(model, lr), M.pad(rows())
-    nll, n = sft_loss(model, tokens, torch.where(mask, tokens, -100), torch.where(mask, 0, -1))
-    (nll / n).backward()
+    optimizer, (tokens, mask) = adamw(model, lr), pad(rows())
+    loss = sft_loss(model, tokens, torch.where(mask, tokens, -100), torch.where(mask, 0, -1))
+    (loss / (mask.sum() - len(tokens))).backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
-    return nll.item(), grads
+    return loss.item(), grads
 
 
 def unmoved(model, before):
@@ -459,7 +459,7 @@ def test_checkpointing_keeps_only_the_blocks_inputs():
     loss.backward()
     assert len(calls) == 2  # computed again
     with torch.no_grad():
-        model.hidden(tokens, cache=M.Cache(model, 1, 9))
+        model.hidden(tokens, cache=Cache(model, 1, 9))
     assert len(calls) == 3
     model.checkpointing = False
     _, many = backward_saves()

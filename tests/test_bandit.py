@@ -17,7 +17,7 @@ import dpo
 import ppo
 from common import hub
 from data import templates
-from model import join, last_score, logprobs, scalar_model
+from model import logprobs, scalar_model, score
 
 # logits of a, b, c, d, end: an answer's first token, its second
 FIRST, AFTER = [1.0, 0.5, 0.0, -0.5, 0.5], [0.3, 0.0, -0.3, -0.6, 2.0]
@@ -40,12 +40,8 @@ def prompt_ids():
 def probabilities(folder, answers, temperature=1.0):
     """Of each answer (ids), in float64."""
     model, _ = hub.load(folder)
-    return (
-        logprobs(model, *join([prompt_ids()] * len(answers), answers), temperature)
-        .double()
-        .sum(1)
-        .exp()
-    )
+    logps = logprobs(model, [prompt_ids()] * len(answers), answers, temperature)
+    return logps.double().sum(1).exp()
 
 
 def optimum(reference, reward, beta):
@@ -64,7 +60,13 @@ def ppo_reaches(tmp_path, start, judge, reward, **options):
     data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
     settings = (
         dict(
-            kl=0.7, iterations=40, batch=128, minibatch=64, lr=1e-2, max_new_tokens=2, device="cpu"
+            kl_coef=0.7,
+            iterations=40,
+            batch=128,
+            minibatch=64,
+            lr=1e-2,
+            max_new_tokens=2,
+            device="cpu",
         )
         | options
     )
@@ -74,12 +76,12 @@ def ppo_reaches(tmp_path, start, judge, reward, **options):
     reference, got = (probabilities(f, ids, o.temperature) for f in (start, o.out))
     # these are all the answers there are
     assert abs(reference.sum() - 1) < 1e-5 and abs(got.sum() - 1) < 1e-4
-    best = optimum(reference, reward, o.kl)
+    best = optimum(reference, reward, o.kl_coef)
     for wrong in (
         reference,
-        optimum(reference, reward, 2 * o.kl),
-        optimum(reference, reward, o.kl / 2),
-        optimum(reference, reward, -o.kl),
+        optimum(reference, reward, 2 * o.kl_coef),
+        optimum(reference, reward, o.kl_coef / 2),
+        optimum(reference, reward, -o.kl_coef),
     ):
         assert distance(best, wrong) > 0.1  # what the test could be fooled by
     assert distance(got, best) < 0.03
@@ -100,9 +102,7 @@ def test_ppo_against_a_reward_model(tmp_path, start):
         chat_tokenizer(),
     )
     with torch.no_grad():
-        raw = last_score(
-            model, *join([prompt_ids()] * len(ANSWERS), [a for _, a, _ in ANSWERS])[:2]
-        ).double()
+        raw = score(model, [prompt_ids()] * len(ANSWERS), [a for _, a, _ in ANSWERS]).double()
     ended = torch.tensor([e for _, _, e in ANSWERS])
     model.config.reward_mean, model.config.reward_std = (
         raw[ended].mean().item() - 0.5,

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import score_rows
 
 from common import hub
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, generate, init_weights, last_score, scalar_model
+from model import Config, Transformer, init_weights, scalar_model
+from sampling import generate
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMAS = ["tied", "biases", "wide", "scores"]
@@ -77,7 +79,7 @@ def test_transformers_own_logits(name):
     assert tokenizer is None and model.embed_tokens.weight.dtype == torch.float32
     assert out.std() > 0.5
     if name == "scores":
-        assert (last_score(model, tokens, mask) - out[:, 0]).abs().max() < 1e-4
+        assert (score_rows(model, tokens, mask) - out[:, 0]).abs().max() < 1e-4
     else:
         assert (model(tokens, mask) - out)[mask].abs().max() < 1e-4
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())

@@ -22,7 +22,8 @@ from stages import done, refused, run
 from common import hub, peft, tuning
 from common.run import pick_device
 from data import templates, tokenizer
-from model import decode, generate, scalar_model
+from model import scalar_model
+from sampling import decode, generate
 from tools import chat, controls, evals
 
 GOLDEN, CPU = Path(__file__).parent / "golden", pick_device("cpu")

@@ -15,15 +15,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import chat_tokenizer, lm
+from tiny import chat_tokenizer, lm, score_rows
 
 import lora
 from common import hub, run, tuning
 from common.peft import load_adapter, save_adapter
 from lora import LoRALinear, add_lora, merge, use
-from model import generate, last_score, scalar_model, scores, share
-from ppo import values_of
+from model import scalar_model, score, share, states, values
+from ppo import value
 from quant import quantize_model
+from sampling import generate
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 LORAS = {"list": "tied", "pattern": "biases", "head": "tied", "scores": "scores"}
@@ -519,8 +520,7 @@ def test_a_scalar_head_is_float32_over_a_bf16_base():
         model.score.weight.dtype == torch.float32
         and model.embed_tokens.weight.dtype == torch.bfloat16
     )
-    mask = torch.ones_like(TOKENS, dtype=torch.bool)
-    close(last_score(model, TOKENS, mask), model(TOKENS)[:, -1], 0.05)
+    close(score(model, TOKENS.tolist(), [[]] * len(TOKENS)), model(TOKENS)[:, -1], 0.05)
     model.score.bfloat16()
     assert model(TOKENS).dtype == torch.float32
     assert add_lora(model, 2, 4).score.weight.dtype == torch.float32
@@ -529,22 +529,23 @@ def test_a_scalar_head_is_float32_over_a_bf16_base():
 @torch.no_grad()
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_a_scalar_head_is_float32_under_autocast(base):
-    """forward(), scores() and what PPO reads: the product of hidden states and head, unrounded,
-    wherever it stands.
+    """forward(), values(), score() and what PPO reads: the product of hidden states and head,
+    unrounded, wherever it stands.
     """
     model = scalar_model(lm().to(base), seeded())
-    mask, head = torch.ones_like(TOKENS, dtype=torch.bool), model.score.weight[0]
+    head, rows = model.score.weight[0].double(), TOKENS.tolist()
+    texts = [row[:1] for row in rows], [row[1:] for row in rows]
     with torch.autocast("cpu", torch.bfloat16):
-        h = model.hidden(TOKENS)
-        found = model(TOKENS), scores(model, TOKENS, mask), last_score(model, TOKENS, mask)
-        value = values_of(model, TOKENS, mask)
-    assert all(x.dtype == torch.float32 for x in (*found, value))
-    expected = (h.double() @ head.double()).float()
-    close(found[0], expected, 1e-5)
+        h, read = model.hidden(TOKENS), states(model, *texts)
+        found = model(TOKENS), values(model, *texts), score(model, *texts), value(model, *texts)
+    assert all(x.dtype == torch.float32 for x in found)
+    expected, before = (h.double() @ head).float(), (read.double() @ head).float()
     rounded = (h.bfloat16() @ head.bfloat16()).float()
     assert (rounded - expected).abs().max() > 1e-3
-    for x in (found[1], F.pad(value[:, 1:], (0, 1)), found[2][:, None]):
-        assert (x != x.bfloat16().float()).any(), "rounded to bf16"
+    close(found[0], expected, 1e-5)
+    close(found[1], before[:, :-1], 1e-5)
+    close(found[2], before[:, -1], 1e-5)
+    close(found[3], before[:, :-1], 1e-5)  # its deviations are 0 and 1
 
 
 # ---------------------------------------------------------------- PEFT's folders
@@ -559,7 +560,7 @@ def test_the_peers_own_numbers(name):
     plain = model(rows["tokens"], rows["mask"].bool())
     load_adapter(model, GOLDEN / f"lora_{name}")
     tokens, mask = rows["tokens"], rows["mask"].bool()
-    out = last_score(model, tokens, mask)[:, None] if name == "scores" else model(tokens, mask)
+    out = score_rows(model, tokens, mask)[:, None] if name == "scores" else model(tokens, mask)
     where = slice(None) if name == "scores" else mask
     close(out[where], expected["out"][where], 1e-4)
     assert name == "scores" or (plain - out)[mask].abs().max() > 0.1

@@ -13,7 +13,7 @@ import pretrain
 from common import hub
 from common.run import read_record, sha256
 from data.world import corpus, world
-from model import generate
+from sampling import generate
 
 BASE = Path(pretrain.__file__).parent / "data" / "base"
 

@@ -18,7 +18,7 @@ import ppo
 import reward
 from common import hub
 from data import records, templates
-from model import join, last_score, scalar_model
+from model import scalar_model, score
 from reward import ranking_loss
 from tools import evals
 
@@ -125,9 +125,7 @@ def test_the_peers_own_numbers():
     """
     model, _ = hub.load(GOLDEN / "llama_scores")
     for g in json.loads((GOLDEN / "losses.json").read_text())["reward"]:
-        scores, ranks = reward.scores_of(
-            model, [(p, [r, c], [1, 0]) for p, c, r in g["pairs"]], torch.device("cpu")
-        )
+        scores, ranks = reward.scores_of(model, [(p, [r, c], [1, 0]) for p, c, r in g["pairs"]])
         assert ranking_loss(scores, ranks).item() == pytest.approx(g["loss"], abs=1e-5)
 
 
@@ -149,7 +147,7 @@ def batch(shapes=((3, 4), (9, 2), (1, 3)), seed=0):
 
 def test_every_answers_score_is_its_own(model):
     rows = batch()
-    scores, ranks = reward.scores_of(model, rows, torch.device("cpu"))
+    scores, ranks = reward.scores_of(model, rows)
     assert scores.shape == ranks.shape == (3, 4)
     assert ranks.tolist() == [r + [-1] * (4 - len(r)) for _, _, r in rows]
     for i, (prompt, answers, _) in enumerate(rows):
@@ -159,31 +157,30 @@ def test_every_answers_score_is_its_own(model):
     assert len({round(s, 4) for s in scores[ranks >= 0].tolist()}) == 9
 
 
-def test_every_answer_is_read_once_whatever_its_pairs(model, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        reward,
-        "last_score",
-        lambda m, tokens, *masks: read.append(len(tokens)) or last_score(m, tokens, *masks),
-    )
-    reward.scores_of(model, batch(), torch.device("cpu"))
-    assert read == [4 + 2 + 3]  # K forward passes, K(K-1)/2 comparisons
+def test_every_answer_is_read_once_whatever_its_pairs(model):
+    """K forward passes, K(K-1)/2 comparisons; and the prompt once for all of them."""
+    rows, read = batch(), []
+    hook = model.embed_tokens.register_forward_hook(lambda m, args, out: read.append(args[0]))
+    reward.scores_of(model, rows)
+    hook.remove()
+    expected = [i for prompt, answers, _ in rows for i in sum(answers, prompt)]
+    assert sorted(read[0].flatten().tolist()) == sorted(expected) and len(read) == 1
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 def test_the_score_is_read_at_the_last_token_also_where_padding_is_an_end(model, end):
     """Turns that end in the padding's own id: the score must come from the end of the answer,
-    whatever fills the row up.
+    whatever stands beside it in the row.
     """
     tok = chat_tokenizer(pad=end)
     chat = user("a") + [{"role": "assistant", "content": "b"}] + user("c?")
     prompt, answer = templates.answer_ids(tok, chat, "d")
     alone = model(torch.tensor([prompt + answer]))[0, -1].item()
     for fill in (0, tok.special[end]):
-        for width in range(0, 4):
-            tokens = torch.tensor([prompt + answer + [fill] * width])
-            mask = torch.arange(tokens.shape[1])[None] < len(prompt + answer)
-            assert abs(last_score(model, tokens, mask).item() - alone) < 1e-5
+        for width in range(1, 4):
+            beside = [prompt, prompt + [fill]], [answer + [fill] * width, [fill] * width]
+            prompts, answers = [prompt, *beside[0]], [answer, *beside[1]]
+            assert abs(score(model, prompts, answers)[0].item() - alone) < 1e-5
     other = model(torch.tensor([prompt + answer[:-1]]))[0, -1].item()
     assert abs(other - alone) > 1e-3
 
@@ -199,14 +196,12 @@ def test_training_evaluation_and_ppo_read_the_same_text(tmp_path, model):
         {"prompt": c, "responses": [t, t + "!"], "ranks": [1, 0]}
         for c, t in zip(chats, texts, strict=True)
     ]
-    trained = reward.scores_of(model, reward.prepare("x", rankings, tok, 128), torch.device("cpu"))[
-        0
-    ][:, 0]
+    trained = reward.scores_of(model, reward.prepare("x", rankings, tok, 128))[0][:, 0]
     evaluated = torch.tensor(evals.score_texts(model, tok, chats, texts))
-    judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, tok, "cpu")
+    judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), lm(), tok, [])
     asked = [templates.render(tok, c, add_generation_prompt=True)[0] for c in chats]
     answers = [[*tok.encode(t), templates.end_id(tok)] for t in texts]  # as the sampler leaves them
-    in_ppo = judge(*join(asked, answers)[:2], chats, texts)
+    in_ppo = judge(asked, answers, texts, chats, None)
     assert torch.allclose(trained, evaluated, atol=1e-5)
     assert torch.allclose(in_ppo, (trained - 0.25) / 2, atol=1e-5)
 
@@ -277,8 +272,8 @@ def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
         ((_, answers, _),) = reward.prepare("x", [row | more], tok, 64)
         assert answers == expected
         file = write(tmp_path / "r.jsonl", [row | more])
-        ((_, answers, pairs),) = dpo.prepare(file, "all", tok, 64)
-        told = {(tuple(answers[w]), tuple(answers[l])) for w, l in pairs}
+        (pairs,) = dpo.prepare(file, "all", tok, 64)
+        told = {(tuple(chosen), tuple(rejected)) for _, chosen, rejected in pairs}
         assert told == {
             (tuple(expected[w]), tuple(expected[l])) for w, l in ((2, 1), (2, 0), (1, 0))
         }
@@ -290,10 +285,8 @@ def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
         "ranks": [0, 1, 2],
         "finished": [False, True, True],
     }
-    ((_, answers, pairs),) = dpo.prepare(write(tmp_path / "e.jsonl", [empty]), "all", tok, 64)
-    assert [tok.decode(answers[i]) for i in pairs[0]] == ["x<|im_end|>", "y<|im_end|>"] and len(
-        pairs
-    ) == 1
+    (((_, *pair),),) = dpo.prepare(write(tmp_path / "e.jsonl", [empty]), "all", tok, 64)
+    assert [tok.decode(answer) for answer in pair] == ["x<|im_end|>", "y<|im_end|>"]
 
 
 def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
@@ -330,7 +323,7 @@ def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(tmp_path
         steps=1,
     )
     with pytest.raises(
-        ValueError, match="chats.jsonl: the reward model scores all reference answers alike"
+        ValueError, match="chats.jsonl: the scores of the reference answers do not differ"
     ):
         reward.reward(o)
     assert not (tmp_path / "rm" / "config.json").exists()
@@ -371,10 +364,10 @@ def test_it_learns_the_ranking_and_its_reference_answers_have_mean_0_and_deviati
     log = metrics(tmp_path / "rm")
     assert log[-1]["held_out_accuracy"] > 0.95 and log[39]["loss"] < 0.2 < 0.4 < log[0]["loss"]
     model, tok = hub.load(tmp_path / "rm")
-    judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), None, tok, "cpu")
+    judge, _ = ppo.load_reward(ppo.Options(reward=str(tmp_path / "rm")), lm(), tok, [])
     ids = [
         templates.answer_ids(tok, c["messages"][:-1], c["messages"][-1]["content"]) for c in chats
     ]
-    scores = judge(*join(*zip(*ids, strict=True))[:2], None, None)
+    scores = judge(*map(list, zip(*ids, strict=True)), None, None, None)
     assert abs(scores.mean()) < 0.05 and abs(scores.std() - 1) < 0.05
     assert model.config.reward_std > 0.1

@@ -16,7 +16,9 @@ import sft
 from common import hub
 from common.run import lr_at
 from data import records, templates
-from model import generate
+from model import nll
+from packing import by_segments
+from sampling import generate
 
 V = 280
 END = 279
@@ -179,10 +181,11 @@ def test_packed_is_separate(model):
     data = examples(RAGGED)
     tokens, labels, segments = sft.pack(data, 32)
     assert len(tokens) < len(data)  # several in a row
-    nll, n = sft.sft_loss(model, tokens, labels, segments)
+    loss, n = sft.sft_loss(model, tokens, labels, segments), sft.count_targets(data)
     expected = sum(hand(model, *e) for e in data)
-    assert n == sum(answer for _, answer in RAGGED) and abs(nll - expected) < 1e-4 * expected
-    assert differ(gradients(model, nll / n), gradients(model, expected / n)) < 1e-6
+    assert loss.shape == () and n == sum(answer for _, answer in RAGGED)
+    assert abs(loss - expected) < 1e-4 * expected
+    assert differ(gradients(model, loss / n), gradients(model, expected / n)) < 1e-6
 
 
 def test_pack_lays_each_example_once_and_changes_nothing():
@@ -215,29 +218,32 @@ def test_one_label_trains_one_position_the_one_before_it():
             super().__init__()
             self.h, self.lm_head = torch.randn(2, 6, 9, requires_grad=True), torch.nn.Identity()
 
-        def hidden(self, tokens, segments):
+        def packed(self, rows):
             return self.h
 
     model, tokens = Reads(), torch.randint(9, (2, 6))
     labels, segments = torch.full((2, 6), sft.IGNORE), torch.zeros(2, 6, dtype=torch.long)
     labels[1, 4] = 5
-    nll, n = sft.sft_loss(model, tokens, labels, segments)
-    nll.backward()
+    found = nll(model, tokens, labels, segments)
+    assert (found != 0).nonzero().tolist() == [[1, 4]]  # it lies where its label does
+    loss = sft.sft_loss(model, tokens, labels, segments)
+    assert loss == found.sum()
+    loss.backward()
     expected = torch.zeros(2, 6, 9)
     expected[1, 3] = torch.softmax(model.h[1, 3], -1) - F.one_hot(torch.tensor(5), 9)
-    assert n == 1 and torch.allclose(model.h.grad, expected, atol=1e-6)
+    assert torch.allclose(model.h.grad, expected, atol=1e-6)
 
 
 def test_on_a_bf16_model_the_loss_is_float32(model):
     packed, half = sft.pack(examples(RAGGED), 32), copy.deepcopy(model).bfloat16()
-    nll, n = sft.sft_loss(half, *packed)
+    loss = sft.sft_loss(half, *packed)
     # rounded where the model is, and nowhere after it
-    logits = half(packed[0], segments=packed[2]).float()[:, :-1]
+    logits = half.lm_head(half.packed(by_segments(packed[0], packed[2]))).float()[:, :-1]
     labels = torch.where(packed[2][:, 1:] == packed[2][:, :-1], packed[1][:, 1:], sft.IGNORE)
     expected = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=sft.IGNORE, reduction="sum"
     )
-    assert nll.dtype == torch.float32 and abs(nll - expected) < 1e-5 * expected
+    assert loss.dtype == torch.float32 and abs(loss - expected) < 1e-5 * expected
 
 
 def test_the_head_runs_on_the_targets_alone(model):
@@ -251,11 +257,13 @@ def test_the_head_runs_on_the_targets_alone(model):
 def test_an_examples_first_token_is_not_predicted_from_its_neighbour(model):
     tokens, segments = torch.randint(1, V, (1, 8)), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
     labels = tokens.clone()
-    nll, n = sft.sft_loss(model, tokens, labels, segments)
+    loss = sft.sft_loss(model, tokens, labels, segments)
     alone = hand(model, tokens[0, :4].tolist(), labels[0, :4].tolist()) + hand(
         model, tokens[0, 4:].tolist(), labels[0, 4:].tolist()
     )
-    assert n == 6 and abs(nll - alone) < 1e-4
+    assert abs(loss - alone) < 1e-4
+    rows = tokens.view(2, 4).tolist()
+    assert sft.count_targets([(row, row) for row in rows]) == 6
 
 
 def test_a_neighbours_content_changes_nothing(model):
@@ -264,7 +272,7 @@ def test_a_neighbours_content_changes_nothing(model):
     for i in range(len(data)):
         only = torch.where(segments == i, labels, sft.IGNORE)
         other = torch.where((segments != i), torch.randint(1, V, tokens.shape), tokens)
-        a, b = (sft.sft_loss(model, t, only, segments)[0] for t in (tokens, other))
+        a, b = (sft.sft_loss(model, t, only, segments) for t in (tokens, other))
         assert abs(a - b) < 1e-5 * a
 
 
@@ -274,14 +282,14 @@ def test_masked_content_changes_nothing_and_trained_content_does(model):
     # a turn of the user's follows the answer
     labels = [sft.IGNORE] * 4 + ids[4:7] + [sft.IGNORE] * 5
     packed = sft.pack([(ids, labels)], 16)
-    loss = sft.sft_loss(model, *packed)[0]
+    loss = sft.sft_loss(model, *packed)
 
     def changed(at, label=None):
         tokens, labels, segments = (x.clone() for x in packed)
         tokens[0, at] = (tokens[0, at] + 1) % V
         if label:
             labels[0, at] = tokens[0, at]
-        return (sft.sft_loss(model, tokens, labels, segments)[0] - loss).abs().item()
+        return (sft.sft_loss(model, tokens, labels, segments) - loss).abs().item()
 
     assert all(changed(at) < 1e-5 for at in range(7, 16))  # behind the targets, and padding
     assert all(changed(at) > 1e-3 for at in range(0, 6))  # what the targets read
@@ -293,11 +301,12 @@ def test_the_end_is_trained_also_where_it_is_the_padding(model, end):
     data = examples(RAGGED, end=end)
     tokens, labels, segments = sft.pack(data, 32)
     assert ((labels == end).sum()) == len(data)
-    nll, n = sft.sft_loss(model, tokens, labels, segments)
-    assert n == sum(answer for _, answer in RAGGED)
-    assert abs(nll - sum(hand(model, *e) for e in data)) < 1e-4 * nll
+    found = nll(model, tokens, labels, segments)
+    assert (found != 0).sum() == sft.count_targets(data) == sum(answer for _, answer in RAGGED)
+    loss = sft.sft_loss(model, tokens, labels, segments)
+    assert abs(loss - sum(hand(model, *e) for e in data)) < 1e-4 * loss
     filled = torch.where(segments == -1, end, tokens)
-    assert abs(sft.sft_loss(model, filled, labels, segments)[0] - nll) < 1e-5 * nll
+    assert abs(sft.sft_loss(model, filled, labels, segments) - loss) < 1e-5 * loss
 
 
 def test_rows_without_a_target_are_finite(model):
@@ -305,12 +314,13 @@ def test_rows_without_a_target_are_finite(model):
     tokens, labels, segments = sft.pack(data, 32)
     one_row = labels.clone()
     one_row[0] = sft.IGNORE
-    nll, n = sft.sft_loss(model, tokens, one_row, segments)
+    loss = sft.sft_loss(model, tokens, one_row, segments)
     rest = sum(hand(model, *e) for i, e in enumerate(data) if i not in segments[0])
-    assert abs(nll - rest) < 1e-4 * rest and n == (one_row != sft.IGNORE).sum()
-    nll, n = sft.sft_loss(model, tokens, torch.full_like(labels, sft.IGNORE), segments)
-    assert (nll.item(), n) == (0.0, 0)
-    assert all((g == 0).all() for g in gradients(model, nll).values())
+    found = nll(model, tokens, one_row, segments)
+    assert abs(loss - rest) < 1e-4 * rest and torch.equal(found != 0, one_row != sft.IGNORE)
+    loss = sft.sft_loss(model, tokens, torch.full_like(labels, sft.IGNORE), segments)
+    assert loss == 0 and sft.count_targets([([1, 2], [sft.IGNORE] * 2)]) == 0
+    assert all((g == 0).all() for g in gradients(model, loss).values())
 
 
 def test_finite_differences():
@@ -324,9 +334,9 @@ def test_finite_differences():
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 3, 3, 3, 3, 3]])
 
     def loss(model):
-        nll, n = sft.sft_loss(model, tokens, labels, segments)
-        assert n == 8 and nll.dtype == torch.float64
-        return nll / n
+        found = nll(model, tokens, labels, segments)
+        assert (found != 0).sum() == 8 and found.dtype == torch.float64
+        return sft.sft_loss(model, tokens, labels, segments) / 8
 
     assert gradcheck(model, loss)
 

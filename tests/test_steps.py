@@ -369,7 +369,7 @@ def test_ppo(tmp_path, monkeypatch):
         0.9,
         0.95,
     )
-    o.lr, o.kl, o.target_kl, o.horizon, o.clip, o.vf = 0.01, 0.3, 1.0, 60.0, 0.1, 0.3
+    o.lr, o.kl_coef, o.target_kl, o.horizon, o.clip, o.vf_coef = 0.01, 0.3, 1.0, 60.0, 0.1, 0.3
     ppo.ppo(o)
 
     prompt = templates.render(TOK, prompts(1)[0], add_generation_prompt=True)[0]

@@ -6,7 +6,7 @@ import torch
 
 from common import hub
 from data import templates, tokenizer
-from model import Config, Transformer
+from model import Config, Transformer, score
 
 TEXTS = [
     "the capital of Peru is Lima. ",
@@ -78,6 +78,12 @@ class Over(torch.nn.Module):
         return self.function(self.model, *args)
 
 
+def score_rows(model, tokens, mask):
+    """A scalar model's score of each padded row, a text without an answer."""
+    rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    return score(model, rows, [[]] * len(rows))
+
+
 def gradcheck(model, function):
     """Finite differences in float64 of function(model) by every parameter of the model."""
     over = Over(model.double(), function)
@@ -129,3 +135,38 @@ def answers_of(letters="abcd"):
     end, ids = templates.end_id(tok), {c: tok.encode(c) for c in letters}
     out = [("", [end], True)] + [(a, [*ids[a], end], True) for a in letters]
     return out + [(a + b, ids[a] + ids[b], False) for a in letters for b in letters]
+
+
+# ---------------------------------------------------------------- the transformer's own tests
+V = 37
+
+
+def decoder(seed=0, std=0.35, **changes):
+    """Three layers, two key/value heads, V tokens; norms around 1, the rest around 0."""
+    shape = dict(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    model, generator = Transformer(Config(**shape | changes)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * std
+                + (p.dim() == 1 and 1.0) * (p.mean() == 1)
+            )
+    return model
+
+
+def ragged(lengths=(5, 1, 9, 3), seed=0):
+    """Lists of ids of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(V, (n,), generator=generator).tolist() for n in lengths]
+
+
+def close(a, b, tolerance=2e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() < tolerance, (a - b).abs().max()

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import score_rows
 
 from common import hub
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, generate, last_score, logprobs, pad, scalar_model
+from model import Config, Transformer, logprobs, scalar_model
+from packing import pad
+from sampling import generate
 
 pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -153,7 +156,7 @@ def test_their_classifier_read_by_us(tmp_path):
     model, _ = hub.load(tmp_path)
     tokens, mask = batch()
     theirs = peer(tokens, attention_mask=mask.long()).logits[:, 0]
-    measured("scores", (last_score(model, tokens, mask) - theirs).abs().max().item(), 1e-4)
+    measured("scores", (score_rows(model, tokens, mask) - theirs).abs().max().item(), 1e-4)
 
 
 @torch.no_grad()
@@ -184,7 +187,7 @@ def test_our_reward_model_opened_by_them(tmp_path):
     inputs = AutoTokenizer.from_pretrained(tmp_path)(texts, padding=True, return_tensors="pt")
     mask = inputs["attention_mask"].bool()
     assert not mask.all() and (inputs["input_ids"][torch.arange(3), mask.sum(1) - 1] == end).all()
-    ours = last_score(model, inputs["input_ids"], mask)
+    ours = score_rows(model, inputs["input_ids"], mask)
     assert ours.std() > 0.05
     theirs = peer(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
     measured("scores", (ours - theirs).abs().max().item(), 1e-4)
@@ -210,10 +213,13 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def page(smollm2):
-    tokens, mask = pad([Tokenizer.load(smollm2).encode(PAGE)])
-    where = mask.clone()
-    where[:, 0] = False
-    return tokens, mask, where
+    return torch.tensor([Tokenizer.load(smollm2).encode(PAGE)])
+
+
+def our_logprobs(model, tokens):
+    """Of all but the first, which are an answer to it."""
+    row = tokens[0].tolist()
+    return logprobs(model, [row[:1]], [row[1:]])[0]
 
 
 def their_logprobs(peer, tokens):
@@ -225,10 +231,9 @@ def test_smollm2_over_a_page(smollm2, page):
     """Log-probabilities of every token, which are a language model's; and the greedy continuation,
     ours from a ragged batch.
     """
-    tokens, mask, where = page
-    model, _ = hub.load(smollm2)
+    tokens, (model, _) = page, hub.load(smollm2)
     peer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    ours, theirs = logprobs(model, tokens, mask, where)[0, 1:], their_logprobs(peer, tokens)
+    ours, theirs = our_logprobs(model, tokens), their_logprobs(peer, tokens)
     assert tokens.shape[1] > 350 and theirs.mean() > -3.5
     measured(
         f"SmolLM2: log-probabilities of {tokens.shape[1]} tokens",
@@ -244,8 +249,7 @@ def test_smollm2_over_a_page(smollm2, page):
 
 @torch.no_grad()
 def test_smollm2_saved_by_us(smollm2, page, tmp_path):
-    tokens, mask, where = page
-    model, tokenizer = hub.load(smollm2)
+    tokens, (model, tokenizer) = page, hub.load(smollm2)
     hub.save(tmp_path, model, tokenizer, torch.bfloat16)
     peer, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
@@ -253,10 +257,7 @@ def test_smollm2_saved_by_us(smollm2, page, tmp_path):
     assert not any(info.values()), info
     measured(
         "SmolLM2 saved",
-        (logprobs(model, tokens, mask, where)[0, 1:] - their_logprobs(peer, tokens))
-        .abs()
-        .max()
-        .item(),
+        (our_logprobs(model, tokens) - their_logprobs(peer, tokens)).abs().max().item(),
         1e-3,
     )
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
@@ -277,7 +278,7 @@ def test_smollm2_saved_by_us(smollm2, page, tmp_path):
 @torch.no_grad()
 def test_smollm2_as_a_reward_model(smollm2, page, tmp_path):
     """SmolLM2 pads with its end token; the reward model made from it must not."""
-    tokens = page[0][0].tolist()
+    tokens = page[0].tolist()
     model, tokenizer = hub.load(smollm2)
     model, end = (
         scalar_model(model, torch.Generator().manual_seed(0)),
@@ -291,4 +292,4 @@ def test_smollm2_as_a_reward_model(smollm2, page, tmp_path):
     )
     rows, mask = pad([tokens[:30] + [end], tokens[30:90] + [end]], fill=peer.config.pad_token_id)
     theirs = peer(rows, attention_mask=mask.long()).logits[:, 0]
-    measured("SmolLM2: scores", (last_score(model, rows, mask) - theirs).abs().max().item(), 1e-3)
+    measured("SmolLM2: scores", (score_rows(model, rows, mask) - theirs).abs().max().item(), 1e-3)

@@ -131,9 +131,9 @@ def test_gradients_of_sft(peer):
         for side in (1, 2)
         for p, a in ((x[0], x[side]) for x in PAIRS)
     ]
-    nll, n = sft.sft_loss(ours, *sft.pack(examples, 64))
-    (nll / n).backward()
-    measured("sft", (nll / n).item(), loss.item(), 1e-4)
+    mean = sft.sft_loss(ours, *sft.pack(examples, 64)) / sft.count_targets(examples)
+    mean.backward()
+    measured("sft", mean.item(), loss.item(), 1e-4)
     gradients(ours, theirs, "gradients of sft, as a share of the largest")
 
 
@@ -146,5 +146,5 @@ def test_reward_loss(tmp_path):
     )
     # transformers takes the last id that is not the pad's
     pairs = [tuple([i or 1 for i in ids] for ids in pair) for pair in PAIRS]
-    scores, ranks = reward.scores_of(ours, [(p, [r, c], [1, 0]) for p, c, r in pairs], CPU)
+    scores, ranks = reward.scores_of(ours, [(p, [r, c], [1, 0]) for p, c, r in pairs])
     measured("reward", reward.ranking_loss(scores, ranks).item(), TRL.reward(theirs, pairs), 1e-4)

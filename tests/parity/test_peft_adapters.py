@@ -11,8 +11,9 @@ import torch.nn.functional as F
 import adapters
 import lora
 from common import hub, peft
-from model import Config, Transformer, generate
+from model import Config, Transformer
 from parity.test_hub import batch, measured, shape, spread
+from sampling import generate
 
 pytest.importorskip("peft")
 from peft import (

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import lm
+from tiny import lm, score_rows
 
 from common import hub
 from common.peft import load_adapter, save_adapter
 from lora import add_lora, merge
-from model import last_score, pad, scalar_model
+from model import scalar_model
+from packing import pad
 
 peft = pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parent.parent / "golden"))
@@ -67,7 +68,7 @@ def outputs(ours, theirs):
     scalar = ours.config.num_labels
     theirs = theirs(input_ids=TOKENS, attention_mask=MASK.long()).logits
     return (
-        (last_score(ours, TOKENS, MASK), theirs[:, 0])
+        (score_rows(ours, TOKENS, MASK), theirs[:, 0])
         if scalar
         else (ours(TOKENS, MASK)[MASK], theirs[MASK])
     )
