@@ -225,8 +225,21 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
     page.write_text(
         "above\n<!-- lighter -->\nold\n<!-- /lighter -->\n<!-- qlora -->\n<!-- /qlora -->\nbelow\n"
     )
-    o = lighter.Options(small["sft"]["model"], small["sft"]["data"], small["dpo"]["data"], str(tmp_path / "l"), str(page), steps=3, batch=4,
-                        length=140, n=12, documents=3, seeds=2, lr=1e-3, device="cpu")  # fmt: skip
+    o = lighter.Options(
+        small["sft"]["model"],
+        small["sft"]["data"],
+        small["dpo"]["data"],
+        str(tmp_path / "l"),
+        str(page),
+        steps=3,
+        batch=4,
+        length=140,
+        n=12,
+        documents=3,
+        seeds=2,
+        lr=1e-3,
+        device="cpu",
+    )
     lighter.lighter(o)
     result, text = json.loads((tmp_path / "l" / "lighter.json").read_text()), page.read_text()
     assert list(result["ways"]) == ["base", "base4", *lighter.WAYS]

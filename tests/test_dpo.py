@@ -320,7 +320,7 @@ def run(tmp_path, monkeypatch):
 
 
 def pairs_of(run):
-    """The pairs of the training side, in the file's order: (prompt ids, chosen ids, rejected ids)."""
+    """The training pairs in the file's order: (prompt ids, chosen ids, rejected ids)."""
     groups = dpo.prepare(run.data, "all", chat_tokenizer(), 256)
     return [(p, answers[c], answers[r]) for p, answers, pairs in groups for c, r in pairs]
 

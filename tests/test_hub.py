@@ -392,8 +392,12 @@ def test_what_we_lack_is_refused_by_name(folder, key):
 
 
 def test_other_ropes(folder):
-    for key, value in (("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_parameters", {"partial_rotary_factor": 0.5}),
-                       ("rope_parameters", {"full_attention": {"rope_type": "default"}}), ("rope_parameters", "plain")):  # fmt: skip
+    for key, value in (
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("rope_parameters", "plain"),
+    ):
         edit(folder, **{"rope_scaling": None, "rope_parameters": None} | {key: value})
         refused(folder, ValueError, f"{key}.*is not supported: only plain RoPE is")
     edit(folder, rope_scaling={"type": "default"}, rope_parameters=None)

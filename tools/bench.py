@@ -358,7 +358,7 @@ def alternate(commands: dict, rounds: int) -> dict:
 
 
 def report(found: dict, unit: str) -> str:
-    """Medians, the first side's ratio to the second with its spread over the rounds, peak memory."""
+    """Medians, the ratio of the first side to the second with its spread, peak memory."""
     speeds = {side: [a["units"] / a["seconds"] for a in answers] for side, answers in found.items()}
     lines = []
     for side, s in speeds.items():
