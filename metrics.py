@@ -52,6 +52,25 @@ def finite(xs, what):
     return xs
 
 
+def running(seen, scores):
+    """(n, mean, M = Σ(score - mean)²) of all scores so far, with the new ones (K,) added:
+    δ = mean_new - mean;  mean + δ K/(n+K);  M + M_new + δ² nK/(n+K)          Chan et al. 1979"""
+    n, mean, m = seen
+    k, scores = len(scores), scores.double()
+    if not k:
+        return seen
+    shift = scores.mean().item() - mean
+    within = ((scores - scores.mean()) ** 2).sum().item()
+    return n + k, mean + shift * k / (n + k), m + within + shift**2 * n * k / (n + k)
+
+
+def deviation(seen) -> float:
+    """sqrt(M/n); 1 while all scores are equal up to float32's rounding: they have no scale yet."""
+    n, mean, m = seen
+    std = (m / n) ** 0.5 if n else 0.0
+    return std if std > 1e-6 * abs(mean) else 1.0
+
+
 # ---------------------------------------------------------------- comparisons
 def points(ours, theirs):
     """Scores on the same prompts → for each prompt 1 where ours is higher, ½ for a tie, else 0."""

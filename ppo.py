@@ -37,6 +37,8 @@ from common.run import (
     Run,
     adamw,
     autocast,
+    file_of,
+    is_function,
     load_function,
     lr_at,
     main,
@@ -47,6 +49,7 @@ from common.run import (
 )
 from data import records, templates
 from data.world import world
+from metrics import deviation, running
 from model import answer_mask, logprobs, scalar_model, score, share, values
 from sampling import generate, prompt_room
 
@@ -142,25 +145,6 @@ def adapt(beta: float, kl: float, target: float, answers: int, horizon: float) -
     Without a target it stays."""
     error = max(-0.2, min(0.2, kl / target - 1)) if target else 0.0
     return beta * (1 + error * min(1, answers / horizon))
-
-
-def running(seen, scores):
-    """(n, mean, M = Σ(score - mean)²) of all scores so far, with the new ones (K,) added:
-    δ = mean_new - mean;  mean + δ K/(n+K);  M + M_new + δ² nK/(n+K)          Chan et al. 1979"""
-    n, mean, m = seen
-    k, scores = len(scores), scores.double()
-    if not k:
-        return seen
-    shift = scores.mean().item() - mean
-    within = ((scores - scores.mean()) ** 2).sum().item()
-    return n + k, mean + shift * k / (n + k), m + within + shift**2 * n * k / (n + k)
-
-
-def deviation(seen) -> float:
-    """sqrt(M/n); 1 while all scores are equal up to float32's rounding: they have no scale yet."""
-    n, mean, m = seen
-    std = (m / n) ** 0.5 if n else 0.0
-    return std if std > 1e-6 * abs(mean) else 1.0
 
 
 def explained_variance(values, returns, mask):
@@ -279,15 +263,6 @@ def load_reward(o, reference, tok, seen: list):
     return scorer, model
 
 
-def is_function(spec: str) -> bool:
-    return spec.endswith(".py") or ".py:" in spec
-
-
-def reward_file(spec: str) -> str:
-    """The folder or file that --reward names."""
-    return (spec.rpartition(":")[0] or spec) if is_function(spec) else spec
-
-
 def prepare(path, tok, room: int):
     """Conversations that end in a user's turn → [(record, ids)], those with room for an answer."""
     train, held = records.split(records.conversations(path, "prompt"))
@@ -349,7 +324,7 @@ def ppo(o: Options):
     if o.target_kl and not o.kl_coef:
         raise ValueError("--target-kl multiplies β, and --kl-coef 0 stays 0: give one above 0")
     device = pick_device(o.device)
-    run = Run(o, __file__, [*tuning.inputs(o), reward_file(o.reward), o.data])
+    run = Run(o, __file__, [*tuning.inputs(o), file_of(o.reward), o.data])
     policy, tok = tuning.start(o, device)
     reference = share(policy).requires_grad_(False)  # what is frozen is in memory once
     seen = [0, 0.0, 0.0]  # n, mean, M of a reader's own scores

@@ -212,6 +212,16 @@ def set_lr(optimizer, lr: float):
 
 
 # ---------------------------------------------------------------- a reader's own reward or labeller
+def is_function(spec: str) -> bool:
+    """Whether a spec means FILE.py:function, and not a folder."""
+    return spec.endswith(".py") or ".py:" in spec
+
+
+def file_of(spec: str) -> str:
+    """The file or folder that a spec names."""
+    return (spec.rpartition(":")[0] or spec) if is_function(spec) else spec
+
+
 def load_function(spec: str):
     """FILE.py:function → judge(prompts: message lists, answers: strings, records) → a list of
     floats, one per answer.

@@ -430,7 +430,7 @@ BUGS = [
     (0, "the deviation is not saved", "ppo.py", "ppo",
      "run.save(it, beta=beta, seen=seen)",
      "run.save(it, beta=beta)"),
-    (0, "scores that do not differ are divided by rounding", "ppo.py", "ppo",
+    (0, "scores that do not differ are divided by rounding", "metrics.py", "ppo",
      "return std if std > 1e-6 * abs(mean) else 1.0",
      "return std or 1.0"),
     (0, "a prompt beyond the reward model's context", "ppo.py", "ppo",
