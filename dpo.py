@@ -155,6 +155,33 @@ def check_start(losses):
         raise ValueError(f"{first}: policy and reference differ before training")
 
 
+def losses_of(policy, pairs, reference, o):
+    """The loss of each of P pairs, and what the log says of each: (P,) tensors.
+
+    reference: each prompt's (chosen, rejected) sums, in the pairs' order; none for SimPO.
+    """
+    chosen, rejected, chosen_length, rejected_length = sums(policy, pairs)
+    if o.loss == "simpo":
+        losses = simpo_loss(chosen, rejected, chosen_length, rejected_length, o.beta, o.gamma)
+        better = o.beta * (chosen / chosen_length).detach()
+        worse = o.beta * (rejected / rejected_length).detach()
+    else:
+        ref_chosen, ref_rejected = map(torch.cat, zip(*reference, strict=True))
+        losses, better, worse = preference_loss(
+            chosen, rejected, ref_chosen, ref_rejected, o.beta, o.loss, o.label_smoothing
+        )
+    return losses, dict(
+        loss=losses,
+        nll=-chosen / chosen_length,
+        logp_chosen=chosen,
+        logp_rejected=rejected,
+        reward_chosen=better,
+        reward_rejected=worse,
+        margin=better - worse,
+        accuracy=(better > worse).float(),
+    )
+
+
 def sizes_of(pairs) -> dict:
     """What decides the memory of a pass over pairs, most of which share their prompts."""
     answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
@@ -190,34 +217,11 @@ def dpo(o: Options):
             sizes = sizes_of(pairs)
             make_room([optimizer], **sizes)
             report.batch(**sizes)
-            chosen, rejected, chosen_length, rejected_length = sums(policy, pairs)
-            if o.loss == "simpo":
-                losses = simpo_loss(
-                    chosen, rejected, chosen_length, rejected_length, o.beta, o.gamma
-                )
-                better = o.beta * (chosen / chosen_length).detach()
-                worse = o.beta * (rejected / rejected_length).detach()
-            else:
-                ref = [
-                    torch.cat(side) for side in zip(*(reference[at] for at in part), strict=True)
-                ]
-                losses, better, worse = preference_loss(
-                    chosen, rejected, *ref, o.beta, o.loss, o.label_smoothing
-                )
+            losses, figures = losses_of(policy, pairs, [reference.get(at) for at in part], o)
             if step == 0 and o.loss == "dpo":
                 check_start(losses)
-            nll = -chosen / chosen_length
-            ((losses + o.nll * nll).sum() / count).backward()
-            totals.update(
-                loss=losses.detach().sum(),
-                nll=nll.detach().sum(),
-                logp_chosen=chosen.detach().sum(),
-                logp_rejected=rejected.detach().sum(),
-                reward_chosen=better.sum(),
-                reward_rejected=worse.sum(),
-                margin=(better - worse).sum(),
-                accuracy=(better > worse).sum(),
-            )
+            ((losses + o.nll * figures["nll"]).sum() / count).backward()
+            totals.update({name: x.detach().sum() for name, x in figures.items()})
         norm = clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

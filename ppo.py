@@ -231,6 +231,35 @@ def minibatches(r: Rollout, epochs: int, size: int, seed: int):
             yield r.rows(order[i : i + size])
 
 
+# ---------------------------------------------------------------- step 4: the update
+def update(policy, critic, optimizer, critic_optimizer, r: Rollout, memory, seed: int, o) -> dict:
+    """Epochs of minibatches over a rollout → what the log says of them."""
+    losses, width = [], r.mask.shape[1]
+    for rows in minibatches(r, o.epochs, o.minibatch, seed):
+        sizes = sizes_of(rows)
+        make_room([optimizer, critic_optimizer], **sizes)
+        memory.batch(**sizes)
+        with autocast(policy.device):
+            new = logprobs(policy, rows.prompts, rows.answers, o.temperature, width)  # (n,A)
+            v = value(critic, rows.prompts, rows.answers, width)  # (n,A)
+        if not losses:  # the first minibatch: no step has been made yet
+            differ = "rollout and update see different policies"
+            ratio_error = check_ratio(new.detach(), rows.old, differ)
+        pg, clipped = policy_loss(new, rows.old, rows.advantages, rows.mask, o.clip)
+        vf = value_loss(v, rows.values, rows.returns, rows.mask, o.clip)
+        (pg + o.vf_coef * vf).backward()
+        clip_grad_norm_(policy.parameters(), 1.0)
+        clip_grad_norm_(critic.parameters(), 1.0)
+        optimizer.step()
+        critic_optimizer.step()
+        optimizer.zero_grad()
+        critic_optimizer.zero_grad()
+        losses.append(torch.stack((pg.detach(), vf.detach(), clipped)))
+    names = ("policy_loss", "value_loss", "clip_fraction")
+    means = torch.stack(losses).mean(0).tolist()
+    return dict(zip(names, means, strict=True), ratio_error=ratio_error)
+
+
 # ---------------------------------------------------------------- what the loop needs
 def load_reward(o, reference, tok, seen: list):
     """--reward → a scorer, and its model, frozen (None for FILE.py:function).
@@ -361,35 +390,14 @@ def ppo(o: Options):
             check_ratio(r.old, r.ref, "policy and reference start as different models")
             warn_no_end(r, o.no_end_score)
         # 4 update
-        losses, width = [], r.mask.shape[1]
-        for rows in minibatches(r, o.epochs, o.minibatch, o.seed * 1009 + it):
-            sizes = sizes_of(rows)
-            make_room([optimizer, critic_optimizer], **sizes)
-            memory.batch(**sizes)
-            with autocast(device):
-                new = logprobs(policy, rows.prompts, rows.answers, o.temperature, width)
-                v = value(critic, rows.prompts, rows.answers, width)
-            if not losses:
-                differ = "rollout and update see different policies"
-                ratio_error = check_ratio(new.detach(), rows.old, differ)
-            pg, clipped = policy_loss(new, rows.old, rows.advantages, rows.mask, o.clip)
-            vf = value_loss(v, rows.values, rows.returns, rows.mask, o.clip)
-            (pg + o.vf_coef * vf).backward()
-            clip_grad_norm_(policy.parameters(), 1.0)
-            clip_grad_norm_(critic.parameters(), 1.0)
-            optimizer.step()
-            critic_optimizer.step()
-            optimizer.zero_grad()
-            critic_optimizer.zero_grad()
-            losses.append(torch.stack((pg.detach(), vf.detach(), clipped)))
+        seed = o.seed * 1009 + it
+        figures = update(policy, critic, optimizer, critic_optimizer, r, memory, seed, o)
         # 5 controller
-        figures = report(r, batch)
+        figures |= report(r, batch)
         beta = adapt(beta, figures["kl"].item(), o.target_kl, len(batch), o.horizon)
 
-        names = ("policy_loss", "value_loss", "clip_fraction")
-        figures |= zip(names, torch.stack(losses).mean(0).tolist(), strict=True)
         speed = sum(map(len, r.answers)) / (time.time() - start)
-        figures |= dict(beta=beta, ratio_error=ratio_error, tokens_per_second=speed)
+        figures |= dict(beta=beta, tokens_per_second=speed)
         run.log(it, ("reward", "gold", "right", "kl"), **figures)
         run.save(it, beta=beta, seen=seen)
 

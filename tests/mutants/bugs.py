@@ -23,8 +23,8 @@ BUGS = [
      "part_loss.backward()",
      "(part_loss * o.accumulate).backward()"),
     (1, "DPO: mean of the micro-batches' means", "dpo.py", "dpo",
-     "((losses + o.nll * nll).sum() / count).backward()",
-     "((losses + o.nll * nll).mean() / o.accumulate).backward()"),
+     "((losses + o.nll * figures[\"nll\"]).sum() / count).backward()",
+     "((losses + o.nll * figures[\"nll\"]).mean() / o.accumulate).backward()"),
     (1, "targets of the last micro-batch alone", "sft.py", "sft",
      "sft_loss(model, tokens, labels, segments) / targets",
      "sft_loss(model, tokens, labels, segments) / max(1, count_targets(part))"),
@@ -444,8 +444,8 @@ BUGS = [
      "except Exception as e:"),
     # ---- DPO and its kin
     (54, "the log shows the chosen log-probability twice", "dpo.py", "dpo",
-     "logp_rejected=rejected.detach().sum()",
-     "logp_rejected=chosen.detach().sum()"),
+     "logp_rejected=rejected",
+     "logp_rejected=chosen"),
     (54, "the likelihood term is the rejected answer's", "dpo.py", "dpo",
      "nll = -chosen / chosen_length",
      "nll = -rejected / rejected_length"),
@@ -468,10 +468,10 @@ BUGS = [
      "-F.logsigmoid(beta * margin - gamma)",
      "-F.logsigmoid(beta * (margin - gamma))"),
     (60, "IPO on means", "dpo.py", "dpo",
-     "losses, better, worse = preference_loss(",
-     "if o.loss == \"ipo\":\n"
-     "                    chosen, rejected = chosen / chosen_length, rejected / rejected_length\n"
-     "                losses, better, worse = preference_loss("),
+     "chosen, rejected, chosen_length, rejected_length = sums(policy, pairs)",
+     "chosen, rejected, chosen_length, rejected_length = sums(policy, pairs)\n"
+     "    if o.loss == \"ipo\":\n"
+     "        chosen, rejected = chosen / chosen_length, rejected / rejected_length"),
     (60, "IPO's target is 1/β", "dpo.py", "dpo",
      "(h - 1 / (2 * beta)) ** 2",
      "(h - 1 / beta) ** 2"),
