@@ -3,11 +3,11 @@
     y = W x + s B A x        A (r,in), B (out,r);  s = α/r, or α/√r (rsLoRA: Kalajdzievski 2023)
 
 B starts at zero: a model with a fresh adapter is the model without it, bit for bit, and the first
-step moves B alone. A and B are float32 whatever W is: bf16, or four bits (QLoRA: Dettmers et al.
-2023). Several adapters lie side by side on one model, use() says which one counts, and none of them
-is the bare base: DPO's and PPO's reference. share() makes further models over the same frozen
-weights. A layer that lacks the adapter in use is its base alone. Dropout follows train() and
-eval(), as everywhere in torch.
+step moves B alone. A and B are float32 whatever W is: bf16, or 4-bit (QLoRA: Dettmers et al. 2023).
+Several adapters can lie side by side on one model. use() switches between them; use(model, None) is
+the bare base: DPO's and PPO's reference. model.share() makes further models over the same frozen
+weights. A layer without the adapter in use is its base alone. Dropout follows train() and eval(),
+as everywhere in torch.
 """
 
 import difflib
@@ -18,9 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.files import hub_name
-
-# lora.share: policy, reference, critic and reward model as adapters over one frozen base
-from model import share as share
 from model import wide
 
 GROUPS = {
@@ -31,19 +28,21 @@ GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
 
 
 class LoRALinear(nn.Module):
-    """A linear layer (nn.Linear, or quantised) as `base`, and the adapters that lie on it by name;
-    `active` is the one in use.
+    """A linear layer, nn.Linear or 4-bit, as `base`, and its adapters by name; `active` is the one
+    in use.
     """
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.active = base, None
+        self.base = base
+        self.active = None
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.A, self.B, self.settings = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()  # (r,in), (out,r)
+        self.settings = {}  # of each adapter, under PEFT's names
 
     def scale(self):
-        said = self.settings[self.active]
-        return said["lora_alpha"] / (said["r"] ** 0.5 if said["use_rslora"] else said["r"])
+        s = self.settings[self.active]
+        return s["lora_alpha"] / (s["r"] ** 0.5 if s["use_rslora"] else s["r"])
 
     def forward(self, x):
         y = self.base(x)
@@ -61,8 +60,8 @@ class LoRALinear(nn.Module):
 def add_lora(
     model, rank, alpha, targets="all", dropout=0.0, rslora=False, name="default", generator=None
 ):
-    """Puts a fresh adapter on the linear layers that `targets` names, freezes everything else, and
-    takes it into use → the model.
+    """Puts a fresh adapter on the linear layers that `targets` names, takes it into use, and
+    freezes everything else → the model.
 
     targets: attention, mlp, all (both), lm_head, names of modules (q_proj, layers.0.mlp.up_proj),
     or several of these, as a list or with commas. A scalar model's `score` head is trained whole
@@ -71,6 +70,20 @@ def add_lora(
     settings = checked(
         "add_lora", dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora)
     )
+    layers = targeted(model, targets)
+    most = max((min(m.in_features, m.out_features) for m in layers.values()), default=0)
+    if rank > most:
+        raise ValueError(f"add_lora: r is {rank}: these layers have ranks up to {most}, give fewer")
+    fresh = {}
+    for n, layer in layers.items():
+        A = torch.empty(rank, layer.in_features)
+        nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
+        fresh[n] = A, torch.zeros(layer.out_features, rank)
+    return attach(model, name, settings, fresh)
+
+
+def targeted(model, targets) -> dict:
+    """{name: layer} of the layers that add_lora's `targets` names."""
     words = targets.split(",") if isinstance(targets, str) else targets
     words = [w for word in words for w in GROUPS.get(word.strip(), [word.strip()])]
     layers = linears(model)
@@ -82,22 +95,14 @@ def add_lora(
                 f"add_lora: targets names {word!r}, which is no linear layer of this model (did you"
                 f" mean {near}?)"
             )
-    chosen = {n: layer for n, layer in layers.items() if matches(n, words)}
-    most = max((min(m.in_features, m.out_features) for m in chosen.values()), default=0)
-    if rank > most:
-        raise ValueError(f"add_lora: r is {rank}: these layers have ranks up to {most}, give fewer")
-    fresh = {}
-    for n, layer in chosen.items():
-        A = nn.init.kaiming_uniform_(
-            torch.empty(rank, layer.in_features), a=5**0.5, generator=generator
-        )
-        fresh[n] = A, torch.zeros(layer.out_features, rank)
-    return attach(model, name, settings, fresh)
+    return {n: layer for n, layer in layers.items() if matches(n, words)}
 
 
 def attach(model, name: str, settings: dict, tensors: dict, score=None, trainable=True):
     """Puts an adapter's tensors {layer: (A, B)} on the layers and takes it into use → the model.
-    score: the scalar head that goes with it, by default the one that is there."""
+
+    score: the scalar head that goes with it, by default the model's own.
+    """
     if "." in name or not name:
         raise ValueError(f"an adapter's name is {name!r}: one without a dot was expected")
     if name in adapters(model):
@@ -123,56 +128,52 @@ def attach(model, name: str, settings: dict, tensors: dict, score=None, trainabl
     return model
 
 
-def checked(where, said: dict) -> dict:
-    """An adapter's settings, in PEFT's words, or a ValueError."""
+def checked(where, settings: dict) -> dict:
+    """An adapter's settings, under PEFT's names; a ValueError for one that is out of range."""
     for k, kinds, fits, what in (
         ("r", int, lambda v: v >= 1, "a whole number from 1"),
         ("lora_alpha", (int, float), lambda v: 0 < v < float("inf"), "a number above 0"),
         ("lora_dropout", (int, float), lambda v: 0 <= v < 1, "a number from 0, below 1"),
         ("use_rslora", bool, lambda v: True, "true or false"),
     ):
-        v = said[k]
+        v = settings[k]
         if not isinstance(v, kinds) or isinstance(v, bool) != (kinds is bool) or not fits(v):
             raise ValueError(f"{where}: {k} is {v!r}, {what} was expected")
-    return said
+    return settings
 
 
 def linears(model) -> dict:
-    """{name: layer} of the layers that an adapter may lie on: every linear but the scalar head, a
-    wrapped one as its LoRALinear.
+    """{name: layer} of the layers that an adapter can lie on: every linear one but the scalar head,
+    a wrapped one as its LoRALinear.
     """
-    fits = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, (nn.Linear, LoRALinear)) or hasattr(m, "dequantize")
-    }
-    return {n: m for n, m in fits.items() if n != "score" and not n.endswith(".base")}
+    found = {}
+    for n, m in model.named_modules():
+        linear = isinstance(m, nn.Linear | LoRALinear) or hasattr(m, "dequantize")
+        if linear and n != "score" and not n.endswith(".base"):
+            found[n] = m
+    return found
 
 
 def matches(layer: str, wanted) -> bool:
-    """Does PEFT mean this layer? A pattern matches the whole of transformers' name, a list holds
+    """Does PEFT mean this layer? A pattern matches the whole of transformers' name; a list holds
     that name or its last parts.
     """
     layer = hub_name(layer)
-    return (
-        bool(re.fullmatch(wanted, layer))
-        if isinstance(wanted, str)
-        else any(("." + layer).endswith("." + w) for w in wanted)
-    )
+    if isinstance(wanted, str):
+        return bool(re.fullmatch(wanted, layer))
+    return any(("." + layer).endswith("." + w) for w in wanted)
 
 
 def adapters(model) -> list[str]:
-    """The names of the adapters on a model, in the order in which they came."""
-    return list(
-        dict.fromkeys(name for m in model.modules() if isinstance(m, LoRALinear) for name in m.A)
-    )
+    """The names of the adapters on a model, in the order in which they were added."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    return list(dict.fromkeys(name for m in layers for name in m.A))
 
 
 def use(model, name: str | None):
-    """Takes an adapter into use; None: the bare base. (A scalar head is the model's own, whichever
-    adapter is in use.)
-    """
-    if name is not None and name not in (there := adapters(model)):
+    """Takes an adapter into use; None: the bare base. A scalar head stays, whichever it is."""
+    there = adapters(model)
+    if name is not None and name not in there:
         raise ValueError(
             f"the model has no adapter named {name}: it has {', '.join(there) or 'none'}"
         )
@@ -181,55 +182,42 @@ def use(model, name: str | None):
             m.active = name
 
 
-def trained(model) -> dict:
-    """Copies of the parameters that are trained, on the host, for unmoved()."""
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return {n: p.detach().to("cpu", copy=True) for n, p in found.items()}
-
-
-def unmoved(model, before: dict) -> list[str]:
-    """The trained parameters that are what they were in `before`, trained() of the model then."""
-    now = trained(model)
-    return [n for n, p in now.items() if torch.equal(p, before[n])]
-
-
 @torch.no_grad()
 def merge(model):
-    """Takes the adapter in use into the weights, W + s B A in float32 and once rounded to W's dtype
-    → the model, of plain linears.
+    """Merges the adapter in use into the weights, W + s B A in float32, then rounded once to W's
+    dtype → the model, of plain linear layers.
 
-    Quantised weights are dequantised first; other adapters are dropped. A tied head that has an
-    adapter is untied. Prints the drift: how far the logits over a fixed page of tokens are from
-    those before. IA3's layers merge themselves.
+    Quantised weights are dequantised first; other adapters are dropped. A tied head with an adapter
+    is untied. IA3's layers merge themselves. Prints the drift: how far the merged model's logits
+    over a fixed page of random tokens are from those before.
 
     A GPU that trained a model in 4 bits may have no room for it in 16. So the layers are merged one
-    by one on the host, each frees what it replaces, and for the drift each visits the GPU alone.
-    Afterwards the model lies on the host, and with it what a share() of it has in common with it.
+    by one on the host, each frees what it replaces, and for the drift they visit the GPU one at a
+    time. The model ends on the host, and so does all that it shares with another model.
     """
     if adapters(model) and not any(m.active for m in model.modules() if isinstance(m, LoRALinear)):
         raise ValueError(
             "merge: no adapter is in use: call use(model, name) with one of"
             f" {', '.join(adapters(model))} first"
         )
-    c, training, seeded = model.config, model.training, torch.Generator().manual_seed(0)
-    page = torch.randint(
-        c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded
-    ).to(model.device)
-    before, hooks = wide(model.eval()(page)), []
-    # names, not layers: a list of the layers would keep alive what is replaced
+    c, training = model.config, model.training
+    seeded = torch.Generator().manual_seed(0)
+    page = torch.randint(c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded)
+    page = page.to(model.device)
+    before = wide(model.eval()(page))  # (1,T,V), a scalar model's (1,T)
+    hooks = []
+    # names, not layers: a list of layers would keep alive what is replaced
     for n in [*linears(model), *(n for n, m in model.named_modules() if hasattr(m, "merged"))]:
         new = merged(model.get_submodule(n))
         model.set_submodule(n, new)
         hooks += visits(new, page.device)
         if n == "lm_head" and c.tie_word_embeddings and new.weight is not model.embed_tokens.weight:
             c.tie_word_embeddings = False
-            print(
-                "merged: the head has an adapter and the embedding has none: they are untied from"
-                " here on"
-            )
-    drift, what = (wide(model(page)) - before).abs(), "scores" if c.num_labels else "logits"
+            print("merged: the head has an adapter, the embedding none: they are untied now")
+    drift = (wide(model(page)) - before).abs()
     for hook in hooks:
         hook.remove()
+    what = "scores" if c.num_labels else "logits"
     print(
         f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g},"
         f" {drift.mean():.2g} on average"
@@ -238,13 +226,16 @@ def merge(model):
 
 
 def merged(layer) -> nn.Linear:
-    """The plain linear that does what a layer does with its adapter in use; if new, on the host."""
+    """The plain linear layer that does what this one does with its adapter in use: new and on the
+    host, or the layer itself where there is nothing to merge.
+    """
     if hasattr(layer, "merged"):
         return layer.merged()
     base = layer.base if isinstance(layer, LoRALinear) else layer
     weight = base.dequantize() if hasattr(base, "dequantize") else base.weight
     if base is not layer and layer.active in layer.A:
-        A, B, weight = layer.A[layer.active].cpu(), layer.B[layer.active].cpu(), weight.cpu()
+        weight = weight.cpu()
+        A, B = layer.A[layer.active].cpu(), layer.B[layer.active].cpu()
         delta = layer.scale() * wide(B) @ wide(A)
         weight = (wide(weight) + delta).to(weight.dtype)
     elif isinstance(base, nn.Linear):
@@ -255,7 +246,7 @@ def merged(layer) -> nn.Linear:
 
 
 def visits(layer, device):
-    """Lets a layer come to the device for each call and go to the host after it → its hooks."""
+    """Moves a layer to the device for each call and back to the host after it → the hooks."""
 
     def move(to):
         def hook(*_):

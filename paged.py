@@ -1,30 +1,23 @@
-"""AdamW in pages. A page is one parameter's exp_avg and exp_avg_sq, one tensor (2, *shape); it
-is resident (beside the parameter) or on the host (on a GPU in pinned memory, so that copies run
-beside the computation, on a stream of their own).
+"""Paged AdamW: optimizer state that moves between the GPU and the host (the idea: Dettmers et al.
+2023, section 3).
 
-    m = β₁ m + (1-β₁) g          v = β₂ v + (1-β₂) g²          p = (1 - lr λ) p - lr m/(1-β₁ᵗ) / (sqrt(v/(1-β₂ᵗ)) + ε)
+    m = β₁ m + (1-β₁) g
+    v = β₂ v + (1-β₂) g²
+    p = (1 - lr λ) p - lr m/(1-β₁ᵗ) / (sqrt(v/(1-β₂ᵗ)) + ε)
 
-Updates equal torch.optim.AdamW(foreach=False) bit for bit, wherever the pages are.
+A page is one parameter's m and v (exp_avg, exp_avg_sq), one tensor (2, *shape). It is resident,
+beside the parameter, or on the host: for a GPU in pinned memory, so that copies run beside the
+computation, on their own stream. Wherever the pages are, updates equal
+torch.optim.AdamW(foreach=False) bit for bit.
 
-A step visits the parameters in turn. Before one is updated, the pages of the next `ahead` set
-out for the GPU; to make room, the resident page that is needed last leaves. In a cycle that is
-the one used just now: throwing out the least recently used one would make every page miss
-(Belady 1966).
+A step visits the parameters in turn. Before one is updated, the pages of the next `ahead` start
+towards the GPU. To make room, the resident page that is needed last leaves. In a cycle that is the
+one just used: to evict the least recently used one would make every page miss (Belady 1966).
 
-budget: bytes that resident pages may hold; there is always room for the one in use. None: on a
-GPU what the rest of the training has left free so far, and where memory runs out all the same,
-pages leave and the step goes on; elsewhere no limit. On a CPU resident and host memory are the
-same kind: paging gains nothing there, but runs (and is tested) the same way.
-
-bitsandbytes pages otherwise: its state of 100,000 numbers and more lies in CUDA's managed
-memory (cudaMallocManaged), whose pages of 4 KB to 2 MB the driver moves when one side touches
-them, before or during any kernel, forward pass included; a prefetch before each update only
-speeds that up. Here whole tensors move, in plain sight, and only within step() and make_room().
-Pages take what all passes so far have left free, so a larger one could fail: make_room() before
-it sends them away.
-
-The state dict is AdamW's: {index: {step, exp_avg, exp_avg_sq}}. Raises ValueError for a
-negative budget, and on loading a state of another shape.
+bitsandbytes does it otherwise: states of 100,000 numbers and more lie in CUDA's managed memory
+(cudaMallocManaged), whose pages of 4 KB to 2 MB the driver moves when one side touches them, before
+or during any kernel, in a forward pass too; a prefetch before each update only speeds that up. Here
+whole tensors move, in plain sight, and only within step() and make_room().
 """
 
 import math
@@ -33,7 +26,16 @@ import torch
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW in pages: see above."""
+    """AdamW in pages.
+
+    budget: bytes that resident pages may hold; the page in use is always resident. None: on a GPU
+    the memory that the rest of the training has left free so far (where it runs out all the same,
+    pages leave and the step goes on), elsewhere no limit. On a CPU both kinds of memory are one:
+    paging gains nothing, but runs, and is tested, the same way.
+
+    The state dict is AdamW's: {index: {step, exp_avg, exp_avg_sq}}. ValueError for a negative
+    budget, and for a loaded state of another shape.
+    """
 
     def __init__(
         self,
@@ -49,39 +51,39 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(f"PagedAdamW: budget is {budget} bytes, it must be at least 0")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.budget, self.ahead = budget, ahead
-        self.device = next(
-            (p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")
-        )
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.device = params[0].device if params else torch.device("cpu")
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # by parameter: pages, pages, the events that end the copies under way
-        self.resident, self.host, self.arrival = {}, {}, {}
+        self.resident, self.host = {}, {}  # {parameter: page}
+        self.arrival = {}  # {parameter: the event that ends its page's copy}
         self.held = 0  # bytes of resident pages
-        # the most memory ever in use, and how much of that was not pages
-        self.peak, self.others = 0, 0
-        self.largest = {}  # of the sizes that make_room() was told, the largest of each name
+        self.peak, self.others = 0, 0  # the most memory ever in use; what of it was not pages
+        self.largest = {}  # the largest of each size that make_room() was told
 
     @torch.no_grad()
     def step(self):
         """Updates every parameter that has a gradient."""
         params = [(p, group) for group in self.param_groups for p in group["params"]]
-        self.place, self.room = {p: i for i, (p, _) in enumerate(params)}, self._room()
+        self.place = {p: i for i, (p, _) in enumerate(params)}
+        self.room = self._room()
         turns = [(p, group) for p, group in params if p.grad is not None]
         for i, (p, group) in enumerate(turns):
             self.now = p
             self._fetch(p)
-            scratch = self._empty(p, p.shape)  # all memory is there before the first number changes
+            scratch = self._empty(p, p.shape)  # allocated before the first number changes
             try:
                 for q, _ in turns[i + 1 : i + 1 + self.ahead]:
                     self._fetch(q)
             except torch.OutOfMemoryError:
-                pass  # it comes when its turn does
+                pass  # it is fetched in its own turn
             if arrival := self.arrival.pop(p, None):
                 torch.cuda.current_stream(self.device).wait_event(arrival)
             self._update(p, group, self.state[p], scratch)
 
     def _update(self, p, group, state, scratch):
-        """The equation above, in torch's order of operations."""
-        (beta1, beta2), g, m, v = group["betas"], p.grad, state["exp_avg"], state["exp_avg_sq"]
+        """The equation above, in torch's order of operations. scratch: memory shaped like p."""
+        g, m, v = p.grad, state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
         t = state["step"].add_(1).item()
         p.mul_(1 - group["lr"] * group["weight_decay"])
         m.lerp_(g, 1 - beta1)
@@ -95,8 +97,8 @@ class PagedAdamW(torch.optim.Optimizer):
         return (self.place[p] - self.place[self.now]) % len(self.place)
 
     def _fetch(self, p):
-        """Makes p's page resident: new (zeros), or from the host. Without room for it, one that is
-        not in use yet stays away.
+        """Makes p's page resident: new (zeros), or from the host. Where there is no room, it is
+        left away unless p is in use.
         """
         size = 2 * p.nbytes
         while p not in self.resident and self.held + size > self.room and self._evict(p):
@@ -114,9 +116,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = page
 
     def _evict(self, p) -> bool:
-        """Sends the page that is needed last to the host; False where none is needed later than
-        p's.
-        """
+        """Sends the page that is needed last to the host → False where none is needed after p's."""
         last = max(self.resident, key=self._wait, default=p)
         if self._wait(last) <= self._wait(p):
             return False
@@ -138,9 +138,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.host[p]
 
     def _empty(self, p, shape):
-        """Memory beside p; where the GPU has none left, pages needed later than p's leave one by
-        one until there is.
-        """
+        """Memory beside p. While the GPU has none left, pages needed after p's leave, one by one."""
         while True:
             try:
                 return torch.empty(shape, dtype=p.dtype, device=p.device)
@@ -149,9 +147,11 @@ class PagedAdamW(torch.optim.Optimizer):
                     raise
 
     def _copy(self, to, source):
-        """Copies a page. On a GPU the copy is only ordered: on the side stream, after all that the
-        main one was told so far; the allocator keeps the memory of a page that is let go until the
-        copy has read it. → the event that ends it."""
+        """Copies a page → None, or on a GPU the event that ends the copy.
+
+        There the copy is only queued, on the side stream, behind all work of the main stream so
+        far. record_stream keeps the memory of a page that is let go until the copy has read it.
+        """
         if self.stream is None:
             to.copy_(source)
             return None
@@ -163,23 +163,27 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _room(self) -> float:
         """Bytes for resident pages: the budget, or the GPU's memory (or this process's share) less
-        a sixteenth, and less the most that anything but pages has taken so far, which is the peak
-        of a forward and backward pass."""
-        if self.budget is not None or self.stream is None:
-            return math.inf if self.budget is None else self.budget
-        if (peak := torch.cuda.max_memory_allocated(self.device)) > self.peak:
+        a sixteenth, less the most that anything else has taken so far: the peak of a forward and
+        backward pass.
+        """
+        if self.budget is not None:
+            return self.budget
+        if self.stream is None:
+            return math.inf
+        peak = torch.cuda.max_memory_allocated(self.device)
+        if peak > self.peak:
             self.peak, self.others = peak, peak - self.held
         free, total = torch.cuda.mem_get_info(self.device)
-        mine = min(
-            free + torch.cuda.memory_reserved(self.device),
-            torch.cuda.get_per_process_memory_fraction(self.device) * total,
-        )
+        share = torch.cuda.get_per_process_memory_fraction(self.device) * total
+        mine = min(free + torch.cuda.memory_reserved(self.device), share)
         return mine * 15 / 16 - self.others
 
     # ---------------------------------------------------------------- between steps
     def make_room(self, **sizes: int):
-        """Before a forward and backward pass of these sizes (tokens, targets): all pages leave
-        where one of them is larger than ever before."""
+        """To be called before a forward and backward pass of these sizes (tokens, targets): where
+        one of them is larger than ever before, all pages leave. They fill the memory that passes
+        have left free so far, so a larger pass could fail.
+        """
         grown = {name: n for name, n in sizes.items() if n > self.largest.get(name, 0)}
         if grown:
             self.largest |= grown
@@ -192,13 +196,12 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def state_dict(self):
         if self.stream is not None:
-            # what is on its way to the host is there before anyone reads it
-            self.stream.synchronize()
+            self.stream.synchronize()  # pages on their way to the host have arrived
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
-        """Takes an AdamW state, paged or not. Its pages begin on the host."""
+        """Loads an AdamW state, paged or not. Its pages start on the host."""
         if self.stream is not None:
             self.stream.synchronize()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
@@ -206,17 +209,16 @@ class PagedAdamW(torch.optim.Optimizer):
         params = (p for group in self.param_groups for p in group["params"])
         indices = (i for group in state_dict["param_groups"] for i in group["params"])
         for i, p in zip(indices, params, strict=True):
-            if saved := state_dict["state"].get(i):
-                if saved["exp_avg"].shape != p.shape:
-                    raise ValueError(
-                        f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)},"
-                        f" {list(p.shape)} was expected"
-                    )
-                m, v = self._host_page(p)
-                self.state[p] = {
-                    "step": saved["step"].detach().to("cpu", copy=True),
-                    "exp_avg": m,
-                    "exp_avg_sq": v,
-                }
-                m.copy_(saved["exp_avg"])
-                v.copy_(saved["exp_avg_sq"])
+            saved = state_dict["state"].get(i)
+            if not saved:
+                continue
+            if saved["exp_avg"].shape != p.shape:
+                raise ValueError(
+                    f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)},"
+                    f" {list(p.shape)} was expected"
+                )
+            m, v = self._host_page(p)
+            m.copy_(saved["exp_avg"])
+            v.copy_(saved["exp_avg_sq"])
+            step = saved["step"].detach().to("cpu", copy=True)
+            self.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}

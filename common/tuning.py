@@ -1,14 +1,19 @@
 """What a stage trains, chosen once, before its loop: every weight, or an adapter on a frozen base,
 which may be 4-bit.
 
-    model, tok = tuning.start(o, device)       what --model names, as the options ask
-    …                                          the loop trains what wants a gradient, and never asks what that is
-    tuning.save(o, path, model, tok)           OUT is a plain checkpoint, the adapter merged into it; OUT/adapter the adapter alone
+    model, tok = tuning.start(o, device)          --model, prepared as the options say
+    report = tuning.Report(o, device, [model])    before the run's state is restored
+    report.batch(tokens=…, targets=…)             in the loop: prints the memory table, once
+    report.finish()                               after the loop
+    tuning.save(o, path, model, tok)              path: a plain checkpoint, adapter merged;
+                                                  path/adapter: the adapter alone
+
+Only trainable parameters require grad, so the loop never asks which they are.
 
 A stage starts from the merged checkpoint of the one before it: a new adapter lies on a base that
-has learnt what came before. With --keep-base it starts from the base, as it was, and goes on with
-the adapter. Then all stages share one base, PPO's four networks hold it in memory once, and a 4-bit
-base is never rounded again: merged weights are not on the 4-bit grid, and another quantisation
+has learnt what came before. With --keep-base it starts from the untouched base and goes on with the
+adapter. Then all stages share one base, PPO's four networks hold it in memory once, and a 4-bit
+base is never rounded again: merged weights are not on the 4-bit grid, so quantising them again
 would undo part of what was learnt.
 """
 
@@ -27,25 +32,29 @@ from model import scalar_model, share
 from quant import Linear4bit
 
 KINDS = adapters.KINDS
-# LoRA's rate over the weights' own, by single runs (RESULTS.md); Schulman et al. 2025 find about
-# ten
+# LoRA's learning rate over the weights', by single runs (RESULTS.md); Schulman et al. 2025 find
+# about ten
 LORA_LR = 5
 
 
 @dataclass
 class Tuning:
-    """The options that say what is trained; each stage's own ones follow."""
+    """The options that choose what is trained; each stage adds its own."""
 
-    lora: int = opt(0, "rank of LoRA on the frozen weights; 0: every weight is trained", at_least=0)
+    lora: int = opt(0, "rank of LoRA on the frozen weights; 0: train every weight", at_least=0)
     alpha: float = opt(
-        0.0, "LoRA's α, its change counts α/rank; 0: twice the rank", needs="lora", at_least=0
+        0.0, "LoRA's α: its change is scaled by α/rank; 0: twice the rank", needs="lora", at_least=0
     )
-    targets: str = opt("all", "layers with LoRA: attention, mlp, all, lm_head (where a turn ends in a new token), modules; with commas",
-                       needs="lora")  # fmt: skip
+    targets: str = opt(
+        "all",
+        "layers with LoRA, separated by commas: attention, mlp, all, lm_head (needed where a turn"
+        " ends in a new token), names of modules",
+        needs="lora",
+    )
     quant: str = opt("none", "the frozen weights in 4 bits", choices=("none", "nf4"))
     paged: bool = opt(False, "optimizer state in pages that move to the CPU when the GPU is full")
     checkpointing: bool = opt(
-        False, "keep each block's input alone and compute the rest again in the backward pass"
+        False, "keep only each block's input and recompute the rest in the backward pass"
     )
     keep_base: bool = opt(
         False, "go on with the adapter of --model on the base below it, not from the two merged"
@@ -77,10 +86,13 @@ def check(o):
 
 
 def learning_rate(o, weights: float) -> float:
-    """--lr, or where that is 0 what fits what is trained."""
-    return (
-        o.lr or {"weights": weights, "lora": LORA_LR * weights, **adapters.LEARNING_RATE}[kind(o)]
-    )
+    """--lr; where that is 0, the default for what is trained. weights: the one for all weights."""
+    defaults = {"weights": weights, "lora": LORA_LR * weights, **adapters.LEARNING_RATE}
+    return o.lr or defaults[kind(o)]
+
+
+def quantisation(o) -> str | None:
+    return None if o.quant == "none" else o.quant
 
 
 # ---------------------------------------------------------------- checkpoint folders
@@ -98,36 +110,36 @@ def base_of(path) -> str:
     base = hub.read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the model that "
-            "the adapter lies on was expected; write it there, or leave --keep-base out"
+            f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the adapter's"
+            " base was expected; write it there, or leave --keep-base out"
         )
     return base
 
 
 def expect_lora(path):
-    """ValueError where the adapter of a stage's folder is not LoRA, the only kind that --keep-base
-    goes on with.
+    """ValueError where a stage's folder has another adapter than LoRA: --keep-base trains no
+    other.
     """
     file = Path(path) / "adapter" / "adapter_config.json"
-    kind = hub.read_json(file).get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{file}: peft_type is {json.dumps(kind)}, LORA was expected")
+    found = hub.read_json(file).get("peft_type")
+    if found != "LORA":
+        raise ValueError(f"{file}: peft_type is {json.dumps(found)}, LORA was expected")
 
 
 def inputs(o) -> list[str]:
-    """The folders that a run of a stage reads its model from."""
+    """The folders from which a run reads its model."""
     check(o)
     return [o.model, *([base_of(o.model)] if o.keep_base else [])]
 
 
 def start(o, device):
-    """The stage's model and tokenizer; what is to be trained wants a gradient, and nothing else.
+    """The stage's model and tokenizer. Only trainable parameters require grad.
 
-    Dropout, which an adapter of --model may have, is off: a log-probability, a score, a ratio is
-    the whole model's, not a random part's, or policy and reference differ before the first step.
-    Only sft.py turns it on.
+    Dropout, which an adapter of --model may have, is off: log-probabilities, scores and ratios are
+    those of the whole model, not of a random part of it, or policy and reference would differ
+    before the first step. Only sft.py turns it on.
     """
-    quant, frozen = (None if o.quant == "none" else o.quant), kind(o) != "weights"
+    quant, frozen = quantisation(o), kind(o) != "weights"
     dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
     if not o.keep_base:
         model, tok = load(o.model, device, dtype, quant)
@@ -135,12 +147,13 @@ def start(o, device):
             raise ValueError(
                 f"{o.model} is in 4 bits (bitsandbytes), which cannot be trained; give --lora R"
             )
-        if model.virtual is not None and kind(o) != "weights":
+        if frozen and model.virtual is not None:
             raise ValueError(
-                f"{o.model} has a prompt or prefix before it: another adapter does not go with it"
+                f"{o.model} starts with a prompt or prefix: it cannot take another adapter"
             )
         return tune(o, model, tok).eval(), tok
-    model, tok = hub.load(base_of(o.model), device, dtype, quant)[0], Tokenizer.load(Path(o.model))
+    model, _ = hub.load(base_of(o.model), device, dtype, quant)
+    tok = Tokenizer.load(Path(o.model))
     model.config.eos_token_id = hub.read_config(Path(o.model)).eos_token_id
     expect_lora(o.model)
     peft.load_adapter(model, f"{o.model}/adapter")
@@ -153,18 +166,17 @@ def in_4_bits(model) -> bool:
 
 
 NO_HEAD = (
-    "the adapter lies on lm_head alone, which a reward model and a critic lack: it must lie on "
-    "other layers too (--targets all,lm_head)"
+    "the adapter lies on lm_head alone, which a reward model and a critic do not have: it must lie"
+    " on other layers too (--targets all,lm_head)"
 )
 
 
 def tune(o, model, tok=None):
-    """Adds the adapter that the options ask for, and freezes the rest. → the model"""
+    """Adds the adapter that the options choose and freezes the rest → the model."""
     if kind(o) == "lora":
-        # a critic has none
-        targets = [
-            t for t in o.targets.split(",") if t.strip() != "lm_head" or not model.config.num_labels
-        ]
+        targets = o.targets.split(",")
+        if model.config.num_labels:  # a critic has no lm_head
+            targets = [t for t in targets if t.strip() != "lm_head"]
         if not targets:
             raise ValueError(NO_HEAD)
         lora.add_lora(model, o.lora, o.alpha or 2 * o.lora, targets)
@@ -184,8 +196,7 @@ def reward_model(o, path, reference, tok):
         model, own = on_shared_base(o, path, reference)
     else:  # with --lora it stays frozen, in the dtype of the policy's base
         dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
-        quant = None if o.quant == "none" else o.quant
-        model, own = hub.load(path, reference.device, dtype, quant)
+        model, own = hub.load(path, reference.device, dtype, quantisation(o))
     if not model.config.num_labels:
         expected = "a reward model (reward.py) or FILE.py:function was expected"
         raise ValueError(f"--reward {path}: a language model; {expected}")
@@ -209,12 +220,14 @@ def on_shared_base(o, path, reference):
 
 
 def check_spread(where, mean: float, std: float):
-    """ValueError where the scores of a reward model's reference answers differ by rounding alone:
-    PPO divides by their deviation."""
+    """ValueError where the scores of the reference answers differ by rounding alone: PPO divides by
+    their standard deviation.
+    """
     if not std > max(1e-6, 1e-4 * abs(mean)):
         raise ValueError(
-            f"{where}: the scores of the reference answers do not differ (deviation {std:.1g}, "
-            f"mean {mean:.3g}), and PPO divides by it; run reward.py with others, or a lower --lr"
+            f"{where}: the scores of the reference answers do not differ (deviation {std:.1g}, mean"
+            f" {mean:.3g}), and PPO divides by their deviation; run reward.py with other"
+            " answers, or a lower --lr"
         )
 
 
@@ -224,14 +237,18 @@ def critic_of(o, reward, reference, tok):
         return tune(o, share(reward))
     if not o.keep_base and in_4_bits(reward):
         starts = "a critic that starts from it would train every weight"
-        raise ValueError(f"the reward model is in 4 bits (bitsandbytes), and {starts}; give --lora R")
+        raise ValueError(
+            f"the reward model is in 4 bits (bitsandbytes), and {starts}; give --lora R"
+        )
     return reward_model(o, o.reward, reference, tok)
 
 
 def save(o, path, model, tok):
-    """A plain checkpoint, and beside it in path/adapter what was trained, if that was an adapter.
-    A base in 4 bits is written dequantised, in the type that it was loaded in. A prompt or prefix
-    is no change of the weights: its folder is the one place where it is."""
+    """Writes a plain checkpoint, and the adapter, if one was trained, into path/adapter.
+
+    A 4-bit base is written dequantised, in the dtype that it was loaded with. A prompt or prefix
+    does not change the weights: it is in path/adapter alone.
+    """
     folder = path / "adapter"
     if names := lora.adapters(model):
         peft.save_adapter(model, folder, base_of(o.model) if o.keep_base else o.model, names[0])
@@ -245,22 +262,24 @@ def save(o, path, model, tok):
 # ---------------------------------------------------------------- for programs that train nothing
 @dataclass(kw_only=True)
 class Reading:
-    """The options of a program that answers or scores: it holds a model as the stages hold it."""
+    """The options of a program that answers or scores: it loads a model as the stages do."""
 
     quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
     keep_base: bool = opt(
         False,
-        "the model's adapter on the base below it, as --keep-base trains it, not the two merged",
+        "use the adapter on its base, as --keep-base trains it, not the two merged",
     )
 
 
 def read(o, path, device, reward=False):
-    """A language model's folder, or a reward model's → model and tokenizer, frozen, in bf16 on a
-    GPU that has it. With --keep-base the adapter in path/adapter lies on its own base, 4-bit with
-    --quant nf4: to quantise the merged weights would undo part of what was learnt."""
-    quant = None if o.quant == "none" else o.quant
+    """A language model's folder, or with `reward` a reward model's → model and tokenizer, frozen,
+    in bf16 on a GPU that has it.
+
+    With --keep-base the adapter in path/adapter lies on its own base, 4-bit with --quant nf4:
+    quantising the merged weights would undo part of what was learnt.
+    """
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-    model, tok = (on_base if o.keep_base else hub.load)(path, device, dtype, quant)
+    model, tok = (on_base if o.keep_base else hub.load)(path, device, dtype, quantisation(o))
     if reward and not model.config.num_labels:
         raise ValueError(
             f"{path} is a language model: a reward model was expected, such as reward.py writes"
@@ -271,61 +290,84 @@ def read(o, path, device, reward=False):
 
 
 def on_base(path, device, dtype, quant):
-    """The adapter in path/adapter on the model below it, whatever its kind. → model, tokenizer"""
-    folder, config, tok = Path(path) / "adapter", hub.read_config(Path(path)), Tokenizer.load(path)
-    model = hub.load(base_of(path), device, dtype, quant)[0].requires_grad_(False)
+    """The adapter in path/adapter, of any kind, on its base → model and tokenizer."""
+    config, tok = hub.read_config(Path(path)), Tokenizer.load(path)
+    model, _ = hub.load(base_of(path), device, dtype, quant)
+    model.requires_grad_(False)
     if config.num_labels:
         model = scalar_model(model)
     for key in ("eos_token_id", "reward_mean", "reward_std"):
         setattr(model.config, key, getattr(config, key))
-    return peft.load_adapter(model, folder, trainable=False), tok
+    return peft.load_adapter(model, Path(path) / "adapter", trainable=False), tok
 
 
-# ---------------------------------------------------------------- what is said about it
-class Watch:
-    """The memory table before the loop; after it the memory that was really used, and the adapters
-    that have not moved.
+# ---------------------------------------------------------------- what a run prints about it
+class Report:
+    """The memory table, measured from the first micro-batch; after the loop the memory that was
+    used, and the adapter's tensors that have not moved.
+
+    Made before the run's state is restored: an adapter has moved if it differs from what it was
+    then, however often the run was interrupted.
     """
 
-    def __init__(self, o, device, models: list, tokens: float, targets: float, length=128):
-        """models: all that the stage holds, the trained one first; of a pass: tokens, targets, and
-        how long packed rows are.
-        """
-        first, self.device = models[0], device
+    def __init__(self, o, device, models: list):
+        """models: all that the stage holds, the trained one first."""
+        self.o, self.device, self.models = o, device, models
         for model in models if kind(o) == "lora" else []:  # before the first step, not at the save
             if any(p.requires_grad for p in model.parameters()) and not lora.adapters(model):
                 raise ValueError(NO_HEAD)
-        self.model, self.start = first, lora.trained(first) if kind(o) != "weights" else None
-        rows, c, dtype = memory.count(*models), first.config, first.embed_tokens.weight.dtype
-        adapted = {
+        self.before = trained(models[0]) if kind(o) != "weights" else {}
+        self.shown = False
+
+    def batch(self, tokens: int, targets: int, length=128):
+        """Prints the memory table, the first time that it is called.
+
+        tokens, targets: of one forward and backward pass; length: of its packed rows.
+        """
+        if self.shown:
+            return
+        self.shown = True
+        o, model = self.o, self.models[0]
+        ranks = {
             n.rpartition(".")[2]: m.settings[m.active]["r"]
-            for n, m in first.named_modules()
+            for n, m in model.named_modules()
             if isinstance(m, lora.LoRALinear)
         }
-        rank = max(adapted.values(), default=int(kind(o) != "weights"))
-        how = dict(
-            rank=rank,
-            targets=list(adapted),
-            dtype=dtype,
-            quant=None if o.quant == "none" else o.quant,
+        rows = memory.count(*self.models)
+        rows["activations (estimate)"] = memory.activations(
+            model.config,
+            tokens,
+            length,
+            rank=max(ranks.values(), default=int(kind(o) != "weights")),
+            targets=list(ranks),
+            dtype=model.embed_tokens.weight.dtype,
+            quant=quantisation(o),
+            autocast=has_bf16(self.device),
+            checkpointing=o.checkpointing,
+            gpu=self.device.type == "cuda",
         )
-        rows["activations (estimate)"] = memory.activations(c, int(tokens), length, **how, autocast=has_bf16(device),
-                                                            checkpointing=o.checkpointing, gpu=device.type == "cuda")  # fmt: skip
-        rows["logits (estimate)"] = memory.logits(c, int(targets))
-        print(memory.table(rows, c))
+        rows["logits (estimate)"] = memory.logits(model.config, targets)
+        print(memory.table(rows, model.config))
 
     def finish(self):
-        print(f"memory: {memory.measured(self.device) / memory.UNIT:.2f} GB at most" + (
-            "" if self.device.type == "cuda" else ", with Python and its libraries"))  # fmt: skip
-        still = lora.unmoved(self.model, self.start) if self.start else []
-        if 0 < len(still) < len(self.start):  # where nothing moved no step was left to make
+        used = memory.measured(self.device) / memory.UNIT
+        whole = "" if self.device.type == "cuda" else ", with Python and its libraries"
+        print(f"memory: {used:.2f} GB at most{whole}")
+        still = unmoved(self.models[0], self.before) if self.before else []
+        if 0 < len(still) < len(self.before):  # where nothing moved, no step was left to make
             print(
                 f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are"
                 " they used?"
             )
 
 
-class Report:
-    def __init__(self, o, device, models): pass
-    def batch(self, **sizes): pass
-    def finish(self): pass
+def trained(model) -> dict:
+    """Copies of the trained parameters, on the host, for unmoved()."""
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {n: p.detach().to("cpu", copy=True) for n, p in found.items()}
+
+
+def unmoved(model, before: dict) -> list[str]:
+    """The trained parameters that are what they were in `before`, trained() of the model then."""
+    now = trained(model)
+    return [n for n, p in now.items() if torch.equal(p, before[n])]

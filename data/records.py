@@ -1,19 +1,25 @@
-"""Records in the common formats -> conversations, preference pairs, rankings.
+"""Records in the common formats → conversations, preference pairs, rankings.
 
-    conversation   {"messages": [{"role", "content"}, ...]}   {"instruction", "input", "output"}   {"prompt", "completion"}
-    pair           {"prompt", "chosen", "rejected"}           {"instruction", "input", "chosen", "rejected"}
-    ranking        {"prompt", "responses": [K], "ranks": [K]}      0 the best, ties allowed, -1: that answer is absent
+    conversation   {"messages": [{"role", "content"}, ...]}
+                   {"instruction", "input", "output"}
+                   {"prompt", "completion"}
+    pair           {"prompt", "chosen", "rejected"}
+                   {"instruction", "input", "chosen", "rejected"}
+    ranking        {"prompt", "responses": [K], "ranks": [K]}
+                   0 the best, ties allowed, -1: that answer is absent
 
-one JSON object a line, or one JSON array. A prompt or an answer is a string or a list of messages.
-What cannot be read raises a ValueError "file:line: field: what was expected (got ...)"; what can be
-read but is of no use is dropped, counted, and said in one line. A field that is not named above is
-in one of the tables below, or it passes through, and that line counts it as not used.
+A file holds one JSON object per line, or one JSON array. A prompt or an answer is a string or a
+list of messages. What cannot be read raises a ValueError "file:line: field: what was expected (got
+...)"; records that are valid but of no use are dropped, counted, and reported in one line. A field
+that is not named above stands in one of the tables below, or it is passed through, and that line
+counts it as not used.
 """
 
 import argparse
 import hashlib
 import json
 import random
+import re
 import sys
 from collections import Counter
 from functools import lru_cache
@@ -22,40 +28,44 @@ from pathlib import Path
 from data import templates
 from data.tokenizer import check_spaces
 
-READERS = {
+READERS = {  # kind → who reads it
     "conversation": "sft.py, and where they end in a user's turn compare.py and ppo.py,",
     "preference pair": "reward.py and dpo.py",
     "ranking": "reward.py and dpo.py",
-}  # kind -> who reads it
-# what compare.py writes beside the answers
-SAMPLED = ("finished", "ids", "tokenizer")
-EMPTY, SAME, TIED = (
-    "with an empty turn",
-    "with chosen = rejected",
-    "without two answers of different rank",
-)
+}
+SAMPLED = ("finished", "ids", "tokenizer")  # what compare.py writes beside the answers
+EMPTY = "with an empty turn"
+SAME = "with chosen = rejected"
+TIED = "without two answers of different rank"
 UNWANTED = "with label false"
 WRITES = "python -m data.records FILE OUT writes the prompts of a file"
 
 # ---- what else a record or a message may carry: used, refused by name, harmless, or else counted
-BESIDE = ("system", "system_prompt", "history")  # used: they go in front of the turns
+BESIDE = ("system", "system_prompt", "history")  # used: they are put in front of the turns
 WEIGHTS = ("weight", "train", "training", "loss")  # used: a message with 0 is read, not trained
 LABELS = ("label", "kto_tag")  # used: a conversation with false has no good answer (KTO)
-CALLS, TEXT = "no chat format here writes tool calls", "text alone is read here"
-THOUGHT = "no chat format here writes what is thought before an answer"
+NO_CALLS = "no chat format here writes tool calls"
+TEXT_ONLY = "text alone is read here"
+NO_THOUGHT = "no chat format here writes what is thought before an answer"
+USE_WEIGHT = "a message's weight, 0 or 1, says what is trained"
+ALPACA_ONLY = "it goes into the prompt beside `instruction` alone"
+IN_PROMPT = "it must stand in the prompt"
+# fmt: off
 REFUSED = {  # they would change what is learnt, and cannot be honoured
-    **dict.fromkeys(["tools", "functions", "tool_calls", "function_call", "function_calls"], CALLS),
-    **dict.fromkeys(["tool_call_id", "tool_choice", "tool_responses"], CALLS),
-    **dict.fromkeys(["image", "images", "video", "videos", "audio", "audios", "media"], TEXT),
-    **dict.fromkeys(["reasoning_content", "reasoning", "thinking", "thought", "thoughts"], THOUGHT),
-    **dict.fromkeys(
-        ["mask", "loss_mask", "labels"], "a message's weight, 0 or 1, says what is trained"
-    ),
-    **dict.fromkeys(["input", "context"], "it goes into the prompt beside `instruction` alone"),
-    **dict.fromkeys(["contexts", "documents"], "it must stand in the prompt"),
+    "tools": NO_CALLS, "functions": NO_CALLS, "tool_calls": NO_CALLS, "function_call": NO_CALLS,
+    "function_calls": NO_CALLS, "tool_call_id": NO_CALLS, "tool_choice": NO_CALLS,
+    "tool_responses": NO_CALLS,
+    "image": TEXT_ONLY, "images": TEXT_ONLY, "video": TEXT_ONLY, "videos": TEXT_ONLY,
+    "audio": TEXT_ONLY, "audios": TEXT_ONLY, "media": TEXT_ONLY,
+    "reasoning_content": NO_THOUGHT, "reasoning": NO_THOUGHT, "thinking": NO_THOUGHT,
+    "thought": NO_THOUGHT, "thoughts": NO_THOUGHT,
+    "mask": USE_WEIGHT, "loss_mask": USE_WEIGHT, "labels": USE_WEIGHT,
+    "input": ALPACA_ONLY, "context": ALPACA_ONLY,
+    "contexts": IN_PROMPT, "documents": IN_PROMPT,
     "chat_template_kwargs": "no chat format here has arguments",
 }
-HARMLESS = {  # where a record is from, what it is about; at the end what this project's files have
+# fmt: on
+HARMLESS = {  # where a record is from, what it is about; at the end this project's own fields
     *"id idx index uid uuid guid hash qid prompt_id question_id conversation_id message_id".split(),
     *"example_id sample_id instruction_id row_id parent_id turn num_turns".split(),
     *"source sources dataset dataset_name data_source subset origin url license author".split(),
@@ -69,10 +79,10 @@ HARMLESS = {  # where a record is from, what it is about; at the end what this p
 
 
 def conversations(path, need="answer"):
-    """-> [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a
+    """→ [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a
     user's (need "prompt").
 
-    need "turns": as "answer", but not to learn the answers: labels and weights do not matter.
+    need "turns": as "answer", but the answers are not learnt, so labels and weights do not matter.
     """
     last = {"answer": "assistant", "turns": "assistant", "prompt": "user"}[need]
 
@@ -82,23 +92,23 @@ def conversations(path, need="answer"):
             advice = f": {WRITES}" if need == "prompt" else ""
             got = messages[-1]["role"]
             raise ValueError(f"messages: {last} was expected as the last turn (got {got}){advice}")
-        if any(_blank(m["content"]) for m in messages if m["role"] != "system"):
+        if _empty_turn(messages):
             return EMPTY
         if need == "answer" and any(record.get(k) in (0,) for k in LABELS):  # false is 0
             return UNWANTED
-        good = (k for k in LABELS if record.get(k) in (0, 1, None))
+        good = [k for k in LABELS if record.get(k) in (0, 1, None)]
         return _keep(record, (*used, *good), messages=messages)
 
     return _convert(path, {"conversation": convert})
 
 
 def preferences(path):
-    """-> [{"prompt": [messages], "chosen": str, "rejected": str, ...}]"""
+    """→ [{"prompt": [messages], "chosen": str, "rejected": str, ...}]"""
     return _convert(path, {"preference pair": _pair})
 
 
 def rankings(path):
-    """-> [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair
+    """→ [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair
     is a ranking of two.
     """
 
@@ -106,58 +116,49 @@ def rankings(path):
         pair = _pair(record)
         if isinstance(pair, str):
             return pair
-        return _keep(
-            pair,
-            ("chosen", "rejected", *SAMPLED),
-            prompt=pair["prompt"],
-            responses=[pair["chosen"], pair["rejected"]],
-            ranks=[0, 1],
-        )
+        responses = [pair["chosen"], pair["rejected"]]
+        used = ("chosen", "rejected", *SAMPLED)
+        return _keep(pair, used, prompt=pair["prompt"], responses=responses, ranks=[0, 1])
 
     return _convert(path, {"ranking": _ranking, "preference pair": pair_as_ranking})
 
 
 def pairs(path, which="all"):
-    """Rankings or pairs -> pairs as from `preferences`: all that differ in rank, or the best
+    """Rankings or pairs → pairs as from `preferences`: all that differ in rank, or the best
     against the worst ("best_worst").
     """
     if which not in ("all", "best_worst"):
         raise ValueError(f'which: "all" or "best_worst" was expected (got {which!r})')
-    out, dropped = [], Counter()
+    found, dropped = [], Counter()
     for record in rankings(path):
-        responses, ranks = record["responses"], record["ranks"]
-        order = sorted((i for i in range(len(ranks)) if ranks[i] >= 0), key=lambda i: ranks[i])
-        worst = next(i for i in order if ranks[i] == ranks[order[-1]])
-        wanted = (
-            [(order[0], worst)]
-            if which == "best_worst"
-            else [(i, j) for i in order for j in order if ranks[i] < ranks[j]]
-        )
-        for i, j in wanted:
+        responses = record["responses"]
+        for i, j in _ranked_pairs(record["ranks"], which):
             if responses[i] == responses[j]:
                 dropped[SAME] += 1
-            else:
-                # chosen's, rejected's
-                both = {k: [record[k][i], record[k][j]] for k in SAMPLED[:2] if k in record}
-                out.append(
-                    _keep(
-                        record,
-                        ("responses", "ranks"),
-                        prompt=record["prompt"],
-                        chosen=responses[i],
-                        rejected=responses[j],
-                        **both,
-                    )
-                )
-    report(path, len(out), dropped, "pairs")
-    return out
+                continue
+            both = {"chosen": responses[i], "rejected": responses[j]}
+            for field in ("finished", "ids"):  # of the chosen answer, of the rejected one
+                if field in record:
+                    both[field] = [record[field][i], record[field][j]]
+            found.append(_keep(record, ("responses", "ranks"), prompt=record["prompt"], **both))
+    report(path, len(found), dropped, "pairs")
+    return found
+
+
+def _ranked_pairs(ranks, which):
+    """→ [(better, worse)]: places of answers that differ in rank, absent ones left out."""
+    order = sorted((i for i, rank in enumerate(ranks) if rank >= 0), key=lambda i: ranks[i])
+    if which == "best_worst":
+        worst = next(i for i in order if ranks[i] == ranks[order[-1]])
+        return [(order[0], worst)]
+    return [(i, j) for i in order for j in order if ranks[i] < ranks[j]]
 
 
 def held_out(prompt):
-    """About 1 prompt in 10, by a hash of its first user's turn (spaces aside): the one place where
-    held-out is decided.
+    """True for about 1 prompt in 10, by a hash of its first user's turn (spaces aside). This is
+    the one place where held-out is decided.
 
-    The opening alone counts, so that a longer conversation, or the same question under a system
+    Only that turn counts, so that a longer conversation, or the same question under a system
     message, lies on the same side in an instruction file and in a preference file.
     """
     opening = next(m["content"] for m in prompt if m["role"] == "user")
@@ -176,18 +177,17 @@ def kind(path):
 
 
 def split(records):
-    """records of any kind -> (train, held out), each in its order."""
-    sides = [], []
+    """Records of any kind → (train, held out), each in its order."""
+    train, held = [], []
     for record in records:
-        sides[held_out(record["messages" if _kind(record) == "conversation" else "prompt"])].append(
-            record
-        )
-    return sides
+        prompt = record["messages" if _kind(record) == "conversation" else "prompt"]
+        (held if held_out(prompt) else train).append(record)
+    return train, held
 
 
 def batch(records, step, size, seed):
-    """The step-th batch of an endless stream of shuffles: each record comes once an epoch, none is
-    left out at an epoch's end.
+    """The step-th batch (0-based) of an endless stream of shuffles: each record comes once per
+    epoch, and a batch may span the border of two, so that none is left out.
     """
     out = []
     for i in range(step * size, (step + 1) * size):
@@ -202,11 +202,11 @@ def _shuffle(n, seed, epoch):
 
 
 def report(path, kept, dropped, what="records", held=None, unused=None):
-    """Says in a line on stderr what was used, dropped, held out; ValueError where nothing is left.
+    """Prints a line on stderr: what was used, dropped, held out. ValueError if nothing is left.
 
-    dropped: a Counter, reason -> number. held: how many are held out, 0 where a stage splits
-    nothing; a stage says its line always. A reader has no `held`: it says its own where it dropped
-    records, or found fields that nothing is made of (unused, a Counter: field -> records).
+    dropped: a Counter, reason → number. A stage gives held, the number held out (0 if it splits
+    nothing), and always prints its line. A reader gives unused, a Counter: field → records, and
+    prints its line only if it dropped records or found fields that are not used.
     """
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
     if not kept:
@@ -215,59 +215,61 @@ def report(path, kept, dropped, what="records", held=None, unused=None):
             why.append(f"held out: {held:,}, all that share a first question lie on one side")
         why = f" ({'; '.join(why)})" if why else ""
         raise ValueError(f"{path}: no usable {what} in it{why}")
-    said = [f"dropped {reasons}"] if reasons else []
+    parts = [f"dropped {reasons}"] if reasons else []
     if held is not None:
-        said = [*(said or ["none dropped"]), f"{held:,} held out" if held else "none held out"]
+        parts = parts or ["none dropped"]
+        parts.append(f"{held:,} held out" if held else "none held out")
     if unused:
-        names = [
-            f"{name[:40] if name.isprintable() else ascii(name[:40])} ({n:,})"
-            for name, n in sorted(unused.items())
-        ]
+        names = []
+        for name, n in sorted(unused.items()):
+            shown = name[:40] if name.isprintable() else ascii(name[:40])
+            names.append(f"{shown} ({n:,})")
         more = [f"{len(names) - 9:,} more"] if len(names) > 9 else []
-        said.append("fields not used: " + ", ".join(names[:9] + more))
-    if said:
-        print(f"{path}: {kept:,} {what} used, {', '.join(said)}", file=sys.stderr)
+        parts.append("fields not used: " + ", ".join(names[:9] + more))
+    if parts:
+        print(f"{path}: {kept:,} {what} used, {', '.join(parts)}", file=sys.stderr)
 
 
 def say_cut(length, context):
-    """Says that --length is more than the model can read: `context` tokens count in its place."""
+    """Says on stderr if --length is beyond the model's context, which then counts in its place."""
     if length > context:
-        said = f"the model's context is {context:,} tokens, what is longer is dropped"
-        print(f"--length {length:,}: {said}", file=sys.stderr)
+        effect = f"the model's context is {context:,} tokens, what is longer is dropped"
+        print(f"--length {length:,}: {effect}", file=sys.stderr)
 
 
 def _convert(path, readers):
-    """Reads the file and calls readers[kind](record) -> a record, or the reason (str) why it is
-    dropped.
-    """
-    out, dropped, unused = [], Counter(), Counter()
+    """Reads the file; readers[kind](record) → a new record, or the reason (str) to drop it."""
+    found, dropped, unused = [], Counter(), Counter()
     for line, record in _read(path):
         try:
             kind = _kind(record)
             if kind not in readers:
+                wanted = " or ".join(readers)
                 raise ValueError(
-                    f"a {' or '.join(readers)} was expected, this is a {kind}: {READERS[kind]} read"
-                    " those"
+                    f"a {wanted} was expected, this is a {kind}: {READERS[kind]} read those"
                 )
             others = _message_fields(record)
             result = readers[kind](record)
-            if not isinstance(result, str):
-                unused.update(others | _record_fields(record, result, kind))
+            if isinstance(result, str):
+                dropped[result] += 1
+                continue
+            unused.update(others | _record_fields(record, result, kind))
+            found.append(result)
         except ValueError as e:
             raise ValueError(f"{path}:{line}: {e}") from None
-        if isinstance(result, str):
-            dropped[result] += 1
-        else:
-            out.append(result)
-    report(path, len(out), dropped, unused=unused)
-    return out
+    report(path, len(found), dropped, unused=unused)
+    return found
 
 
 def _record_fields(record, result, kind):
-    """The names of its fields that are neither used nor harmless; ValueError for a refused one."""
+    """The names of a record's fields that are neither used nor harmless; ValueError for a refused
+    one.
+    """
     made = {"messages"} if kind == "conversation" else {"responses", "ranks"}
-    made |= {"chosen", "rejected"} if kind == "preference pair" else set()
-    made |= {"prompt"} if kind != "conversation" and "instruction" not in record else set()
+    if kind == "preference pair":
+        made |= {"chosen", "rejected"}
+    if kind != "conversation" and "instruction" not in record:
+        made |= {"prompt"}
     left = {k: v for k, v in record.items() if k in result.keys() - made}
     for k in WEIGHTS[:3]:
         if left.get(k) not in (1, None):
@@ -276,26 +278,24 @@ def _record_fields(record, result, kind):
     return _not_used(left)
 
 
+# fmt: off
+MESSAGE_FIELDS = ("messages", "prompt", "completion", "output", "response", "chosen", "rejected",
+                  "responses")
+# fmt: on
+
+
 def _message_fields(record):
-    """The same of its messages, before they are read."""
+    """The same of a record's messages, before they are read."""
     found = set()
-    for field in (
-        "messages",
-        "prompt",
-        "completion",
-        "output",
-        "response",
-        "chosen",
-        "rejected",
-        "responses",
-    ):
+    for field in MESSAGE_FIELDS:
         given = record.get(field)
-        for i, m in enumerate(given if isinstance(given, list) else [], 1):
-            for message in m if isinstance(m, list) else [m]:
-                if isinstance(message, dict):
-                    used = ("role", "content", *WEIGHTS)
-                    others = {k: v for k, v in message.items() if k not in used}
-                    found |= {f"message {k}" for k in _not_used(others, f"{field}: message {i}: ")}
+        for i, entry in enumerate(given if isinstance(given, list) else [], 1):
+            for message in entry if isinstance(entry, list) else [entry]:
+                if not isinstance(message, dict):
+                    continue
+                used = ("role", "content", *WEIGHTS)
+                others = {k: v for k, v in message.items() if k not in used}
+                found |= {f"message {k}" for k in _not_used(others, f"{field}: message {i}: ")}
     return found
 
 
@@ -310,13 +310,13 @@ def _not_used(fields, where=""):
 
 
 def _empty(value):
-    """Says nothing, as tables write a field in the rows that lack it."""
+    """Whether a value says nothing: tables write such ones in the rows that lack a field."""
     return value is None or _blank(value) or value in ([], {}) or value in ("[]", "{}", "null")
 
 
 PANDAS = "to_json(OUT, orient='records', lines=True)"
 ARROW = "an Arrow file, write it as JSON lines first (datasets: from_file(FILE).to_json(OUT))"
-FOREIGN = {  # a file's first bytes, or its ending -> what it is, what to do
+FOREIGN = {  # a file's first bytes, or its ending → what it is, what to do
     b"\x1f\x8b": "a gzip file, unpack it first (gunzip)",
     b"BZh": "a bzip2 file, unpack it first (bunzip2)",
     b"\xfd7zXZ": "an xz file, unpack it first (unxz)",
@@ -333,15 +333,16 @@ FOREIGN = {  # a file's first bytes, or its ending -> what it is, what to do
 
 
 def _read(path):
-    """-> (line number, JSON value) of each line, or of each element of an array. Tolerates a BOM
-    and CRLF.
+    """→ (line number, JSON value) of each line, or of each element of an array. A BOM and CRLF are
+    tolerated.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     data = path.read_bytes()
-    for found, advice in FOREIGN.items():
-        if data.startswith(found) if isinstance(found, bytes) else path.suffix.lower() == found:
+    for sign, advice in FOREIGN.items():
+        ending = path.suffix.lower()
+        if data.startswith(sign) if isinstance(sign, bytes) else ending == sign:
             raise ValueError(f"{path}: {advice}; JSON lines or one JSON array were expected")
     try:
         text = data.decode("utf-8-sig")
@@ -351,12 +352,13 @@ def _read(path):
             f"{path}:{line}: UTF-8 was expected (got the byte 0x{data[e.start]:02x}): save the file"
             " as UTF-8"
         ) from None
-    if text.lstrip()[:1] == "[":
-        yield from _array(path, text)
-        return
+    yield from (_array if text.lstrip()[:1] == "[" else _lines)(path, text)
+
+
+def _lines(path, text):
+    """JSON lines, each with its number."""
     at = 0
-    # not splitlines(): U+2028 may stand in a string
-    for n, line in enumerate(text.split("\n"), 1):
+    for n, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at a string's U+2028
         if line.strip():
             try:
                 yield n, json.loads(line)
@@ -364,7 +366,7 @@ def _read(path):
                 several = "this one stands on several: write it on one, jq -c does"
                 why = several if _goes_on(text, at, line) else e
                 raise ValueError(
-                    f"{path}:{n}: one JSON object a line was expected ({why})"
+                    f"{path}:{n}: one JSON object per line was expected ({why})"
                 ) from None
         at += len(line) + 1
 
@@ -378,36 +380,33 @@ def _goes_on(text, at, line):
 
 
 def _array(path, text):
-    """The elements of a JSON array, each with the line it begins on."""
-    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
-    seen = 0
-
-    def skip(at):
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
-
-    at, separator = skip(at), ","
+    """The elements of a JSON array, each with the number of the line it begins on."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[ \t\r\n]*")
+    at = space.match(text, text.index("[") + 1).end()
+    line, counted = 1, 0
+    separator = ","
     while text[at : at + 1] != "]":
-        line, seen = line + text.count("\n", seen, at), at
+        line += text.count("\n", counted, at)
+        counted = at
         if separator != ",":
+            got = text[at : at + 20]
             raise ValueError(
-                f"{path}:{line}: a comma or the array's end was expected (got"
-                f" {text[at : at + 20]!r})"
+                f"{path}:{line}: a comma or the array's end was expected (got {got!r})"
             )
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}:{line}: a JSON object was expected ({e})") from None
         yield line, value
-        at = skip(at)
+        at = space.match(text, at).end()
         separator = text[at : at + 1]
-        at = skip(at + 1) if separator == "," else at
-    if text[at + 1 :].strip():
-        raise ValueError(
-            f"{path}:{text.count(chr(10), 0, at) + 1}: nothing was expected after the array "
-            f"(got {text[at + 1 :].strip()[:20]!r})"
-        )
+        if separator == ",":
+            at = space.match(text, at + 1).end()
+    rest = text[at + 1 :].strip()
+    if rest:
+        line = text.count("\n", 0, at) + 1
+        raise ValueError(f"{path}:{line}: nothing was expected after the array (got {rest[:20]!r})")
 
 
 def _kind(record):
@@ -427,7 +426,7 @@ def _kind(record):
 
 
 def _conversation(record, need):
-    """-> (messages, the names of the fields they are made of)."""
+    """→ (messages, the names of the fields they are made of)."""
     if "messages" in record:
         messages = _messages(record, "messages", weights=need == "answer")
         return _beside(record, messages), ("messages",)
@@ -446,25 +445,22 @@ def _conversation(record, need):
 
 
 def _pair(record):
-    """A pair's record -> {"prompt", "chosen", "rejected", ...}, or the reason why it is dropped."""
+    """A pair's record → {"prompt", "chosen", "rejected", ...}, or the reason to drop it."""
     if "instruction" in record:
         prompt, used = _alpaca(record)
     elif "prompt" in record:
         prompt, used = _prompt(record), ("prompt",)
-    # both are whole conversations; what they share is the prompt
     elif isinstance(record.get("chosen"), list):
+        # both are whole conversations; what they share is the prompt
         prompt, used = _messages(record, "chosen")[:-1], ()
         _ends_in_user(prompt, "chosen")
         prompt = _beside(record, prompt)
     else:
-        raise ValueError(
-            "prompt: a string or a list of messages was expected (got"
-            f" {_short(record.get('prompt'))})"
-        )
-    chosen, rejected = (_answer(record, field, prompt) for field in ("chosen", "rejected"))
-    if any(
-        map(_blank, (*(m["content"] for m in prompt if m["role"] != "system"), chosen, rejected))
-    ):
+        got = _short(record.get("prompt"))
+        raise ValueError(f"prompt: a string or a list of messages was expected (got {got})")
+    chosen = _answer(record, "chosen", prompt)
+    rejected = _answer(record, "rejected", prompt)
+    if _empty_turn(prompt) or _blank(chosen) or _blank(rejected):
         return EMPTY
     if chosen == rejected:
         return SAME
@@ -472,57 +468,44 @@ def _pair(record):
 
 
 def _ranking(record):
-    """A ranking's record checked. An empty answer that was ranked stays: a labeller has judged it."""
+    """A ranking's record, checked. A ranked answer may be empty: a labeller has judged it."""
     prompt, responses, ranks = _prompt(record), record.get("responses"), record.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError(
-            f"responses: a list of 2 or more strings was expected (got {_short(responses)})"
-        )
+        got = _short(responses)
+        raise ValueError(f"responses: a list of 2 or more strings was expected (got {got})")
+    k = len(responses)
     responses = [_answer({"responses": r}, "responses", prompt) for r in responses]
-    if not isinstance(ranks, list) or len(ranks) != len(responses):
-        raise ValueError(
-            f"ranks: {len(responses)} integers, as many as responses, were expected (got"
-            f" {_short(ranks)})"
-        )
+    if not isinstance(ranks, list) or len(ranks) != k:
+        got = _short(ranks)
+        raise ValueError(f"ranks: {k} integers, as many as responses, were expected (got {got})")
     for rank in ranks:
         if type(rank) is not int or rank < -1:
             raise ValueError(
                 "ranks: integers from 0, or -1 for an absent answer, were expected (got"
                 f" {_short(rank)})"
             )
-    if any(_blank(m["content"]) for m in prompt if m["role"] != "system"):
+    if _empty_turn(prompt):
         return EMPTY
     if len({r for r in ranks if r >= 0}) < 2:
         return TIED
-    return _keep(
-        record,
-        _unknown_ids(record, len(responses)),
-        prompt=prompt,
-        responses=responses,
-        ranks=list(ranks),
-    )
+    left_out = _unknown_ids(record, k)
+    return _keep(record, left_out, prompt=prompt, responses=responses, ranks=list(ranks))
 
 
 def _unknown_ids(record, k):
-    """Checks what compare.py writes beside the K answers of a ranking -> of it the fields that mean
-    nothing here.
+    """Checks what compare.py writes beside the K answers → those of its fields that mean nothing
+    in this record.
     """
-    ended, ids = record.get("finished"), record.get("ids")
-    if ended is not None and not (
-        isinstance(ended, list) and len(ended) == k and all(type(f) is bool for f in ended)
-    ):
+    finished, ids = record.get("finished"), record.get("ids")
+    if finished is not None and not _k_of(k, finished, lambda f: type(f) is bool):
         raise ValueError(
             f"finished: {k} times true or false, as many as responses, were expected (got"
-            f" {_short(ended)})"
+            f" {_short(finished)})"
         )
-    lacking = () if ended is not None else ("finished",)
-    # ids of what? of some other table, perhaps
-    if not isinstance(record.get("tokenizer"), str) or ids is None:
-        return ("ids", *lacking)
-    fits = isinstance(ids, list) and len(ids) == k
-    if not fits or not all(
-        isinstance(a, list) and a and all(type(i) is int and i >= 0 for i in a) for a in ids
-    ):
+    lacking = () if finished is not None else ("finished",)
+    if ids is None or not isinstance(record.get("tokenizer"), str):
+        return ("ids", *lacking)  # of an unknown vocabulary
+    if not _k_of(k, ids, _is_ids):
         raise ValueError(
             f"ids: {k} lists of token ids, as many as responses, were expected beside tokenizer"
             f" (got {_short(ids)})"
@@ -530,8 +513,18 @@ def _unknown_ids(record, k):
     return lacking
 
 
+def _k_of(k, values, fits):
+    return isinstance(values, list) and len(values) == k and all(map(fits, values))
+
+
+def _is_ids(answer):
+    if not isinstance(answer, list) or not answer:
+        return False
+    return all(type(i) is int and i >= 0 for i in answer)
+
+
 def _prompt(record):
-    """record["prompt"], a string or messages that end in a user's turn -> messages."""
+    """record["prompt"], a string or messages that end in a user's turn → messages."""
     if isinstance(record.get("prompt"), list):
         messages = _messages(record, "prompt")
         _ends_in_user(messages, "prompt")
@@ -555,23 +548,20 @@ def _beside(record, messages):
     head = messages[:1] if messages[0]["role"] == "system" else []
     turns, before = messages[len(head) :], []
     for field in ("system", "system_prompt"):
-        if not _empty(record.get(field)):
-            own = [{"role": "system", "content": _string(record, field)}]
-            if head not in ([], own):
-                raise ValueError(
-                    f"{field}: what the turns' system message says was expected "
-                    f"(got {_short(record[field])})"
-                )
-            head = own
-    history = record.get("history")
-    for pair in [] if _empty(history) else history if isinstance(history, list) else [history]:
+        if _empty(record.get(field)):
+            continue
+        own = [{"role": "system", "content": _string(record, field)}]
+        if head not in ([], own):
+            got = _short(record[field])
+            raise ValueError(f"{field}: the turns' own system message was expected (got {got})")
+        head = own
+    history = [] if _empty(record.get("history")) else record["history"]
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             got = _short(pair)
             raise ValueError(f"history: a list of [question, answer] was expected (got {got})")
-        before += [
-            {"role": role, "content": _string({"history": text}, "history")}
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            before.append({"role": role, "content": _string({"history": text}, "history")})
     return [*head, *before, *turns]
 
 
@@ -582,15 +572,15 @@ def _answer(record, field, prompt):
     if not isinstance(record.get(field), list):
         return _string(record, field, "a string or a list of messages")
     given = record[field]
-    if given and isinstance(given[-1], dict) and any(given[-1].get(k) in (0,) for k in WEIGHTS):
+    last = given[-1] if given and isinstance(given[-1], dict) else {}
+    if any(last.get(k) in (0,) for k in WEIGHTS):
         raise ValueError(f"{field}: the last message: weight: 1 was expected for an answer (got 0)")
-    if len(given) == 1 and isinstance(given[0], dict) and given[0].get("role") == "assistant":
-        return _string(given[0], "content", where=f"{field}: message 1: content")
+    if len(given) == 1 and last.get("role") == "assistant":
+        return _string(last, "content", where=f"{field}: message 1: content")
     messages = _messages(record, field)
     if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{field}: the last message: assistant was expected (got {messages[-1]['role']})"
-        )
+        got = messages[-1]["role"]
+        raise ValueError(f"{field}: the last message: assistant was expected (got {got})")
     if prompt not in (messages[:-1], _beside(record, messages[:-1])):
         raise ValueError(
             f"{field}: the prompt's messages and then the answer were expected (got"
@@ -600,17 +590,19 @@ def _answer(record, field, prompt):
 
 
 def _messages(record, field, weights=False):
-    """record[field] checked -> new message objects of role and content alone.
-
-    weights: and of "weight" 0 where a turn is read, not trained.
+    """record[field], checked → new messages of role and content alone; weights: and of "weight" 0
+    where a turn is read, not trained.
     """
     try:
         templates.check(record[field])
-        return [
-            {"role": m["role"], "content": _string(m, "content", where=f"message {i}: content")}
-            | ({"weight": 0} if _untrained(m, i) and weights else {})
-            for i, m in enumerate(record[field], 1)
-        ]
+        messages = []
+        for i, given in enumerate(record[field], 1):
+            content = _string(given, "content", where=f"message {i}: content")
+            message = {"role": given["role"], "content": content}
+            if _untrained(given, i) and weights:
+                message["weight"] = 0
+            messages.append(message)
+        return messages
     except ValueError as e:
         raise ValueError(f"{field}: {e}") from None
 
@@ -628,10 +620,8 @@ def _untrained(message, number):
 
 def _ends_in_user(messages, field):
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError(
-            f"{field}: messages that end in a user's turn were expected (got"
-            f" {messages[-1]['role'] if messages else 'none'})"
-        )
+        got = messages[-1]["role"] if messages else "none"
+        raise ValueError(f"{field}: messages that end in a user's turn were expected (got {got})")
 
 
 def _string(record, field, expected="a string", where=None):
@@ -655,8 +645,13 @@ def _blank(text):
     return isinstance(text, str) and not text.strip()
 
 
+def _empty_turn(messages):
+    """Whether one of the turns is blank; a system message may be."""
+    return any(_blank(m["content"]) for m in messages if m["role"] != "system")
+
+
 def _keep(record, used, **fields):
-    """The fields, and behind them what else the record has."""
+    """The fields, and after them what else the record has."""
     used = {*fields, *used, *BESIDE}
     return fields | {k: v for k, v in record.items() if k not in used}
 
@@ -668,25 +663,20 @@ def main():
     """python -m data.records FILE OUT: the prompts of a file of any kind, for compare.py and
     ppo.py.
     """
-    parser = argparse.ArgumentParser(
-        description=(
-            "Writes the prompts of a file of records: their messages up to the last user's turn."
-        )
-    )
+    about = "Writes the prompts of a file of records: their messages up to the last user's turn."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("file", help="conversations, preference pairs or rankings")
     parser.add_argument("out", help="JSONL file for {messages} that end in a user's turn")
     o = parser.parse_args()
     try:
-        chats = kind(o.file) == "conversation"
-        found = (
-            [r["messages"][:-1] for r in conversations(o.file, "turns")]
-            if chats
-            else [r["prompt"] for r in rankings(o.file)]
-        )
-        # each prompt once
-        lines = dict.fromkeys(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in found)
-        aside = Path(f"{o.out}.part")  # half a file is never taken for one
-        aside.write_text("".join(lines), encoding="utf-8", newline="\n")
+        if kind(o.file) == "conversation":
+            prompts = [r["messages"][:-1] for r in conversations(o.file, "turns")]
+        else:
+            prompts = [r["prompt"] for r in rankings(o.file)]
+        lines = [json.dumps({"messages": p}, ensure_ascii=False) + "\n" for p in prompts]
+        aside = Path(f"{o.out}.part")  # half a file is never taken for a whole one
+        text = "".join(dict.fromkeys(lines))  # each prompt once
+        aside.write_text(text, encoding="utf-8", newline="\n")
         aside.replace(o.out)
     except (ValueError, OSError) as e:
         sys.exit(f"records.py: {e}")

@@ -1,14 +1,12 @@
-"""Messages -> token ids and loss mask, by one table of chat formats.
+"""Messages → token ids and labels, by one table of chat formats.
 
-    <|im_start|>user\\nWhat is the capital of
-    Peru?<|im_end|>\\n<|im_start|>assistant\\nLima.<|im_end|>\\n
-                                                                              ^^^^^^^^^^^^^^^ what
-                                                                              is trained: answer and
-                                                                              end token
+    <|im_start|>user\\nWhat is the capital of Peru?<|im_end|>\\n
+    <|im_start|>assistant\\nLima.<|im_end|>\\n
+                            ^^^^^^^^^^^^^^^ what is trained: the answer and its end token
 
 Training ids, labels and generation prompts come from one function, and each piece is encoded apart:
 so a prompt's ids are always the first ids of the whole conversation, wherever BPE would have merged
-over the border. A format's own tokens are ids, what people wrote is text, even if it reads
+over the border. A format's own tokens are ids; what people wrote is text, even if it reads
 "<|im_end|>". The jinja text of a format travels with the model, in its tokenizer_config.json.
 """
 
@@ -19,8 +17,8 @@ from dataclasses import dataclass
 ROLES = ("system", "user", "assistant")
 
 CHATML_TURN = (
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{%"
-    " endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
 )
 CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -30,10 +28,10 @@ SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 class Format:
     """One chat format: a turn is written as before + content + end + after.
 
-    before: with {role} in it; end: the special token that ends a turn (the last one an answer is
-    trained on); system: the default system message, put in front where the first message is no
-    system's; None: nothing is put there. jinja: the template as saved with a model; known: other
-    texts of checkpoints on the hub that render the same.
+    before: with {role} in it; end: the special token that ends a turn, the last one that is trained
+    of an answer; system: the default system message, put in front of messages that have none, or
+    None. jinja: the template as it is saved with a model; known: texts of checkpoints on the hub
+    that render the same.
     """
 
     name: str
@@ -46,22 +44,31 @@ class Format:
 
 
 CHATML = "{% for message in messages %}" + CHATML_TURN + CHATML_PROMPT
+# other checkpoints' spellings of CHATML
+CHATML_END_INSIDE = CHATML.replace("<|im_end|>' + '\n'", "<|im_end|>\n'")
+CHATML_DEFAULT = (
+    "{% if not add_generation_prompt is defined %}"
+    "{% set add_generation_prompt = false %}{% endif %}"
+)
+SMOLLM2 = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + SMOLLM2_SYSTEM + "<|im_end|>\n' }}{% endif %}"
+)
+SMOLLM2 += CHATML_TURN + CHATML_PROMPT
 # fmt: off
 TEMPLATES = {f.name: f for f in (
     Format("chatml", "<|im_start|>{role}\n", "<|im_end|>", "\n", CHATML,
-           known=(CHATML.replace("<|im_end|>' + '\n'", "<|im_end|>\n'"),
-                  "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}" + CHATML)),
-    Format("smollm2", "<|im_start|>{role}\n", "<|im_end|>", "\n",
-           "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-           + SMOLLM2_SYSTEM + "<|im_end|>\n' }}{% endif %}" + CHATML_TURN + CHATML_PROMPT,
+           known=(CHATML_END_INSIDE, CHATML_DEFAULT + CHATML)),
+    Format("smollm2", "<|im_start|>{role}\n", "<|im_end|>", "\n", SMOLLM2,
            system=SMOLLM2_SYSTEM),
 )}
 # fmt: on
 
 
 def _normal(jinja):
-    """In a jinja string a newline and its escape are the same, and jinja drops one newline at the
-    end.
+    """The same text for templates that render the same: in a jinja string a newline and its escape
+    are one, and jinja drops a newline at the end.
     """
     return jinja.replace("\\n", "\n").removesuffix("\n")
 
@@ -70,8 +77,8 @@ _known = {_normal(jinja): f for f in TEMPLATES.values() for jinja in (f.jinja, *
 
 
 def of(tokenizer):
-    """The Format of the tokenizer's own chat template; "chatml" where it has none. ValueError for
-    one that is not in the table.
+    """The Format of the tokenizer's own chat template; "chatml" if it has none. ValueError if the
+    template is not in the table.
     """
     if tokenizer.chat_template is None:
         return TEMPLATES["chatml"]
@@ -92,11 +99,11 @@ def named(name):
 
 
 def adopt(tokenizer, name=None):
-    """The Format a run trains with, from here on the tokenizer's own: it is saved with the model,
-    its end token as eos.
+    """The Format that a run trains with. It becomes the tokenizer's own: it is saved with the
+    model, with its end token as eos.
 
-    name None: the checkpoint's own, or "chatml" where it has none. Warns where `name` differs from
-    the checkpoint's own.
+    name None: the checkpoint's own format, or "chatml" if it has none. Warns if `name` is another
+    one than the checkpoint's own.
     """
     format = of(tokenizer) if name is None else named(name)
     has = tokenizer.chat_template is not None
@@ -115,26 +122,25 @@ def adopt(tokenizer, name=None):
 
 
 def check(messages):
-    """ValueError unless messages are a list of {"role", "content"}: at most a system's first, then
-    user and assistant in turn.
+    """ValueError unless messages are a list of {"role", "content"}: at most one system message,
+    first, then user and assistant in turn.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"a list of messages was expected (got {_short(messages)})")
-    for i, m in enumerate(messages):
+    for i, m in enumerate(messages, 1):
         if not isinstance(m, dict):
+            got = _short(m)
             raise ValueError(
-                f'message {i + 1}: an object with "role" and "content" was expected (got'
-                f" {_short(m)})"
+                f'message {i}: an object with "role" and "content" was expected (got {got})'
             )
         if m.get("role") not in ROLES:
+            got = _short(m.get("role"))
             raise ValueError(
-                f"message {i + 1}: role: one of {', '.join(ROLES)} was expected (got"
-                f" {_short(m.get('role'))})"
+                f"message {i}: role: one of {', '.join(ROLES)} was expected (got {got})"
             )
         if not isinstance(m.get("content"), str):
-            raise ValueError(
-                f"message {i + 1}: content: a string was expected (got {_short(m.get('content'))})"
-            )
+            got = _short(m.get("content"))
+            raise ValueError(f"message {i}: content: a string was expected (got {got})")
     start = messages[0]["role"] == "system"
     for i, m in enumerate(messages[start:]):
         if m["role"] != ROLES[1 + i % 2]:
@@ -149,12 +155,15 @@ def check(messages):
 
 
 def _short(value):
+    """A value as an error message shows it."""
+    if value is None:
+        return "nothing"
     text = repr(value)
-    return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _pieces(format, messages, add_generation_prompt):
-    """-> [(text, belongs to the format?, trained?)] in order."""
+    """→ [(text, whether it is the format's own, whether it is trained)] in order."""
     check(messages)
     if add_generation_prompt and messages[-1]["role"] != "user":
         raise ValueError(
@@ -171,7 +180,9 @@ def _pieces(format, messages, add_generation_prompt):
             (format.end, True, trained),
             (format.after, True, False),
         ]
-    return pieces + [(format.before.format(role="assistant"), True, False)] * add_generation_prompt
+    if add_generation_prompt:
+        pieces.append((format.before.format(role="assistant"), True, False))
+    return pieces
 
 
 def text(messages, add_generation_prompt=False, format=TEMPLATES["chatml"]):
@@ -180,12 +191,12 @@ def text(messages, add_generation_prompt=False, format=TEMPLATES["chatml"]):
 
 
 def render(tokenizer, messages, add_generation_prompt=False, format=None):
-    """messages -> (ids, labels), two lists of one length.
+    """messages → (ids, labels), two lists of one length.
 
     labels are the ids on every assistant turn's content and its end token, -100 elsewhere (also on
     the newline after the end, and on a turn of "weight" 0, which is read but not trained).
-    add_generation_prompt: ends where an answer begins; the messages then end in a user's turn.
-    format: a Format, None: the tokenizer's own. Raises ValueError for wrong roles, and for a
+    add_generation_prompt: end where an answer begins; the messages must then end in a user's turn.
+    format: a Format, or None for the tokenizer's own. Raises ValueError for wrong roles, and for a
     tokenizer that lacks the format's special tokens.
     """
     format = format or of(tokenizer)
@@ -198,43 +209,47 @@ def render(tokenizer, messages, add_generation_prompt=False, format=None):
 
 
 def answer_ids(tokenizer, prompt, answer, finished=True):
-    """messages that end in a user's turn, and an answer (str) → (ids of the prompt, ids of the
-    answer with its end token).
+    """messages that end in a user's turn, and an answer (str) → (the prompt's ids, the answer's ids
+    with its end token).
 
-    The one layout that the reward model, PPO and DPO read: the last token is the answer's end.
-    finished: False where the answer was cut, which no end token may follow then.
+    This is the one layout that the reward model, PPO and DPO read: the last token is the answer's
+    end. finished: False for an answer that was cut: no end token follows it.
     """
     end = [end_id(tokenizer)] if finished else []
-    return render(tokenizer, prompt, add_generation_prompt=True)[0], [
-        *tokenizer.encode(answer),
-        *end,
-    ]
+    prompt_ids, _ = render(tokenizer, prompt, add_generation_prompt=True)
+    return prompt_ids, [*tokenizer.encode(answer), *end]
 
 
 def ranked_ids(tokenizer, record, answers):
-    """A record's prompt and its answers (str) → (prompt ids, [answer ids]): the very ids that were
-    sampled, where the record has them in this vocabulary; else the texts', cut ones without an
-    end."""
-    prompt = render(tokenizer, record["prompt"], add_generation_prompt=True)[0]
+    """A record's prompt and its answers (str) → (the prompt's ids, [the answers' ids]).
+
+    The ids are those that were sampled if the record has them in this vocabulary; else the texts',
+    without an end token for cut ones. ValueError for a sampled id that the tokenizer lacks.
+    """
+    prompt, _ = render(tokenizer, record["prompt"], add_generation_prompt=True)
     if "ids" in record and record.get("tokenizer") == tokenizer.hash:
         bad = [i for ids in record["ids"] for i in ids if i not in tokenizer.ids]
         if bad:
             raise ValueError(
-                f"ids: {bad[0]} is none of the tokenizer's, although its hash is theirs"
+                f"ids: the tokenizer has no id {bad[0]}, although its hash is the record's"
             )
         return prompt, record["ids"]
     finished = record.get("finished", [True] * len(answers))
-    pairs = zip(answers, finished, strict=True)
-    return prompt, [answer_ids(tokenizer, record["prompt"], a, ended)[1] for a, ended in pairs]
+    found = []
+    for answer, ended in zip(answers, finished, strict=True):
+        found.append(answer_ids(tokenizer, record["prompt"], answer, ended)[1])
+    return prompt, found
 
 
 def read_answers(tokenizer, answers, ends):
-    """Sampled ids, [answer ids] → (texts, whether each has ended); ends: the ids that end an
-    answer.
+    """Sampled answers (lists of ids, none empty) → (texts, whether each has ended); ends: the ids
+    that end an answer.
     """
-    finished = [a[-1] in ends for a in answers]
-    told = [a[:-1] if ended else a for a, ended in zip(answers, finished, strict=True)]
-    return [tokenizer.decode(a, skip_special=True) for a in told], finished
+    finished = [answer[-1] in ends for answer in answers]
+    texts = []
+    for answer, ended in zip(answers, finished, strict=True):
+        texts.append(tokenizer.decode(answer[:-1] if ended else answer, skip_special=True))
+    return texts, finished
 
 
 def end_id(tokenizer, format=None):
@@ -244,11 +259,12 @@ def end_id(tokenizer, format=None):
 
 
 def end_ids(tokenizer, config):
-    """All ids that end an answer: the format's end token, and after it what config.eos_token_id
-    names (an id, or several).
+    """All ids that end an answer: the format's end token first, then config.eos_token_id (one id,
+    several, or None).
     """
     named = config.eos_token_id
-    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not isinstance(named, list):
+        named = [] if named is None else [named]
     return list(dict.fromkeys([end_id(tokenizer), *named]))
 
 
@@ -256,9 +272,8 @@ def _encode_own(tokenizer, piece, format):
     """A piece of the format itself: <|...|> in it are special tokens, the rest is text."""
     ids = []
     for part in re.split(r"(<\|\w+\|>)", piece):
-        ids += (
-            [_special(tokenizer, part, format)] if part.startswith("<|") else tokenizer.encode(part)
-        )
+        special = part.startswith("<|")
+        ids += [_special(tokenizer, part, format)] if special else tokenizer.encode(part)
     return ids
 
 

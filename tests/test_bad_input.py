@@ -252,7 +252,7 @@ BROKEN = '{"messages": [{"role": "user"'
 )  # fmt: skip
 def test_malformed_records(stage, option, good, other, refuses, lines):
     file = lines(good, BROKEN, good)
-    refuses(stage, f"{file}:2: one JSON object a line was expected", **{option: file})
+    refuses(stage, f"{file}:2: one JSON object per line was expected", **{option: file})
     for record, said in other:
         file = lines(good, "", record, good)
         refuses(stage, f"{file}:3: ", said, **{option: file})
@@ -651,7 +651,7 @@ def test_evaluation(world, tmp_path, lines):
     )
     refused(
         run("tools/evals.py", out=tmp_path, data=lines(CHAT, BROKEN), **base),
-        "x.jsonl:2: one JSON object a line was expected",
+        "x.jsonl:2: one JSON object per line was expected",
     )
     refused(
         run("tools/evals.py", out=tmp_path, data=lines(CHAT), **base),

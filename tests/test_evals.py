@@ -16,7 +16,8 @@ from common import hub
 from data import records, templates, tokenizer
 from data.world import world
 from metrics import kl, mean, ratio
-from model import generate, scalar_model
+from model import scalar_model
+from sampling import generate
 from tools import evals, report
 from tools import results as tables
 

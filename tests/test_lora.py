@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny import chat_tokenizer, lm, score_rows
 
 import lora
-from common import hub, run
+from common import hub, run, tuning
 from common.peft import load_adapter, save_adapter
-from lora import LoRALinear, add_lora, merge, unmoved, use
-from model import scalar_model, score, states, values
+from lora import LoRALinear, add_lora, merge, use
+from model import scalar_model, score, share, states, values
 from ppo import value
 from quant import quantize_model
 from sampling import generate
@@ -202,13 +202,13 @@ def test_after_a_step_every_b_has_moved_and_the_base_has_not(scalar, dtype):
         if scalar
         else add_lora(model, 4, 8, "all,lm_head")
     )
-    before, start = step(model), lora.trained(model)
+    before, start = step(model), tuning.trained(model)
     for n, p in model.named_parameters():
         moved = ".B." in n or n == "score.weight"  # A's gradient is 0 while B is
         assert p.requires_grad == (".A." in n or moved) and torch.equal(p, before[n]) != moved, n
         assert p.dtype == (torch.float32 if p.requires_grad else dtype), n
     step(model)
-    assert unmoved(model, start) == []
+    assert tuning.unmoved(model, start) == []
     assert not any(
         torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad
     )
@@ -218,11 +218,11 @@ def test_unmoved_names_those_that_stayed():
     model = add_lora(lm(), 2, 4, "all")
     model.layers[1].mlp.up_proj.B["default"].register_hook(torch.zeros_like)
     step(model)
-    start = lora.trained(model)
-    assert len(unmoved(model, start)) == 28  # it goes on from here: nothing has moved since
+    start = tuning.trained(model)
+    assert len(tuning.unmoved(model, start)) == 28  # it goes on from here: nothing has moved since
     step(model)
     # A's gradient is 0 while B is
-    assert unmoved(model, start) == [f"layers.1.mlp.up_proj.{k}.default" for k in "AB"]
+    assert tuning.unmoved(model, start) == [f"layers.1.mlp.up_proj.{k}.default" for k in "AB"]
 
 
 def test_adapters_are_float32_on_a_bf16_base():
@@ -455,7 +455,7 @@ def test_a_tied_head_merged_saved_and_loaded(targets, tmp_path):
 # ---------------------------------------------------------------- models over one base
 def test_share_copies_what_trains_and_nothing_else():
     model = fill(add_lora(four_bit(tie_word_embeddings=True), 4, 8, "all,lm_head"))
-    other = lora.share(model)
+    other = share(model)
     theirs = dict(other.named_parameters()) | dict(other.named_buffers())
     for n, t in [*model.named_parameters(), *model.named_buffers()]:
         assert (theirs[n] is t) != t.requires_grad and torch.equal(theirs[n], t), n
@@ -465,7 +465,7 @@ def test_share_copies_what_trains_and_nothing_else():
     use(other, None)
     assert not torch.equal(model(TOKENS), other(TOKENS))
     assert other.lm_head.base.weight is other.embed_tokens.weight is model.embed_tokens.weight
-    whole = lora.share(lm())  # nothing is frozen: nothing is shared
+    whole = share(lm())  # nothing is frozen: nothing is shared
     assert all(p.requires_grad for p in whole.parameters())
 
 
@@ -474,7 +474,7 @@ def test_four_models_over_one_base(tmp_path):
     reward model.
     """
     policy = add_lora(four_bit(), 4, 8)
-    reward = scalar_model(lora.share(policy), seeded())
+    reward = scalar_model(share(policy), seeded())
     assert (
         not hasattr(reward, "lm_head")
         and reward.config.num_labels == 1
@@ -482,7 +482,7 @@ def test_four_models_over_one_base(tmp_path):
     )
     step(reward)
     save_adapter(reward, tmp_path)
-    bare = lora.share(four_bit().requires_grad_(False))
+    bare = share(four_bit().requires_grad_(False))
     critic = load_adapter(scalar_model(bare), tmp_path)
     judge = load_adapter(scalar_model(bare), tmp_path, trainable=False)
     assert not any(p.requires_grad for p in judge.parameters()) and len(run._tensors(critic)) == 29
@@ -494,7 +494,7 @@ def test_four_models_over_one_base(tmp_path):
     step(critic)
     assert torch.equal(judge(TOKENS), scores) and not torch.equal(critic(TOKENS), scores)
     # its score trains, the one it came with stays
-    again = add_lora(lora.share(judge), 2, 4, name="new")
+    again = add_lora(share(judge), 2, 4, name="new")
     step(again)
     assert torch.equal(judge(TOKENS), scores) and not judge.score.weight.requires_grad
 

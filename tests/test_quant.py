@@ -381,10 +381,13 @@ def test_state_dicts_that_do_not_fit():
         ({"weight.absmax": None}, "weight.absmax is missing"),
         ({"weight.absmax": good["weight.absmax"].float()}, "weight.absmax is torch.float32"),
         ({"weight.nested_absmax": None}, "weight.nested_absmax is missing"),
-        ({"weight.quant_map": NF4_VALUES.flip(0)}, "weight.quant_map is another table"),
+        (
+            {"weight.quant_map": NF4_VALUES.flip(0)},
+            "weight.quant_map is not bitsandbytes' own table",
+        ),
         (
             {"weight.nested_quant_map": DYNAMIC_VALUES * 0.9},
-            "weight.nested_quant_map is another table",
+            "weight.nested_quant_map is not bitsandbytes' own table",
         ),
         ({name: None}, "nf4 is missing, or not what"),
         ({name: torch.zeros(3, dtype=torch.uint8)}, "nf4 is missing, or not what"),

@@ -146,9 +146,9 @@ def test_an_empty_answer_that_was_ranked_stays(write):
 
 # fmt: off
 BAD = [  # (line, what the error says after file:line), read as conversations
-    ("{", "one JSON object a line was expected"),
-    ('{"messages": [}', "one JSON object a line was expected"),
-    ("[" * 100_000, "one JSON object a line was expected"),
+    ("{", "one JSON object per line was expected"),
+    ('{"messages": [}', "one JSON object per line was expected"),
+    ("[" * 100_000, "one JSON object per line was expected"),
     ("7", r"a JSON object was expected \(got 7\)"),
     ('"Q"', "a JSON object was expected"),
     ({}, r"messages, instruction, prompt, chosen or responses was expected among the fields \(got none\)"),
@@ -395,9 +395,9 @@ def test_a_system_message_or_a_history_that_cannot_be_read(write):
         ({"system": [{"type": "text"}]}, "system: a string was expected"),
         (
             {"system": "Be long."},
-            r"system: what the turns' system message says was expected \(got 'Be long.'\)",
+            r"system: the turns' own system message was expected \(got 'Be long.'\)",
         ),
-        ({"system": "Be brief.", "system_prompt": "Be long."}, "system_prompt: what the turns'"),
+        ({"system": "Be brief.", "system_prompt": "Be long."}, "system_prompt: the turns' own"),
         ({"history": "Who? I."}, "history: a list of .question, answer. was expected"),
         (
             {"history": [["Who?"]]},
@@ -608,7 +608,7 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name, data, said)
 
 def test_an_object_over_several_lines_is_called_what_it_is(write):
     several = (
-        r"one JSON object a line was expected \(this one stands on several: write it on one, jq -c"
+        r"one JSON object per line was expected \(this one stands on several: write it on one, jq -c"
         r" does\)"
     )
     pretty = json.dumps(CHAT, indent=2)
@@ -622,7 +622,7 @@ def test_an_object_over_several_lines_is_called_what_it_is(write):
             records.conversations(write(*lines))
     for line in (json.dumps(CHAT)[:-9], json.dumps(CHAT) + "}", "Q?"):
         with pytest.raises(
-            ValueError, match="x.jsonl:2: one JSON object a line was expected .(?!this one)"
+            ValueError, match="x.jsonl:2: one JSON object per line was expected .(?!this one)"
         ):
             records.conversations(write(CHAT, line, CHAT))
 

@@ -163,7 +163,7 @@ def test_fit_keeps_the_system_message_and_the_last_turns():
 
 def tokens(ids, then=None):
     for i in ids:
-        yield torch.tensor([0]), torch.tensor([i])
+        yield torch.tensor([i])
     if then:
         raise then
 

@@ -289,14 +289,14 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
         "activations",
         lambda *a, **how: (found.append(how["autocast"]), count(*a, **how))[1],
     )
-    tuning.Watch(options(lora=2), gpu, [model], 10, 10)
+    tuning.Report(options(lora=2), gpu, [model]).batch(tokens=10, targets=10)
     assert found == [bf16] and not isinstance(autocast(CPU), torch.autocast)
 
 
 def test_nothing_is_said_of_a_run_that_had_no_step_left(small, capsys):
     """One that was stopped after its last step and goes on."""
     model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), CPU)
-    tuning.Watch(options(lora=2), CPU, [model], 10, 10).finish()
+    tuning.Report(options(lora=2), CPU, [model]).finish()
     assert "warning" not in capsys.readouterr().out
 
 
@@ -327,12 +327,12 @@ def test_options_that_do_not_go_together(stage, wrong, words, small, tmp_path):
 
 def test_an_adapter_that_has_not_moved_is_named(small, capsys):
     model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), CPU)
-    watch = tuning.Watch(options(lora=2), CPU, [model], 10, 10)
+    report = tuning.Report(options(lora=2), CPU, [model])
     with torch.no_grad():
         for n, p in model.named_parameters():
             if p.requires_grad and n != "layers.1.mlp.up_proj.B.default":
                 p.add_(1.0)
-    watch.finish()
+    report.finish()
     assert (
         "warning: 1 of the adapter's tensors have not moved (layers.1.mlp.up_proj.B.default)"
         in capsys.readouterr().out

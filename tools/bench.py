@@ -34,10 +34,12 @@ from common import hub
 from common.memory import SIZES, UNIT, count, measured, shape
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from data import records, templates
-from model import Transformer, generate, pad, scalar_model, share
+from model import IGNORE, Transformer, scalar_model, share
+from packing import SHORTEST, pad
 from paged import PagedAdamW
 from quant import Linear4bit, block_linears, quantize_nf4
-from sft import IGNORE, pack, sft_loss
+from sampling import generate
+from sft import count_targets, pack, sft_loss
 
 SIZES = SIZES | {"tiny": shape(500, 64, 96, 2, 4, 2, 16)}  # runs without a GPU too
 RANK, LR = 16, 1e-4
@@ -127,10 +129,9 @@ def training(o, ours: bool, quant=None):
     count, width = sum(len(ids) for ids, _ in examples), max(len(ids) for ids, _ in examples)
     if ours:
         alike(lora.add_lora(model, RANK, 2 * RANK))
-        packed = pack(examples, max(128, width), device)
-        return step(
-            model, lambda m: torch.div(*sft_loss(m, *packed)), adamw(model, LR), count, device
-        )
+        packed, targets = pack(examples, max(SHORTEST, width)), count_targets(examples)
+        loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
+        return step(model, loss, adamw(model, LR), count, device)
     del model
     from transformers import AutoModelForCausalLM
 
@@ -220,9 +221,8 @@ def qlora7b(o, ours: bool):
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, o.limit * UNIT / torch.cuda.mem_get_info(device)[1]), device
         )
-    tokens = torch.randint(c.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    seeded = torch.Generator().manual_seed(0)
+    tokens = torch.randint(c.vocab_size, (1, 512), generator=seeded)
     if ours:
         with torch.device("meta"):
             model = Transformer(c)
@@ -234,14 +234,8 @@ def qlora7b(o, ours: bool):
             if o.limit
             else adamw(model, LR)
         )
-        turn, _ = step(
-            model,
-            lambda m: torch.div(*sft_loss(m, tokens, tokens, segments)),
-            optimizer,
-            512,
-            device,
-        )
-        return turn, None
+        loss = lambda m: sft_loss(m, tokens, tokens, segments) / 511  # noqa: E731
+        return step(model, loss, optimizer, 512, device)[0], None
     from transformers import LlamaConfig, LlamaForCausalLM
 
     said = {
@@ -256,6 +250,7 @@ def qlora7b(o, ours: bool):
     peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)
     model, optimizer = peft(peer, 64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = tokens.to(device)
     turn, _ = step(model, lambda m: m(input_ids=tokens, labels=tokens).loss, optimizer, 512, device)
     return turn, None
 

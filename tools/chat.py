@@ -1,8 +1,8 @@
 """Talk to a checkpoint in the terminal:  python -m tools.chat --model out/ppo
 
-The answer appears as it is made. The talk so far is read again at each turn; where it outgrows the
-model's context its oldest turns are dropped. Answers go to stdout and everything else to stderr, so
-`echo "What is the opposite of hot?" | python -m tools.chat` prints an answer and nothing else.
+The answer appears while it is sampled. Every turn reads the whole talk again; when it outgrows the
+model's context, its oldest turns are dropped. Answers go to stdout and everything else to stderr,
+so `echo "What is the opposite of hot?" | python -m tools.chat` prints an answer and nothing else.
 """
 
 import difflib
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from common import tuning
 from common.run import autocast, main, opt, pick_device
 from data import templates
-from model import decode
+from sampling import decode
 
 HELP = """/reset           forget the talk so far
-/system TEXT     tell the model who it is (without TEXT: nothing any more)
+/system TEXT     tell the model who it is (no TEXT: no system message)
 /temperature X   0: always the likeliest token, 1: as it was trained
 /help            this list
-/exit            or Ctrl-D; Ctrl-C stops an answer, and at the prompt it leaves
+/exit            or Ctrl-D; Ctrl-C stops an answer, at the prompt it exits
 A line that starts with a space is never a command."""
 COMMANDS = re.findall(r"^/\w+", HELP, re.M)
 
@@ -30,30 +30,31 @@ class Options(tuning.Reading):
     temperature: float = opt(0.7, "0: always the likeliest token", at_least=0)
     top_p: float = opt(
         1.0,
-        "sample from the likeliest tokens that hold this share; 1: from all",
+        "sample from the likeliest tokens with this share of the probability; 1: from all",
         needs="temperature",
         above=0,
     )
-    max_new_tokens: int = opt(256, "tokens of an answer", at_least=1)
+    max_new_tokens: int = opt(256, "longest answer in tokens", at_least=1)
     system: str = opt("", "system message")
     seed: int = opt(0, "seed of the answers")
     device: str = opt("auto", "cpu, cuda or auto")
 
 
 def say(text):
-    """A line about the talk, not of it."""
+    """Prints a line about the talk, to stderr."""
     print(f"\033[90m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def fit(tok, system: str, talk: list, room: int):
-    """The talk's prompt ids in at most `room` tokens, its oldest turns dropped from `talk` as need
-    be. Raises ValueError where the last message alone is too long."""
+    """The talk as prompt ids, at most `room` of them; the oldest turns that do not fit are removed
+    from `talk`. ValueError where the last message alone is too long.
+    """
     head = [{"role": "system", "content": system}] if system else []
     full = len(talk)
     while len(ids := templates.render(tok, head + talk, add_generation_prompt=True)[0]) > room:
         if len(talk) == 1:
             raise ValueError(
-                f"this message makes {len(ids)} tokens, the context has room for {room} before the"
+                f"this message has {len(ids)} tokens, the context has room for {room} before the"
                 " answer: not sent"
             )
         del talk[:2]
@@ -66,17 +67,18 @@ def fit(tok, system: str, talk: list, room: int):
 
 
 def printable(text: str) -> str:
-    """Control characters, which could steer the terminal, become U+FFFD."""
+    """Control characters, which could drive the terminal, become U+FFFD."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def stream(tok, tokens, ends) -> tuple[str, str]:
-    """Prints ids as text while they come; bytes that are no whole character yet are held back. →
-    (text, why it did not end).
+    """Prints ids as text as they arrive, and holds back bytes that do not make a character yet.
+    → (text, why it did not end).
     """
-    ids, shown, why = [], 0, "cut off: --max-new-tokens sets how long an answer may be"
+    ids, shown = [], 0
+    why = "cut off: --max-new-tokens sets how long an answer may be"
     try:
-        for _, new in tokens:
+        for new in tokens:
             if new.item() in ends:
                 why = ""
                 break
@@ -92,7 +94,7 @@ def stream(tok, tokens, ends) -> tuple[str, str]:
 
 
 def command(line: str, o: Options, talk: list) -> bool:
-    """Does what a line starting with / asks for; False: leave."""
+    """Runs a line that starts with /. → False for /exit."""
     name, _, value = line.partition(" ")
     value = value.strip()
     if name == "/reset":
@@ -111,13 +113,14 @@ def command(line: str, o: Options, talk: list) -> bool:
         say(HELP)
     elif name != "/exit":
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.4)
-        say(f"no command {name}{f' (did you mean {near[0]}?)' if near else ''}; /help lists them")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        say(f"no command {name}{hint}; /help lists them")
     return name != "/exit"
 
 
 def load(o: Options):
-    """→ model, tokenizer. Raises ValueError for a folder that cannot talk, and for options that it
-    has no room for.
+    """→ model, tokenizer. ValueError for a folder that cannot talk, and for options that leave no
+    room for a prompt.
     """
     model, tok = tuning.read(o, o.model, pick_device(o.device))
     room = model.context
@@ -132,18 +135,17 @@ def load(o: Options):
 
 
 def answer(model, tok, o: Options, talk: list, ends, seed: int):
-    """Answers the talk's last message and adds the answer; a message that has no room or got no
-    answer is taken back.
+    """Answers the talk's last message and appends the answer. A message that does not fit, or got
+    no answer, is removed.
     """
     try:
         ids = fit(tok, o.system, talk, model.context - o.max_new_tokens)
     except ValueError as e:
         talk.pop()
         return say(e)
+    tokens = decode(model, [ids], o.max_new_tokens, o.temperature, o.top_p, seed=seed)
     with autocast(model.device):
-        text, why = stream(
-            tok, decode(model, [ids], o.max_new_tokens, o.temperature, o.top_p, seed=seed), ends
-        )
+        text, why = stream(tok, tokens, ends)
     if why:
         say(f"({why})")
     if text:
@@ -155,14 +157,12 @@ def answer(model, tok, o: Options, talk: list, ends, seed: int):
 def converse(o: Options):
     model, tok = load(o)
     ends, talk, turn = {*templates.end_ids(tok, model.config), tok.eos_id}, [], 0
-    say(
-        f"{o.model}: {sum(p.numel() for p in model.parameters()):,} parameters,"
-        f" {templates.of(tok).name}; /help, /exit"
-    )
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{o.model}: {size:,} parameters, {templates.of(tok).name}; /help, /exit")
     if tok.chat_template is None:
         say(
-            "(no chat template: a base model, which continues text and was never taught to answer;"
-            " chatml is used)"
+            "(no chat template: a base model, which continues text and never learnt to answer;"
+            " using chatml)"
         )
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:

@@ -27,7 +27,9 @@ from common.run import main, opt, pick_device
 from data import records, templates
 from data.world import world
 from metrics import bootstrap, finite, hits, kl, mean, pair_accuracy, points, ratio, win_rate
-from model import generate, join, last_score, logprobs, pad, prompt_room
+from model import IGNORE, logprobs, nll, score
+from packing import pad
+from sampling import generate, prompt_room
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
 NOT_STAGES = ("reward", "perfect")  # results.json's other entries
@@ -152,13 +154,13 @@ def rate(held, answers):
 @torch.no_grad()
 def token_logps(model, tok, held, answers, device, size=32):
     """The log-probability of each token of the answers, on the CPU: for every `size` of them a
-    tensor (size,T), 0 off the answers.
+    tensor (size,A), 0 past an end.
     """
     out = []
     asked = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in held]
     for i in range(0, len(asked), size):
-        rows = join(asked[i : i + size], [ids for _, ids, _ in answers[i : i + size]], device)
-        out.append(logprobs(model, *rows).cpu())
+        said = [ids for _, ids, _ in answers[i : i + size]]
+        out.append(logprobs(model, asked[i : i + size], said).cpu())
     return out
 
 
@@ -199,9 +201,7 @@ def score_texts(model, tok, prompts, answers, sampled=None, size=64):
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
     for i in range(0, len(ids), size):
-        out += last_score(
-            model, *join(*zip(*ids[i : i + size], strict=True), model.device)
-        ).tolist()
+        out += score(model, *zip(*ids[i : i + size], strict=True)).tolist()
     return finite(out, "scores")
 
 
@@ -317,12 +317,11 @@ def held_out_losses(model, tok, conversations, device, size=8):
     ids = sorted(((i, lab) for i, lab in ids if len(i) <= model.context), key=lambda x: len(x[0]))
     out = []
     for at in range(0, len(ids), size):
-        tokens, mask = pad([i for i, _ in ids[at : at + size]], device=device)
-        where, _ = pad(
-            [[int(x != -100) for x in lab] for _, lab in ids[at : at + size]], device=device
-        )
-        nll = -logprobs(model, tokens, mask, where.bool()).sum(1)
-        out += zip(finite(nll.tolist(), "losses"), where[:, 1:].sum(1).tolist(), strict=True)
+        tokens, mask = pad([i for i, _ in ids[at : at + size]])
+        labels, _ = pad([lab for _, lab in ids[at : at + size]], fill=IGNORE)
+        losses = nll(model, tokens, labels, mask.long() - 1).sum(1)
+        targets = (labels[:, 1:] != IGNORE).sum(1)
+        out += zip(finite(losses.tolist(), "losses"), targets.tolist(), strict=True)
     return out
 
 
@@ -332,7 +331,7 @@ def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
     for i in range(0, len(ids), size):
-        out += logprobs(model, *join(*zip(*ids[i : i + size], strict=True), device)).sum(1).tolist()
+        out += logprobs(model, *zip(*ids[i : i + size], strict=True)).sum(1).tolist()
     return finite(out, "log-probabilities")
 
 

@@ -37,7 +37,8 @@ from common.run import main, opt, pick_device
 from data import records
 from data.world import corpus
 from metrics import bootstrap, hits, mean, ratio
-from model import logprobs, pad
+from model import IGNORE, nll
+from packing import pad
 from tools.evals import answer_logps, held_out_losses
 from tools.results import put, table
 
@@ -151,9 +152,10 @@ def text_losses(model, tok, texts, length: int, device, size=8):
     """
     ids, out = [tok.encode(t)[:length] for t in texts], []
     for at in range(0, len(ids), size):
-        tokens, mask = pad(ids[at : at + size], device=device)
-        nll = -logprobs(model, tokens, mask, mask).sum(1)
-        out += zip(nll.tolist(), mask[:, 1:].sum(1).tolist(), strict=True)
+        tokens, mask = pad(ids[at : at + size])
+        labels = torch.where(mask, tokens, IGNORE)
+        found = nll(model, tokens, labels, mask.long() - 1).sum(1)
+        out += zip(found.tolist(), mask[:, 1:].sum(1).tolist(), strict=True)
     return out
 
 

