@@ -1,12 +1,12 @@
 """Stage 2a: comparisons. The SFT model answers each prompt K times, and a labeller ranks the
 answers (Ouyang et al. 2022, section 3.2).
 
-The labeller is the embedded world's (noisy people, see data/world/world.py), or your own: --labeller
-FILE.py:function, called with (prompts: message lists, answers: strings), returns scores, the higher
-the better. A file of preference pairs is ranked already: it is only rewritten. reward.py reads what
-comes out as rankings, dpo.py as pairs. Beside its text each answer's ids are kept, as they were
-sampled (`ids`, and the hash of the `tokenizer` that they belong to), and whether it ended
-(`finished`): encoded again, an answer cut inside a character would be another one.
+The labeller is the embedded world's (noisy people, see data/world/world.py), or your own:
+--labeller FILE.py:function is called with (prompts: message lists, answers: strings) and returns
+scores, the higher the better. A file of preference pairs is ranked already: it is only rewritten.
+reward.py reads the output as rankings, dpo.py as pairs. Beside its text each answer's ids are kept
+as they were sampled (`ids`, and the hash of the `tokenizer` that they belong to), and whether it
+ended (`finished`): encoded again, an answer that was cut inside a character would be another one.
 """
 
 import json
@@ -19,9 +19,9 @@ from data import records, templates
 from data.world import world
 from sampling import generate, prompt_room
 
-# the fields that are written here
+# the fields that are written for each prompt
 OWN = ("prompt", "responses", "ranks", "finished", "ids", "tokenizer")
-LABELLERS = 10  # people who share the work, each prompt goes to one of them
+LABELLERS = 10  # people who share the work: each prompt goes to one of them
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Options(tuning.Reading):
     k: int = opt(5, "answers to each prompt (InstructGPT: 4 to 9)", at_least=2)
     batch: int = opt(64, "prompts at a time", at_least=1)
     temperature: float = opt(1.0, "of the answers", above=0)
-    max_new_tokens: int = opt(64, "tokens of an answer", at_least=1)
+    max_new_tokens: int = opt(64, "the most tokens of an answer", at_least=1)
     seed: int = opt(
         0, "seed of the prompts, the answers and the labellers", at_least=0, below=2**32
     )
@@ -60,8 +60,8 @@ def write_jsonl(path, rows):
 
 
 def prepare(o: Options, tok, room: int):
-    """The prompts of this run → [(record, ids)]; those that leave no room for an answer are dropped
-    and counted.
+    """→ [(record, ids)], the prompts of this run. Those of more than `room` tokens, which leave no
+    room for an answer, are dropped and counted.
     """
     found = records.conversations(o.data, "prompt")
     if o.labeller == "world" and not all(map(world.knows, found)):
@@ -70,43 +70,46 @@ def prepare(o: Options, tok, room: int):
             " `item`); give FILE.py:function"
         )
     chosen = records.batch(found, 0, min(o.prompts, len(found)), o.seed)
-    asked = [
-        (r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in chosen
-    ]
-    kept = [(r, ids) for r, ids in asked if len(ids) <= room]
-    dropped = {f"longer than {room} tokens (the context less --max-new-tokens)": len(asked) - len(kept),
-               "beyond --prompts": len(found) - len(chosen)}  # fmt: skip
+    kept = []
+    for record in chosen:
+        ids, _ = templates.render(tok, record["messages"], add_generation_prompt=True)
+        if len(ids) <= room:
+            kept.append((record, ids))
+    too_long = f"longer than {room} tokens (the context less --max-new-tokens)"
+    dropped = {too_long: len(chosen) - len(kept), "beyond --prompts": len(found) - len(chosen)}
     records.report(o.data, len(kept), dropped, "prompts", 0)
-    if taken := sorted({k for r in chosen for k in r.keys() & set(OWN)}):
-        print(
-            f"{o.data}: its fields {', '.join(taken)} are left out: a ranking's own have these"
-            " names",
-            file=sys.stderr,
-        )
+    taken = {k for record in chosen for k in record if k in OWN}
+    if taken:
+        names = ", ".join(sorted(taken))
+        remark = f"its fields {names} are left out: a ranking's own have these names"
+        print(f"{o.data}: {remark}", file=sys.stderr)
     return kept
 
 
 def compare(o: Options):
-    file, bases = o.labeller.rpartition(":")[0], [tuning.base_of(o.model)] if o.keep_base else []
+    file = o.labeller.rpartition(":")[0]
     if not file and o.labeller != "world":
         raise ValueError(f"--labeller {o.labeller}: world or FILE.py:function was expected")
-    run = Run(o, __file__, [o.model, *bases, o.data, *([file] if file else [])], file=True)
+    inputs = [o.model, o.data]
+    if o.keep_base:
+        inputs.append(tuning.base_of(o.model))
+    if file:
+        inputs.append(file)
+    run = Run(o, __file__, inputs, file=True)
     if records.kind(o.data) == "preference pair":
         return run.finish(lambda path: write_jsonl(path, records.rankings(o.data)))
     judge = load_function(o.labeller) if file else None
     model, tok = tuning.read(o, o.model, pick_device(o.device))
-    ends, prompts = (
-        templates.end_ids(tok, model.config),
-        prepare(o, tok, prompt_room(model, o.max_new_tokens)),
-    )
+    ends = templates.end_ids(tok, model.config)
+    prompts = prepare(o, tok, prompt_room(model, o.max_new_tokens))
     done = run.resume().get("records", [])
 
     for step in run.steps(-(-len(prompts) // o.batch), "batch"):
         batch = prompts[step * o.batch : (step + 1) * o.batch]
         asked = [ids for _, ids in batch for _ in range(o.k)]
-        answers = generate(
-            model, asked, o.max_new_tokens, o.temperature, eos_id=ends, seed=o.seed * 100_003 + step
-        )
+        # a prime beyond any number of steps: no two pairs of seed and step share a seed
+        seed = o.seed * 100_003 + step
+        answers = generate(model, asked, o.max_new_tokens, o.temperature, eos_id=ends, seed=seed)
         for i, (record, _) in enumerate(batch):
             mine = answers[i * o.k : (i + 1) * o.k]
             texts, finished = templates.read_answers(tok, mine, ends)
@@ -114,15 +117,11 @@ def compare(o: Options):
                 ranks = rank(judge([record["messages"]] * o.k, texts, [record] * o.k))
             else:
                 ranks = world_ranks(record, step * o.batch + i, texts, finished, o.seed)
-            extra = {k: v for k, v in record.items() if k not in ("messages", "reference", *OWN)}
             written = record["messages"], texts, ranks, finished, mine, tok.hash
+            extra = {k: v for k, v in record.items() if k not in ("messages", "reference", *OWN)}
             done.append(dict(zip(OWN, written, strict=True)) | extra)
-        run.log(
-            step,
-            ("ties",),
-            prompts=len(done),
-            ties=sum(len(set(d["ranks"])) < len(d["ranks"]) for d in done) / len(done),
-        )
+        tied = sum(len(set(d["ranks"])) < len(d["ranks"]) for d in done)
+        run.log(step, ("ties",), prompts=len(done), ties=tied / len(done))
         run.save(step, records=done)
     run.finish(lambda path: write_jsonl(path, done))
 

@@ -167,11 +167,12 @@ def dpo(o: Options):
     policy, tok = tuning.start(o, device)
     records.say_cut(o.length, policy.context)
     data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
-    # no reference for what will not be read
-    data = records.batch(data, 0, min(len(data), o.steps * o.batch), o.seed)
-    nothing = [(torch.zeros(0), torch.zeros(0))] * len(data)
-    reference = nothing if o.loss == "simpo" else reference_sums(policy, data, o.batch)
-    data = list(zip(data, reference, strict=True))
+    order = range(len(data))
+    reference = {}
+    if o.loss != "simpo":  # of the prompts that will be read
+        first = records.batch(order, 0, min(len(data), o.steps * o.batch), o.seed)
+        found = reference_sums(policy, [data[i] for i in first], o.batch)
+        reference = dict(zip(first, found, strict=True))
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(policy, peak, paged=o.paged)
     report = tuning.Report(o, device, [policy])
@@ -180,13 +181,12 @@ def dpo(o: Options):
     for step in run.steps(o.steps):
         lr = lr_at(step, o.steps, peak, o.warmup)
         set_lr(optimizer, lr)
-        batch = records.batch(data, step, o.batch, o.seed)
-        count = sum(len(pairs) for pairs, _ in batch)  # of the whole step: the loss's denominator
+        batch = records.batch(order, step, o.batch, o.seed)  # the same whatever --steps
+        count = sum(len(data[i]) for i in batch)  # of the whole step: the loss's denominator
         size, totals = -(-len(batch) // o.accumulate), Counter()
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
-            pairs = [pair for pairs, _ in part for pair in pairs]
-            ref_chosen, ref_rejected = map(torch.cat, zip(*(ref for _, ref in part), strict=True))
+            pairs = [pair for at in part for pair in data[at]]
             sizes = sizes_of(pairs)
             make_room([optimizer], **sizes)
             report.batch(**sizes)
@@ -198,8 +198,11 @@ def dpo(o: Options):
                 better = o.beta * (chosen / chosen_length).detach()
                 worse = o.beta * (rejected / rejected_length).detach()
             else:
+                ref = [
+                    torch.cat(side) for side in zip(*(reference[at] for at in part), strict=True)
+                ]
                 losses, better, worse = preference_loss(
-                    chosen, rejected, ref_chosen, ref_rejected, o.beta, o.loss, o.label_smoothing
+                    chosen, rejected, *ref, o.beta, o.loss, o.label_smoothing
                 )
             if step == 0 and o.loss == "dpo":
                 check_start(losses)

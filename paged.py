@@ -116,7 +116,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = page
 
     def _evict(self, p) -> bool:
-        """Sends the page that is needed last to the host → False where none is needed after p's."""
+        """Sends the page that is needed last to the host → False where it is needed before p's."""
         last = max(self.resident, key=self._wait, default=p)
         if self._wait(last) <= self._wait(p):
             return False
@@ -138,7 +138,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.host[p]
 
     def _empty(self, p, shape):
-        """Memory beside p. While the GPU has none left, pages needed after p's leave, one by one."""
+        """Memory beside p. While the GPU has none left, pages needed after p's leave in turn."""
         while True:
             try:
                 return torch.empty(shape, dtype=p.dtype, device=p.device)

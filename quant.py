@@ -29,9 +29,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 NF4_VALUES = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+     0.7229568362236023, 1.0]
 )  # fmt: skip
 NESTED = 256  # absmax in a block of the second quantisation
 
@@ -133,7 +134,7 @@ class NF4:
         return weight[: prod(self.shape)].view(self.shape).to(dtype or self.dtype)
 
     def state_dict(self, name: str) -> dict:
-        """bitsandbytes' tensors of the weight `name`; its constants are JSON in a tensor of bytes."""
+        """bitsandbytes' tensors of the weight `name`; constants are JSON in a tensor of bytes."""
         device = self.codes.device
         constants = {"quant_type": "nf4", "blocksize": self.block_size}
         constants |= {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
@@ -308,7 +309,7 @@ class Linear4bit(nn.Module):
 
 
 def block_linears(model) -> list[str]:
-    """Names of the blocks' linear layers: these are quantised; embedding, norms and heads are not."""
+    """Names of the blocks' linear layers, which are quantised; embedding, norms, heads are not."""
     modules = model.layers.named_modules()
     return [f"layers.{name}" for name, module in modules if isinstance(module, nn.Linear)]
 

@@ -130,7 +130,7 @@ def check_finite(logits, step: int):
 def generate(
     model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_id=None, seed=0
 ) -> list[list[int]]:
-    """The answers' ids, with the end token where it was reached; arguments and errors as in decode."""
+    """The answers' ids, with the end token where it was reached. Arguments and errors: decode's."""
     steps = decode(model, prompts, max_new_tokens, temperature, top_p, eos_id, seed)
     columns = torch.stack(list(steps), 1)  # (N, steps)
     return [[i for i in row if i >= 0] for row in columns.tolist()]

@@ -1,15 +1,11 @@
-"""JSON files in a model's folder: read with a clear word where they are no object, written as they
-are read.
-"""
+"""JSON files in a model's folder: written, and read with a clear error where they are damaged."""
 
 import json
 from pathlib import Path
 
 
 def parse(text: str, where, again="get the file again"):
-    """JSON → what it says, of any kind. ValueError where it is none, or nested deeper than any file
-    that means something.
-    """
+    """JSON → its value, of any kind. ValueError where it is not JSON, or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -39,5 +35,5 @@ def write_json(path: Path, content: dict):
 
 
 def hub_name(name: str) -> str:
-    """Our parameter's or module's name as transformers spells it: the backbone lies under "model."."""
+    """Our parameter's or module's name in transformers' spelling: the backbone is "model."."""
     return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name

@@ -2,8 +2,8 @@
 
 What is written here transformers, vLLM and llama.cpp's converter open as it is; what they write is
 read here when it is a Llama: `LlamaForCausalLM`, or `LlamaForSequenceClassification` with one label
-(the reward model, the critic). Whatever else a config asks for is refused by name, never ignored.
-Pickled weights are not read: they may run code.
+(the reward model, the critic). An unsupported setting is refused by name, never ignored. Pickled
+weights are not read: they can run code.
 """
 
 import json
@@ -23,7 +23,7 @@ from model import Config, Transformer
 from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 
 CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
-LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # no model has more; who asks for it has a damaged file
+LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # no model has more: the file is damaged
 SHAPE = (
     "vocab_size",
     "hidden_size",
@@ -31,19 +31,19 @@ SHAPE = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# What a config may say beside our own fields: a value that changes nothing here, or the model is
-# another one.
+# Settings of transformers that our Config lacks, each with the values that change nothing here.
 HARMLESS = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0,),
     "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "sliding_window": (),
 }
-HARMLESS |= dict.fromkeys(
-    ("rope_interleaved", "is_encoder_decoder", "add_cross_attention"), (False,)
-) | {"sliding_window": ()}
-# What a quantization_config must say; the rest of it (compute type, double quantisation, skipped
-# layers) the tensors themselves show.
+# What a quantization_config must hold. The tensors themselves show the rest: double quantisation,
+# skipped layers.
 PACKED = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -53,16 +53,17 @@ PACKED = {
 
 
 def load(path, device="cpu", dtype=torch.float32, quant=None):
-    """A folder's model and tokenizer (None where it has no tokenizer.json), the weights in `dtype`
-    on `device`. The virtual tokens of a prompt or prefix in path/adapter are part of the model;
-    another adapter there has been merged into the weights.
+    """A folder's model, its weights in `dtype` on `device`, and its tokenizer (None where there is
+    no tokenizer.json).
+
+    The virtual tokens of a prompt or prefix in path/adapter are part of the model; any other
+    adapter there has been merged into the weights.
 
     quant="nf4": the blocks' linear layers in 4 bits, each quantised as it is read, so that the
-    whole model is never there in `dtype`. Those that bitsandbytes has quantised in the folder stay
-    as they are.
+    whole model is never in memory in `dtype`. Layers that bitsandbytes has quantised stay as they
+    are.
 
-    FileNotFoundError where something is missing, ValueError where it is there and cannot be used;
-    one sentence each.
+    FileNotFoundError where a file is missing, ValueError where one cannot be used.
     """
     path = Path(path)
     config = read_config(path)
@@ -80,25 +81,24 @@ def load(path, device="cpu", dtype=torch.float32, quant=None):
             f" {config.vocab_size}: they are not a pair"
         )
     weights = read_weights(path, model, device, dtype, quant)
-    quantize_model(
-        model,
-        [name for name in block_linears(model) if weights[f"{name}.weight"].dtype == torch.uint8],
-    )
+    linears = block_linears(model)
+    quantize_model(model, [n for n in linears if weights[f"{n}.weight"].dtype == torch.uint8])
     try:
         model.load_state_dict(weights, assign=True)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     if config.tie_word_embeddings and not config.num_labels:
         model.lm_head.weight = model.embed_tokens.weight
-    if tokenizer is not None and (spare := sorted(set(range(config.vocab_size)) - tokenizer.ids)):
+    spare = sorted(set(range(config.vocab_size)) - tokenizer.ids) if tokenizer is not None else []
+    if spare:
         model.spare = torch.tensor(spare, device=device)
     add_virtual(model, path / "adapter")
     return model, tokenizer
 
 
 def add_virtual(model, folder):
-    """Puts the prompt or prefix that lies beside the weights before the model: it was trained with
-    them and means nothing without.
+    """Adds the prompt or prefix that lies beside the weights: neither means anything without the
+    other.
     """
     file = folder / "adapter_config.json"
     if file.exists() and read_json(file).get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
@@ -106,7 +106,7 @@ def add_virtual(model, folder):
 
 
 def language_model(path, device="cpu", dtype=torch.float32, quant=None):
-    """load() for a stage that goes on from a chat model: a reward model, or a folder without
+    """load() for a stage that starts from a chat model: a reward model, or a folder without a
     tokenizer, is a ValueError.
     """
     model, tokenizer = load(path, device, dtype, quant)
@@ -132,40 +132,36 @@ def save(path, model, tokenizer=None, dtype=None):
     """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
         raise ValueError(
-            f"{path}: the model has adapters: lora.merge() takes them into the weights,"
+            f"{path}: the model has adapters: lora.merge() merges them into the weights,"
             " peft.save_adapter() writes them alone"
         )
     path, dtype = Path(path), dtype or model.embed_tokens.weight.dtype
     if any(isinstance(m, Linear4bit) for m in model.modules()):
         raise ValueError(
-            f"{path}: a model in 4 bits is not written; put its layers back into 16 or 32 bits"
+            f"{path}: a model in 4 bits is not written: put its layers back into 16 or 32 bits"
             " first (Linear4bit.dequantize)"
         )
     path.mkdir(parents=True, exist_ok=True)
     ids = token_ids(model.config, tokenizer)
-    weights = {
-        k: v
-        for k, v in model.state_dict().items()
-        if not (k == "lm_head.weight" and model.config.tie_word_embeddings)
-    }
-    # adapters.py's, in a folder of their own
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    # a prompt or prefix has a folder of its own
     weights = {k: v for k, v in weights.items() if not k.startswith("virtual.")}
     weights = {hub_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    # as the stages sample; transformers' top_k is 50
-    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    write_json(path / "generation_config.json", ids | whole)
-    # safetensors makes it the owner's alone
+    # as the stages sample; transformers' default top_k is 50
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    write_json(path / "generation_config.json", ids | sampling)
+    # safetensors lets the owner alone read it
     shutil.copymode(path / "generation_config.json", path / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save(path)
-        # transformers pads with the tokenizer's token and looks for the config's
         if model.config.num_labels:
+            # transformers pads with the tokenizer's pad token, and looks for the config's
             pad = next(text for text, i in tokenizer.special.items() if i == ids["pad_token_id"])
-            write_json(
-                path / "tokenizer_config.json",
-                read_json(path / "tokenizer_config.json") | {"pad_token": pad},
-            )
+            file = path / "tokenizer_config.json"
+            write_json(file, read_json(file) | {"pad_token": pad})
     write_json(path / "config.json", config_json(model.config, dtype) | ids)
 
 
@@ -173,81 +169,72 @@ def save(path, model, tokenizer=None, dtype=None):
 
 
 def read_config(path: Path) -> Config:
-    """config.json → Config. Refuses by name whatever it asks for and we lack."""
+    """config.json → Config. ValueError for an unsupported setting, by its name."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(no_checkpoint(path))
-    where, said = path / "config.json", read_json(path / "config.json")
-    # null is the default, as in transformers
-    said = {"model_type": None} | {k: v for k, v in said.items() if v is not None}
+    where = path / "config.json"
+    # null means the default, as in transformers
+    config = {k: v for k, v in read_json(where).items() if v is not None}
+    config.setdefault("model_type", None)
     for key, allowed in HARMLESS.items():
-        if key in said and said[key] not in allowed:
-            known = (
-                f"only {json.dumps(allowed[0])} is" if allowed else f"only models without {key} are"
-            )
+        if key in config and config[key] not in allowed:
+            known = f"{json.dumps(allowed[0])} is" if allowed else f"models without {key} are"
             raise ValueError(
-                f"{where} asks for {key} = {json.dumps(said[key])}, which tinytune does not know:"
-                f" {known}"
+                f"{where}: {key} = {json.dumps(config[key])} is not supported: only {known}"
             )
-    if "quantization_config" in said:
-        packed = (
-            {"bnb_4bit_quant_storage": "uint8"} | said["quantization_config"]
-            if isinstance(said["quantization_config"], dict)
-            else {}
-        )
-        for key, value in PACKED.items():
-            if packed.get(key) != value:
-                got = f"quantization_config.{key} = {json.dumps(packed.get(key))}"
-                raise ValueError(
-                    f"{where} asks for {got}, which tinytune does not know: only"
-                    f" {json.dumps(value)} is"
-                )
-    theta = rope_theta(where, said)
+    if "quantization_config" in config:
+        check_packed(where, config["quantization_config"])
     for key in SHAPE:
-        if type(said.get(key)) is not int or said[key] < 1:
+        if type(config.get(key)) is not int or config[key] < 1:
             raise ValueError(
-                f"{where}: {key} is {json.dumps(said.get(key))}, a number was expected; get the"
+                f"{where}: {key} is {json.dumps(config.get(key))}, a number was expected; get the"
                 " checkpoint's own config.json"
             )
-    heads = said["num_attention_heads"]  # transformers' defaults, where ours are others or none:
-    values = {
-        "num_key_value_heads": heads,
-        "head_dim": said["hidden_size"] // heads,
-        "rms_norm_eps": 1e-6,
-    }
-    values |= said | {"rope_theta": theta, "num_labels": labels(where, said)}
-    return checked(
-        where, Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
-    )
+    heads = config["num_attention_heads"]
+    # transformers' defaults, where ours are others or none
+    values = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+    values |= {"rms_norm_eps": 1e-6} | config
+    values |= {"rope_theta": rope_theta(where, config), "num_labels": labels(where, config)}
+    ours = {f.name: values[f.name] for f in fields(Config) if f.name in values}
+    return checked(where, Config(**ours))
 
 
-def rope_theta(where: Path, said: dict) -> float:
+def check_packed(where: Path, quantization):
+    """ValueError where a quantization_config is not bitsandbytes' NF4."""
+    packed = {"bnb_4bit_quant_storage": "uint8"}
+    packed |= quantization if isinstance(quantization, dict) else {}
+    for key, value in PACKED.items():
+        if packed.get(key) != value:
+            got = f"quantization_config.{key} = {json.dumps(packed.get(key))}"
+            raise ValueError(f"{where}: {got} is not supported: only {json.dumps(value)} is")
+
+
+def rope_theta(where: Path, config: dict) -> float:
     """RoPE's base: rope_parameters' (transformers 5), else rope_theta. Scaled and partial RoPE are
     refused.
     """
-    theta = said.get("rope_theta", 10000.0)
+    theta = config.get("rope_theta", 10000.0)
     for key in ("rope_parameters", "rope_scaling"):
-        rope = said.get(key) or {}
-        for name, value in rope.items() if isinstance(rope, dict) else [("rope_type", rope)]:
-            plain = {
-                "rope_type": "default",
-                "type": "default",
-                "partial_rotary_factor": 1,
-                "rope_theta": value,
-            }
-            if value != plain.get(name):
+        rope = config.get(key) or {}
+        if not isinstance(rope, dict):
+            rope = {"rope_type": rope}
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+        for name, value in rope.items():
+            if name == "rope_theta":
+                theta = value
+            elif value != plain.get(name):
                 raise ValueError(
-                    f"{where} asks for {key}.{name} = {json.dumps(value)}, which tinytune does not"
-                    " know: only plain RoPE is"
+                    f"{where}: {key}.{name} = {json.dumps(value)} is not supported: only plain"
+                    " RoPE is"
                 )
-            theta = value if name == "rope_theta" else theta
     return theta
 
 
-def labels(where: Path, said: dict) -> int:
+def labels(where: Path, config: dict) -> int:
     """0 for a language model, 1 for a scalar head. transformers stores the number of labels as the
     length of id2label.
     """
-    kinds = said.get("architectures") or [CAUSAL]
+    kinds = config.get("architectures") or [CAUSAL]
     if not isinstance(kinds, list) or not isinstance(kinds[0], str):
         raise ValueError(
             f"{where}: architectures is {json.dumps(kinds)}, a list of names was expected"
@@ -257,21 +244,19 @@ def labels(where: Path, said: dict) -> int:
         return 0
     if kind != SCALAR:
         raise ValueError(
-            f"{where} asks for the architecture {kind}, which tinytune does not know: {CAUSAL} and"
-            f" {SCALAR} are"
+            f"{where}: the architecture {kind} is not supported: {CAUSAL} and {SCALAR} are"
         )
-    names = said.get("id2label")
-    count = len(names) if isinstance(names, dict | list) else said.get("num_labels", 2)
+    names = config.get("id2label")
+    count = len(names) if isinstance(names, dict | list) else config.get("num_labels", 2)
     if count != 1:
         raise ValueError(
-            f"{where} asks for {count} labels (id2label): a reward model with one label was"
-            " expected"
+            f"{where} has {count} labels (id2label): a reward model with one label was expected"
         )
     return 1
 
 
 def checked(where: Path, c: Config) -> Config:
-    """The config whose values are of their kind and fit each other."""
+    """The config; a ValueError where a value is of the wrong type or does not fit the others."""
     for f in fields(Config):
         value, kind = getattr(c, f.name), f.type | int if f.type is float else f.type
         if (
@@ -316,22 +301,19 @@ def config_json(c: Config, dtype) -> dict:
     """Config → config.json, read alike by transformers 4 and 5: each spelling that one of them
     needs.
     """
-    said = {
-        f.name: getattr(c, f.name)
-        for f in fields(Config)
-        if f.name not in ("num_labels", "reward_mean", "reward_std")
-    }
-    said = {
+    config = {
         "architectures": [SCALAR if c.num_labels else CAUSAL],
         "model_type": "llama",
         "hidden_act": "silu",
-    } | said
-    said |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
-    said |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    }
+    scalar = ("num_labels", "reward_mean", "reward_std")
+    config |= {f.name: getattr(c, f.name) for f in fields(Config) if f.name not in scalar}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    config |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     if c.num_labels:
-        said |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        said |= {"reward_mean": c.reward_mean, "reward_std": c.reward_std}
-    return said
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        config |= {"reward_mean": c.reward_mean, "reward_std": c.reward_std}
+    return config
 
 
 def token_ids(c: Config, tokenizer) -> dict:
@@ -372,41 +354,31 @@ def token_ids(c: Config, tokenizer) -> dict:
 
 
 def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
-    """The model's tensors, read one by one. Missing, unexpected and mis-shaped ones are refused
-    before anything is used.
+    """The model's tensors, read one by one. ValueError where one is missing, unexpected or of
+    another shape.
 
-    A weight in 4 bits, the folder's or with `quant` made here, is the several tensors of
-    bitsandbytes' state dict; Linear4bit checks them.
+    A weight in 4 bits, the folder's or quantised here, is the several tensors of bitsandbytes'
+    state dict, which Linear4bit checks.
     """
     wanted = {hub_name(k): (k, tuple(v.shape)) for k, v in model.state_dict().items()}
     linears = {f"{name}.weight" for name in block_linears(model)}
-    tied = model.config.tie_word_embeddings and not model.config.num_labels
     weights, extra = {}, []
     for file in weight_files(path):
         try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
-                    # of .absmax and the like
+                    # "….weight.absmax" and the like belong to "….weight"
                     owner = name[: name.find(".weight.") + 7] if ".weight." in name else name
                     key, expected = wanted.get(owner, (None, None))
                     if key is None or owner != name and key not in linears:
-                        # old folders: computed here
-                        extra += [name] if not name.endswith("rotary_emb.inv_freq") else []
+                        if not name.endswith("rotary_emb.inv_freq"):  # in old folders; known here
+                            extra.append(name)
                         continue
                     tensor = f.get_tensor(name)
                     if owner != name or tensor.dtype == torch.uint8 and key in linears:
                         weights[key + name[len(owner) :]] = tensor.to(device, copy=True)
                         continue
-                    if tensor.shape != expected:
-                        raise ValueError(
-                            f"{file}: {name} has the shape {tuple(tensor.shape)}, config.json asks"
-                            f" for {expected}"
-                        )
-                    if not tensor.is_floating_point():
-                        raise ValueError(
-                            f"{file}: {name} is {tensor.dtype}: of quantised weights only NF4 in"
-                            " the blocks' layers is read"
-                        )
+                    check_tensor(f"{file}: {name}", tensor, expected)
                     if quant and key in linears:
                         try:
                             weights |= quantize_nf4(tensor.to(device, dtype)).state_dict(key)
@@ -416,33 +388,50 @@ def read_weights(path: Path, model, device, dtype, quant=None) -> dict:
                         kept = dtype
                         if key == "score.weight":  # one row: bf16 would only blur the scores
                             kept = torch.promote_types(dtype, torch.float32)
-                        # a copy: the file's memory map is not kept
+                        # a copy, which does not keep the file's memory map
                         weights[key] = tensor.to(device, kept, copy=True)
         except SafetensorError as e:
             raise ValueError(
                 f"{file} is damaged or no safetensors file ({e}); get it again"
             ) from None
+    return complete(path, model.config, wanted, weights, extra)
+
+
+def check_tensor(where: str, tensor, expected: tuple):
+    if tensor.shape != expected:
+        raise ValueError(
+            f"{where} has the shape {tuple(tensor.shape)}, config.json asks for {expected}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{where} is {tensor.dtype}: of quantised weights only NF4 in the blocks' layers is"
+            " read"
+        )
+
+
+def complete(path: Path, c: Config, wanted: dict, weights: dict, extra: list) -> dict:
+    """The weights, a tied head among them; a ValueError where they are not the model's."""
+    tied = c.tie_word_embeddings and not c.num_labels
     if tied:
-        head = weights.pop("lm_head.weight", None)
-        if (
-            head is not None
-            and "embed_tokens.weight" in weights
-            and not torch.equal(head, weights["embed_tokens.weight"])
-        ):
+        head, embedding = weights.pop("lm_head.weight", None), weights.get("embed_tokens.weight")
+        both = head is not None and embedding is not None
+        if both and not torch.equal(head, embedding):
             raise ValueError(
                 f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the"
                 " embedding; set it to false"
             )
         wanted.pop("lm_head.weight")
     missing = [name for name, (key, _) in wanted.items() if key not in weights]
-    for what, names in (("lacks", missing), ("has, and config.json does not ask for,", extra)):
+    for what, names in (("lacks", missing), ("has the unexpected tensor", extra)):
         if names:
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
             raise ValueError(
                 f"{path}: the checkpoint {what} {names[0]}{more}; config.json and weights are not a"
                 " pair"
             )
-    return weights | ({"lm_head.weight": weights["embed_tokens.weight"]} if tied else {})
+    if tied:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    return weights
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -479,13 +468,13 @@ def no_checkpoint(path: Path) -> str:
         )
     if (path / "adapter_config.json").exists():
         return (
-            f"{path} is an adapter without its model: give the merged checkpoint, the folder"
-            " above it"
+            f"{path} is an adapter without its model: give the merged checkpoint, the folder above"
+            " it"
         )
     if (path / "state").exists():
         return (
-            f"{path} has no config.json yet: its run has not finished; call the stage again and it"
-            " goes on"
+            f"{path} has no config.json yet: its run has not finished; run the stage again to"
+            " finish it"
         )
     return (
         f"{path} has no config.json: a checkpoint (config.json, model.safetensors, tokenizer.json)"

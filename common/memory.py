@@ -1,10 +1,10 @@
 """Where the memory goes, and what fits on a GPU: python -m common.memory
 
-                     bytes a parameter            full, float32      LoRA on bf16      LoRA on NF4 (QLoRA)
-    frozen weights                                —                  2                 0.52
-    trained weights  float32                      4                  4 of the few      4 of the few
-    gradients        as the trained weights       4                  4                 4
-    optimizer        Adam's two averages          8                  8                 8
+    bytes per parameter                         full, float32   LoRA on bf16    QLoRA (NF4)
+    frozen weights                              0               2               0.52
+    trained weights  float32                    4               4 of the few    4 of the few
+    gradients        as the trained weights     4               4               4
+    optimizer        Adam's two averages        8               8               8
 
 These are exact. What a forward pass keeps for the backward pass grows with the tokens, not with
 what is trained: it is estimated here by counting what autograd saves in each block of model.py
@@ -41,11 +41,11 @@ SIZES = {
 
 # ---------------------------------------------------------------- exact
 def count(*models) -> dict:
-    """Bytes of the models' tensors as allocated, what they share once: {"frozen bfloat16": …,
-    "trained": …, "gradients": …, …}.
+    """Bytes of the models' tensors as allocated: {"frozen bfloat16": …, "trained": …, "gradients":
+    …, "optimizer": …}. What several models share counts once.
 
-    A gradient is as large as its parameter, AdamW's state twice that, and a step counter of 4 bytes
-    for each.
+    A gradient is as large as its parameter, AdamW's state twice that, with a step counter of 4
+    bytes for each.
     """
     rows, seen = {}, set()
     for t in (t for model in models for t in (*model.parameters(), *model.buffers())):
@@ -72,27 +72,21 @@ def _train(rows, nbytes, tensors=1):
 
 def linears(c: Config) -> dict:
     """A block's linear layers: {name: (in, out)}."""
-    D, F, Q, KV = (
-        c.hidden_size,
-        c.intermediate_size,
-        c.num_attention_heads * c.head_dim,
-        c.num_key_value_heads * c.head_dim,
-    )
+    D, F = c.hidden_size, c.intermediate_size
+    Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     attention = dict(q_proj=(D, Q), k_proj=(D, KV), v_proj=(D, KV), o_proj=(Q, D))
     return attention | dict(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
 
 
 def named(targets) -> set:
-    """Names of the layers that LoRA lies on. targets: keys of TARGETS, names of a block's linear
-    layers, lm_head; a list or with commas.
+    """Names of the layers that get LoRA. targets: keys of TARGETS, names of a block's linear layers
+    or lm_head, as a list or joined by commas. ValueError for another name.
     """
     words = targets.split(",") if isinstance(targets, str) else targets
     names = {name for word in words for name in TARGETS.get(word, [word])}
     if unknown := names - {*TARGETS["all"], "lm_head"}:
-        raise ValueError(
-            f"targets names {min(unknown)!r}: {', '.join([*TARGETS, *TARGETS['all'], 'lm_head'])}"
-            " were expected"
-        )
+        known = ", ".join([*TARGETS, *TARGETS["all"], "lm_head"])
+        raise ValueError(f"targets names {min(unknown)!r}: {known} were expected")
     return names
 
 
@@ -111,14 +105,11 @@ def tensors(c: Config) -> list:
     block = [("linear", i * o) for i, o in sizes.values()] + [("other", D)] * 2
     biased = TARGETS["attention"] * c.attention_bias + TARGETS["mlp"] * c.mlp_bias
     block += [("other", sizes[name][1]) for name in biased]
-    heads = (
-        [("score", D)]
-        if c.num_labels
-        else []
-        if c.tie_word_embeddings
-        else [("other", c.vocab_size * D)]
-    )
-    return block * c.num_hidden_layers + [("other", c.vocab_size * D), ("other", D)] + heads
+    embedding, last_norm = ("other", c.vocab_size * D), ("other", D)
+    heads = [] if c.tie_word_embeddings else [embedding]
+    if c.num_labels:
+        heads = [("score", D)]
+    return block * c.num_hidden_layers + [embedding, last_norm] + heads
 
 
 def parameters(c: Config) -> int:
@@ -126,15 +117,16 @@ def parameters(c: Config) -> int:
 
 
 def predict(c: Config, rank=0, targets="all", dtype=torch.float32, quant=None) -> dict:
-    """What count() gives, from the shape alone. rank 0: every parameter is trained, in float32;
-    otherwise LoRA on `targets` (see adapted), and a scalar head, over a base frozen in `dtype`,
-    with quant="nf4" its blocks' matrices in 4 bits."""
+    """What count() gives, from the shape alone. rank 0: every parameter is trained, in float32.
+    Otherwise LoRA on `targets` (see adapted) and a scalar head are trained, over a base frozen in
+    `dtype`; quant="nf4": with its blocks' matrices in 4 bits.
+    """
     if not rank:
         rows = {"trained": 4 * parameters(c)}
         _train(rows, rows["trained"], len(tensors(c)))
         return rows
-    # an A (r,in) and a B (out,r) each
-    rows, fresh = {}, [4 * rank * n for size in adapted(c, targets) for n in size]
+    rows = {}
+    fresh = [4 * rank * n for size in adapted(c, targets) for n in size]  # A (r,in), B (out,r)
     for what, n in tensors(c):
         if what == "score":
             fresh.append(4 * n)
@@ -148,33 +140,45 @@ def predict(c: Config, rank=0, targets="all", dtype=torch.float32, quant=None) -
 
 
 def nf4_bytes(n: int) -> dict:
-    """A weight of n numbers, double-quantised: 4 bits each, 8 for the scale of 64 numbers, 32 for
-    the scale of 256 scales.
+    """Bytes of a weight of n numbers, double-quantised, by dtype: 4 bits per number, 8 per scale of
+    64 numbers, 32 per scale of 256 scales.
     """
     blocks = -(-n // 64)
     return {torch.uint8: -(-n // 2) + blocks, torch.float32: 4 * -(-blocks // 256)}
 
 
 # ---------------------------------------------------------------- estimated
-def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtype=torch.float32, quant=None, autocast=False,
-                checkpointing=False, gpu=False) -> int:  # fmt: skip
-    """Bytes kept from a forward pass over `tokens` tokens in rows of `length` for its backward
-    pass; the first four options as in predict.
+def activations(
+    c: Config,
+    tokens: int,
+    length: int,
+    rank=0,
+    targets="all",
+    dtype=torch.float32,
+    quant=None,
+    autocast=False,
+    checkpointing=False,
+    gpu=False,
+) -> int:
+    """Bytes that a forward pass over `tokens` tokens in rows of `length` keeps for its backward
+    pass; rank to quant as in predict.
 
-    Per token and block, x bytes for a number of the residual stream and e for one of a matrix
+    Per token and block, with x bytes per number of the residual stream and e per number of a matrix
     product (2 under autocast):
-        norm         its input in float32 and one scale; what it normalised too, where its weight is trained
+        norm         its input in float32 and one scale; its normalised input too, where its weight
+                     is trained
         projections  the input of a trained weight or of an adapter, once where several read the
-        same tensor; under autocast from a
-                     float32 stream each makes its own bf16 copy. A frozen weight keeps no input.
-                     LoRA's A x: r numbers an adapter
-        attention    q, k, v, output, one logsumexp a head, never the probabilities; packed rows: a row of the mask as numbers. A GPU's
-                     kernels get k and v repeated for every head
+                     same tensor; under autocast from a float32 stream each makes its own bf16 copy.
+                     A frozen weight keeps no input. LoRA's A x: r numbers per adapter
+        attention    q, k, v, output, one logsumexp per head, never the probabilities; in packed
+                     rows a row of the mask as numbers. A GPU's kernels get k and v repeated for
+                     every head
         SwiGLU       gate x, silu(gate x), up x; their product is down's input
+
     Beside these, autocast keeps bf16 copies of float32 matrices. With checkpointing every block's
-    input stays; besides, at the end of the forward pass the copies of trained matrices, or in the
-    backward pass one block's contents and copies with two gradients as wide as its feed-forward.
-    (The first block over a frozen embedding keeps less than said: nothing before it learns.)
+    input stays, and beside it the larger of two: the copies of trained matrices at the end of the
+    forward pass, or in the backward pass one block's contents and copies, with two gradients as
+    wide as its feed-forward. (Over a frozen embedding the first block keeps less.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
     Q, KV = H * c.head_dim, (H if gpu else c.num_key_value_heads) * c.head_dim
@@ -187,28 +191,23 @@ def activations(c: Config, tokens: int, length: int, rank=0, targets="all", dtyp
         return n if e != x else min(n, 1)
 
     norm = 4 * D + 4 + (0 if rank else x * D)
-    kept = (
-        D * inputs("q_proj", "k_proj", "v_proj")
-        + 2 * Q
-        + 2 * KV
-        + D * inputs("gate_proj", "up_proj")
-        + F * (3 + inputs("down_proj"))
-    )
+    attention = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV
+    feedforward = D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
+    kept = attention + feedforward
     block = 2 * norm + e * (kept + rank * len(learns) + length) + 4 * H
     # the last norm, the head's input, cos and sin, ids
     rest = norm + e * D + 2 * 4 * c.head_dim + 8
 
     def copied(names, size):  # bf16 copies of a block's matrices
-        return 2 * autocast * sum(size(*io) for name, io in linears(c).items() if name in names)
+        return 2 * autocast * sum(size(*linears(c)[name]) for name in names)
 
     fresh = copied(learns, lambda i, o: rank * (i + o) if rank else i * o)
     frozen = copied(linears(c), lambda i, o: i * o) if rank and x == 4 and not quant else 0
     outside = tokens * rest + (2 * autocast * c.vocab_size * D if x == 4 else 0)
     if not checkpointing:
         return L * (tokens * block + fresh + frozen) + outside
-    return (
-        L * tokens * x * D + max(L * fresh, tokens * (block + 2 * e * F) + fresh + frozen) + outside
-    )
+    one_block = tokens * (block + 2 * e * F) + fresh + frozen
+    return L * tokens * x * D + max(L * fresh, one_block) + outside
 
 
 def logits(c: Config, targets: int) -> int:
@@ -220,30 +219,26 @@ def logits(c: Config, targets: int) -> int:
 
 # ---------------------------------------------------------------- measured, and shown
 def measured(device) -> int:
-    """The most bytes this process has held so far: on a GPU by the tensors, elsewhere by the whole
-    process, libraries included.
+    """The most bytes that this process has held so far: on a GPU in tensors, elsewhere in all,
+    libraries included.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # Linux counts in KB
 
 
 def table(rows: dict, c: Config | None = None) -> str:
-    """{what: bytes} as an aligned table with its sum; with a config the trained parameters' share
-    of the model's.
+    """{what: bytes} as an aligned table with its sum; with a config also the share of the model's
+    parameters that is trained.
     """
     rows = rows | {"sum": sum(rows.values())}
     unit, name = (UNIT, "GB") if rows["sum"] >= UNIT else (2**20, "MB")
-    lines = [
-        f"{what:<{max(map(len, rows))}} {size / unit:>9,.2f} {name}" for what, size in rows.items()
-    ]
+    width = max(map(len, rows))
+    lines = [f"{what:<{width}} {size / unit:>9,.2f} {name}" for what, size in rows.items()]
     if c is not None:
-        n = rows.get("gradients", 0) // 4
-        lines.append(
-            f"trained: {n:,} parameters, {n / parameters(c):.2%} of the model's {parameters(c):,}"
-        )
+        n, whole = rows.get("gradients", 0) // 4, parameters(c)
+        lines.append(f"trained: {n:,} parameters, {n / whole:.2%} of the model's {whole:,}")
     return "\n".join(lines)
 
 
@@ -258,25 +253,24 @@ METHODS = {
 
 
 def need(c: Config, tokens=512, paged=False, **how) -> dict:
-    """Bytes on a GPU of a run that trains on one row of `tokens`, all of them targets,
-    checkpointed, under bf16 autocast: {what: bytes} of a training step or of the run's end,
-    whichever is more."""
+    """{what: bytes} on a GPU for a run that trains on one row of `tokens`, all of them targets,
+    with checkpointing, under bf16 autocast: of a training step or of the run's end, whichever is
+    more.
+    """
     step, end = step_rows(c, tokens, paged, **how), end_rows(c, paged, **how)
     return max(step, end, key=lambda rows: sum(rows.values()))
 
 
 def held(c: Config, paged=False, **how) -> dict:
-    """What stays from step to step on the GPU: predict(), of a paged optimizer three pages."""
+    """What stays from step to step on the GPU: predict(), but of a paged optimizer three pages: the
+    one in use and the next two. A page is twice its parameter, at most an embedding.
+    """
     rows = predict(c, **how)
-    # on the GPU are the page in use and the two that are next; a page is twice its parameter, which
-    # is at most an embedding
     if paged:
-        largest = (
-            max(4 * how["rank"] * n for size in adapted(c, "all") for n in size)
-            if how
-            else max(4 * n for _, n in tensors(c))
-        )
-        rows["optimizer"] = min(rows["optimizer"], 3 * 2 * largest)
+        sizes = [n for _, n in tensors(c)]
+        if how:
+            sizes = [how["rank"] * n for size in adapted(c, "all") for n in size]
+        rows["optimizer"] = min(rows["optimizer"], 3 * 2 * 4 * max(sizes))
     return rows
 
 
@@ -292,10 +286,11 @@ def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
 
 
 def end_rows(c: Config, paged=False, page=256, **how) -> dict:
-    """The run's end, when the model is written. Gradients are gone, the optimizer is not. The model
-    is merged on the host: 2 bytes a parameter there, 4 where its base was in float32. lora.merge
-    reads a page twice: its logits in float32, those from before and their difference. The merged
-    model's layers visit the GPU one by one."""
+    """{what: bytes} at the run's end, when the model is written: the gradients are gone, the
+    optimizer is not. The model is merged on the host, at 2 bytes per parameter (4 where its base
+    was in float32). lora.merge reads a page twice, with its logits in float32, those from before
+    and their difference; the merged model's layers visit the GPU one by one.
+    """
     rows = held(c, paged, **how)
     del rows["gradients"]
     if how:
@@ -308,23 +303,23 @@ def end_rows(c: Config, paged=False, page=256, **how) -> dict:
 
 def fits(cards=(8, 16, 24, 48)) -> str:
     """Two Markdown tables: the GB that each size needs by each method, and the largest size that
-    each card holds, 1 GB left free.
+    each card holds with 1 GB left free.
     """
-    gb = {
-        size: {how: sum(need(c, **options).values()) / UNIT for how, options in METHODS.items()}
-        for size, c in SIZES.items()
-    }
-    head = [f"| {{}} | {' | '.join(METHODS)} |", "| --- |" + " ---: |" * len(METHODS)]
-    lines = [head[0].format("GB"), head[1]]
-    lines += [
-        f"| {size} | {' | '.join(f'{n:.1f}' for n in row.values())} |" for size, row in gb.items()
-    ]
-    lines += ["", head[0].format("GPU"), head[1]]
+    gb = {}
+    for size, c in SIZES.items():
+        gb[size] = {
+            how: sum(need(c, **options).values()) / UNIT for how, options in METHODS.items()
+        }
+    head, rule = f" | {' | '.join(METHODS)} |", "| --- |" + " ---: |" * len(METHODS)
+    lines = [f"| GB{head}", rule]
+    for size, row in gb.items():
+        lines.append(f"| {size} | {' | '.join(f'{n:.1f}' for n in row.values())} |")
+    lines += ["", f"| GPU{head}", rule]
     for card in cards:
-        largest = [
-            next((size for size in reversed(SIZES) if gb[size][how] <= card - 1), "—")
-            for how in METHODS
-        ]
+        largest = []
+        for how in METHODS:
+            fitting = [size for size in SIZES if gb[size][how] <= card - 1]
+            largest.append(fitting[-1] if fitting else "—")
         lines.append(f"| {card} GB | {' | '.join(largest)} |")
     return "\n".join(lines)
 

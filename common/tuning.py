@@ -265,10 +265,7 @@ class Reading:
     """The options of a program that answers or scores: it loads a model as the stages do."""
 
     quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
-    keep_base: bool = opt(
-        False,
-        "use the adapter on its base, as --keep-base trains it, not the two merged",
-    )
+    keep_base: bool = opt(False, "the adapter on the base below it, not the two merged")
 
 
 def read(o, path, device, reward=False):

@@ -1,4 +1,4 @@
-"""What every process of a test would do again: reading the project's code for the runs' identity."""
+"""What every process of a test would do again: reading the code for the runs' identity."""
 
 from common import run
 

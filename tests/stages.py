@@ -141,7 +141,7 @@ def kill_after(steps: int, state, stage, number=signal.SIGKILL, /, **options) ->
 
 
 def interrupt(times: int, out, stage, **options) -> int:
-    """Kills a run at a random step and, times 2, once more on its way from there → the saved step."""
+    """Kills a run `times` times, each at a random step further on → the saved step."""
     home = out.with_name(out.name + ".run") if out.suffix else out
     for _ in range(times):
         killed = kill_after(random.randint(1, 4), home / "state", stage, out=out, **options)
@@ -173,8 +173,16 @@ def make_world(folder) -> dict:
     """
     tok = tokenizer.train(corpus.documents(0, 60_000), 400)
     templates.adopt(tok, "chatml")
-    base = tiny.folder(folder / "base", tok=tok, std=0.1, vocab_size=400, hidden_size=32, intermediate_size=48, head_dim=16,
-                       max_position_embeddings=160)  # fmt: skip
+    base = tiny.folder(
+        folder / "base",
+        tok=tok,
+        std=0.1,
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        head_dim=16,
+        max_position_embeddings=160,
+    )
     data = {
         k: tiny.write(folder / f"{k}.jsonl", v)
         for k, v in world.records(0, {"sft": 220, "prompts": 110, "heldout": 44}).items()

@@ -128,9 +128,7 @@ def test_a_foreign_checkpoint(refuses, folder):
     (folder / "pytorch_model.bin").rename(weights)
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(said | {"model_type": "gpt2"}))
-    refuses(
-        "dpo", f'{folder}/config.json asks for model_type = "gpt2"', 'only "llama" is', model=folder
-    )
+    refuses("dpo", f'{folder}/config.json: model_type = "gpt2"', 'only "llama" is', model=folder)
     (folder / "config.json").write_text(json.dumps(said)[:-9])
     refuses("ppo", f"{folder}/config.json is not JSON", model=folder)
 
@@ -229,27 +227,86 @@ BROKEN = '{"messages": [{"role": "user"'
 @pytest.mark.parametrize(
     "stage, option, good, other",
     [
-        ("sft", "data", CHAT, [
-            (PAIR, "a conversation was expected, this is a preference pair: reward.py and dpo.py read those"),
-            (RANKING, "a conversation was expected, this is a ranking: reward.py and dpo.py read those"),
-            ({"messages": tiny.user("Hi")}, "messages: assistant was expected as the last turn (got user)"),
-            ({"messages": [{"role": "bot", "content": "Hi"}]}, "message 1: role: one of system, user, assistant was expected")]),
-        ("compare", "data", {"messages": tiny.user("Hi"), "item": {"kind": "chat"}}, [
-            (CHAT, "messages: user was expected as the last turn (got assistant)"),
-            (RANKING, "a conversation was expected, this is a ranking: reward.py and dpo.py read those")]),
-        ("reward", "data", RANKING, [
-            (CHAT, "a ranking or preference pair was expected, this is a conversation: sft.py"),
-            (RANKING | {"ranks": [0, 1]}, "ranks: 3 integers, as many as responses, were expected (got [0, 1])")]),
-        ("reward", "reference", CHAT, [(PAIR, "a conversation was expected, this is a preference pair")]),
-        ("ppo", "data", {"messages": tiny.user("Hi")}, [
-            (CHAT, "messages: user was expected as the last turn (got assistant)"),
-            (PAIR, "a conversation was expected, this is a preference pair: reward.py and dpo.py read those")]),
-        ("dpo", "data", PAIR, [
-            (CHAT, "a ranking or preference pair was expected, this is a conversation: sft.py"),
-            ({"prompt": "Hi", "chosen": "Hi."}, "rejected: a string or a list of messages was expected (got nothing)")]),
+        (
+            "sft",
+            "data",
+            CHAT,
+            [
+                (
+                    PAIR,
+                    "this is a preference pair: reward.py and dpo.py read those",
+                ),
+                (
+                    RANKING,
+                    "this is a ranking: reward.py and dpo.py read those",
+                ),
+                (
+                    {"messages": tiny.user("Hi")},
+                    "messages: assistant was expected as the last turn (got user)",
+                ),
+                (
+                    {"messages": [{"role": "bot", "content": "Hi"}]},
+                    "message 1: role: one of system, user, assistant was expected",
+                ),
+            ],
+        ),
+        (
+            "compare",
+            "data",
+            {"messages": tiny.user("Hi"), "item": {"kind": "chat"}},
+            [
+                (CHAT, "messages: user was expected as the last turn (got assistant)"),
+                (
+                    RANKING,
+                    "this is a ranking: reward.py and dpo.py read those",
+                ),
+            ],
+        ),
+        (
+            "reward",
+            "data",
+            RANKING,
+            [
+                (CHAT, "a ranking or preference pair was expected, this is a conversation: sft.py"),
+                (
+                    RANKING | {"ranks": [0, 1]},
+                    "ranks: 3 integers, as many as responses, were expected (got [0, 1])",
+                ),
+            ],
+        ),
+        (
+            "reward",
+            "reference",
+            CHAT,
+            [(PAIR, "a conversation was expected, this is a preference pair")],
+        ),
+        (
+            "ppo",
+            "data",
+            {"messages": tiny.user("Hi")},
+            [
+                (CHAT, "messages: user was expected as the last turn (got assistant)"),
+                (
+                    PAIR,
+                    "this is a preference pair: reward.py and dpo.py read those",
+                ),
+            ],
+        ),
+        (
+            "dpo",
+            "data",
+            PAIR,
+            [
+                (CHAT, "a ranking or preference pair was expected, this is a conversation: sft.py"),
+                (
+                    {"prompt": "Hi", "chosen": "Hi."},
+                    "rejected: a string or a list of messages was expected (got nothing)",
+                ),
+            ],
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
-)  # fmt: skip
+)
 def test_malformed_records(stage, option, good, other, refuses, lines):
     file = lines(good, BROKEN, good)
     refuses(stage, f"{file}:2: one JSON object per line was expected", **{option: file})
@@ -310,7 +367,7 @@ def test_a_file_in_which_nothing_usable_is_left(refuses, lines, small):
 
 
 def test_records_that_are_all_held_out_are_said_to_be(refuses, lines):
-    """Not "no usable records" without a reason: here all share one opening, and with it the side."""
+    """Not "no usable records" without a reason: here all share one opening, so one side."""
     asked = "question 16"
     all_held = "(held out: 3, all that share a first question lie on one side)"
     chat = {"messages": [*tiny.user(asked), {"role": "assistant", "content": "Hot."}]}
@@ -326,13 +383,24 @@ def test_records_that_are_all_held_out_are_said_to_be(refuses, lines):
         )
 
 
-@pytest.mark.parametrize("stage, size, what", [("sft", 6, "conversations"), ("reward", 6, "rankings"), ("ppo", 6, "prompts"),
-                                               ("dpo", 6, "pairs"), ("compare", 10, "prompts")])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, size, what",
+    [
+        ("sft", 6, "conversations"),
+        ("reward", 6, "rankings"),
+        ("ppo", 6, "prompts"),
+        ("dpo", 6, "pairs"),
+        ("compare", 10, "prompts"),
+    ],
+)
 def test_used_dropped_and_held_out_are_always_said(stage, size, what, small, tmp_path, lines):
     """And a --length beyond the context, which counts in its place."""
     asked = [tiny.user(text) for text in ("question 16", "question 25", *"abcdefgh")]
-    rows = {"sft": [{"messages": [*m, {"role": "assistant", "content": "Hot."}]} for m in asked],
-            "ppo": [{"messages": m} for m in asked], "compare": [{"messages": m, "item": {"kind": "capital"}} for m in asked]}  # fmt: skip
+    rows = {
+        "sft": [{"messages": [*m, {"role": "assistant", "content": "Hot."}]} for m in asked],
+        "ppo": [{"messages": m} for m in asked],
+        "compare": [{"messages": m, "item": {"kind": "capital"}} for m in asked],
+    }
     rows = rows.get(stage, [PAIR | {"prompt": m} for m in asked])
     options = small[stage] | {"data": lines(*rows), "iterations" if stage == "ppo" else "steps": 1}
     if stage == "compare":
@@ -365,8 +433,12 @@ def test_a_reference_answer_of_weight_0_is_none(refuses, lines):
 
 def test_prompts_of_another_world(refuses, lines):
     for item in ({}, {"item": 7}, {"item": {"kind": "mine"}}):
-        refuses("compare", "--labeller world knows the embedded world's prompts only", "give FILE.py:function",
-                data=lines({"messages": tiny.user("Hi")} | item))  # fmt: skip
+        refuses(
+            "compare",
+            "--labeller world knows the embedded world's prompts only",
+            "give FILE.py:function",
+            data=lines({"messages": tiny.user("Hi")} | item),
+        )
 
 
 # ---------------------------------------------------------------- options
@@ -438,7 +510,7 @@ def test_a_learning_rate_that_is_too_high(small, tmp_path):
     )
 
 
-# ---------------------------------------------------------------- a reader's own reward and labeller
+# --------------------------------------------------------------- a reader's own reward and labeller
 @pytest.mark.parametrize("stage, option", [("compare", "labeller"), ("ppo", "reward")])
 def test_a_reader_s_function_that_is_none(stage, option, refuses, tmp_path):
     file = tmp_path / "mine.py"
@@ -563,7 +635,7 @@ def test_preference_pairs_are_ranked_already(small, tmp_path, lines):
     }
 
 
-# ---------------------------------------------------------------- what is there already, and a full disk
+# ----------------------------------------------------------- what is there already, and a full disk
 def test_what_is_there_is_not_overwritten(small, world, tmp_path):
     out = Path(copy(world / "base", tmp_path / "base"))
     before = everything(tmp_path)

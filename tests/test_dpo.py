@@ -337,7 +337,7 @@ def run(tmp_path, monkeypatch):
 
 
 def pairs_of(run):
-    """The pairs of the training side, in the file's order: (prompt ids, chosen ids, rejected ids)."""
+    """The training pairs in the file's order: (prompt ids, chosen ids, rejected ids)."""
     groups = dpo.prepare(run.data, "all", chat_tokenizer(), 256)
     return [pair for pairs in groups for pair in pairs]
 

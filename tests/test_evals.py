@@ -184,8 +184,13 @@ def test_a_reward_model_that_is_gold_itself_and_its_opposite(monkeypatch, tok):
     monkeypatch.setattr(evals, "answer", answer)
 
     def figures(score):
-        monkeypatch.setattr(evals, "score_texts", lambda m, t, prompts, answers, *_: [
-            score(by_prompt[p[-1]["content"]], a) for p, a in zip(prompts, answers, strict=True)])  # fmt: skip
+        monkeypatch.setattr(
+            evals,
+            "score_texts",
+            lambda m, t, prompts, answers, *_: [
+                score(by_prompt[p[-1]["content"]], a) for p, a in zip(prompts, answers, strict=True)
+            ],
+        )
         return evals.reward_figures(
             None, tok, held, evals.fresh_answers(None, tok, held, options()), options()
         )

@@ -392,10 +392,14 @@ def test_what_we_lack_is_refused_by_name(folder, key):
 
 
 def test_other_ropes(folder):
-    for key, value in (("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_parameters", {"partial_rotary_factor": 0.5}),
-                       ("rope_parameters", {"full_attention": {"rope_type": "default"}}), ("rope_parameters", "plain")):  # fmt: skip
+    for key, value in (
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("rope_parameters", "plain"),
+    ):
         edit(folder, **{"rope_scaling": None, "rope_parameters": None} | {key: value})
-        refused(folder, ValueError, f"asks for {key}.*only plain RoPE is")
+        refused(folder, ValueError, f"{key}.*is not supported: only plain RoPE is")
     edit(folder, rope_scaling={"type": "default"}, rope_parameters=None)
     hub.load(folder)
 
@@ -435,7 +439,7 @@ def test_tensors_that_do_not_fit(folder):
         model__norm__weight=torch.ones(32),
         model__layers__0__self_attn__q_norm__weight=torch.ones(8),
     )
-    refused(folder, ValueError, "does not ask for, model.layers.0.self_attn.q_norm.weight;")
+    refused(folder, ValueError, "unexpected tensor model.layers.0.self_attn.q_norm.weight;")
 
 
 def test_damaged_weights(folder):

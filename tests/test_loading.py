@@ -111,11 +111,15 @@ def test_whatever_a_json_file_says_is_read_or_refused_in_one_line(tmp_path):
     stages.copy(GOLDEN / "peft_prompt", tmp_path / "prompt")
     stages.copy(GOLDEN / "lora_list", tmp_path / "lora")
     for file, read in (
-        ("model/config.json", whole), ("model/tokenizer.json", whole), ("model/tokenizer_config.json", whole),
-        ("model/generation_config.json", whole), ("reward/config.json", whole), ("shards/model.safetensors.index.json", whole),
+        ("model/config.json", whole),
+        ("model/tokenizer.json", whole),
+        ("model/tokenizer_config.json", whole),
+        ("model/generation_config.json", whole),
+        ("reward/config.json", whole),
+        ("shards/model.safetensors.index.json", whole),
         ("prompt/adapter_config.json", lambda at: peft.load_adapter(copy.deepcopy(base), at)),
         ("lora/adapter_config.json", lambda at: peft.load_adapter(copy.deepcopy(base), at)),
-    ):  # fmt: skip
+    ):
         file = tmp_path / file
         text = file.read_text()
         for at in places(json.loads(text)):
@@ -136,15 +140,22 @@ def test_whatever_a_json_file_says_is_read_or_refused_in_one_line(tmp_path):
         file.write_text(text)
 
 
-# fmt: off
 SAID = {
     ("tokenizer.json", "[]"): r"tokenizer.json: the file is \[\], an object was expected",
-    ("tokenizer.json", '{"model": {"merges": []}, "decoder": {"type": "ByteLevel"}, "added_tokens": [{"id": 3}]}'): "added token 1 is",
-    ("tokenizer_config.json", '{"chat_template": {"a": "b"}}'): 'chat_template is {"a": "b"}, a text or a list of named ones',
-    ("tokenizer_config.json", '["a"]'): "tokenizer_config.json holds a list, an object was expected",
+    (
+        "tokenizer.json",
+        '{"model": {"merges": []}, "decoder": {"type": "ByteLevel"}, "added_tokens": [{"id": 3}]}',
+    ): "added token 1 is",
+    (
+        "tokenizer_config.json",
+        '{"chat_template": {"a": "b"}}',
+    ): 'chat_template is {"a": "b"}, a text or a list of named ones',
+    (
+        "tokenizer_config.json",
+        '["a"]',
+    ): "tokenizer_config.json holds a list, an object was expected",
     ("config.json", "[" * 100_000): "config.json is not JSON",
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("file, text", SAID)
@@ -155,7 +166,7 @@ def test_an_odd_file_is_named_with_what_was_expected(file, text, tmp_path):
         hub.load(tmp_path / "m")
 
 
-# ---------------------------------------------------------------- ids without a token, several ends, damaged weights
+# ----------------------------------------------- ids without a token, several ends, damaged weights
 def padded(folder, rows=300):
     """A folder whose embedding has more rows than its tokenizer tokens (280), the spare ones
     likely.
@@ -292,7 +303,7 @@ def test_results_hold_no_figure_that_is_none(tmp_path):
     assert json.loads(old.read_text()) == {"perfect": 1.8, "sft": {"decided": None}}
 
 
-# ---------------------------------------------------------------- what compare.py writes, and the evaluation scores
+# ------------------------------------------------ what compare.py writes, and the evaluation scores
 def test_a_record_s_own_fields_never_replace_what_is_written(small, tmp_path):
     """A chat of UltraChat's has a `prompt` beside its messages; any other field that a ranking has
     is left out as well.

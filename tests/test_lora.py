@@ -646,7 +646,8 @@ from common import hub, peft
 from safetensors.torch import load_file, save_file
 model, _ = hub.load({str(tmp_path / "base")!r})
 peft.load_adapter(model, {str(tmp_path / "adapter")!r})
-save_file({{"logits": model(load_file({str(tmp_path / "tokens")!r})["tokens"]).detach()}}, {str(tmp_path / "logits")!r})
+logits = model(load_file({str(tmp_path / "tokens")!r})["tokens"]).detach()
+save_file({{"logits": logits}}, {str(tmp_path / "logits")!r})
 """
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
     subprocess.run(
@@ -659,7 +660,7 @@ save_file({{"logits": model(load_file({str(tmp_path / "tokens")!r})["tokens"]).d
 
 
 def test_loading_beside_another_adapter(tmp_path):
-    """DPO that goes on from an adapter: the reference is what it began as, frozen, in either order."""
+    """DPO that goes on from an adapter: the reference is what it began as, in either order."""
     save_adapter(fill(add_lora(lm(), 2, 4)), tmp_path)
     for first in (True, False):
         model = load_adapter(lm(), tmp_path, "policy" if first else "reference", trainable=first)

@@ -89,10 +89,20 @@ def test_4_bits_are_4_127_bits():
     assert nf4_bytes(65) == {torch.uint8: 33 + 2, torch.float32: 4}
 
 
-@pytest.mark.parametrize("size, published", [
-    ("135M", 134_515_008), ("1.1B", 1_100_048_384), ("3B", 3_212_749_824), ("7B", 6_738_415_616), ("13B", 13_015_864_320),
-    ("34B", 33_743_970_304), ("65B", 65_285_660_672), ("70B", 68_976_648_192), ("0.5B", 494_032_768 - 24 * (896 + 2 * 128)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, published",
+    [
+        ("135M", 134_515_008),
+        ("1.1B", 1_100_048_384),
+        ("3B", 3_212_749_824),
+        ("7B", 6_738_415_616),
+        ("13B", 13_015_864_320),
+        ("34B", 33_743_970_304),
+        ("65B", 65_285_660_672),
+        ("70B", 68_976_648_192),
+        ("0.5B", 494_032_768 - 24 * (896 + 2 * 128)),
+    ],
+)
 def test_shapes_are_the_published_ones(size, published):
     assert parameters(SIZES[size]) == published
 
@@ -171,10 +181,17 @@ def saved(model, B, T, autocast):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("rank, targets, dtype, within", [
-    (0, "all", torch.float32, 0.001), (16, "all", torch.float32, 0.04), (16, "attention", torch.float32, 0.05),
-    (4, "mlp", torch.float32, 0.12), (16, "all", torch.bfloat16, 0.04), (16, "down_proj,v_proj", torch.bfloat16, 0.1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rank, targets, dtype, within",
+    [
+        (0, "all", torch.float32, 0.001),
+        (16, "all", torch.float32, 0.04),
+        (16, "attention", torch.float32, 0.05),
+        (4, "mlp", torch.float32, 0.12),
+        (16, "all", torch.bfloat16, 0.04),
+        (16, "down_proj,v_proj", torch.bfloat16, 0.1),
+    ],
+)
 def test_activations_are_what_autograd_keeps(rank, targets, dtype, autocast, within):
     if dtype == torch.bfloat16 and not autocast:
         return
@@ -245,9 +262,15 @@ def test_a_step_peaks_at_activations_and_logits(rank, autocast):
     )
 
 
-@pytest.mark.parametrize("rank, targets, dtype", [
-    (0, "all", torch.float32), (16, "all", torch.float32), (16, "attention", torch.float32), (16, "all", torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rank, targets, dtype",
+    [
+        (0, "all", torch.float32),
+        (16, "all", torch.float32),
+        (16, "attention", torch.float32),
+        (16, "all", torch.bfloat16),
+    ],
+)
 def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtype):
     c, autocast = SMALL_VOCABULARY, dtype == torch.bfloat16
     model = build(c, rank, targets, dtype)

@@ -293,8 +293,15 @@ def test_pages_leave_before_a_pass_that_is_larger_than_any_before():
     for p in params:
         p.grad = torch.ones(10)
     left = []
-    for sizes in (dict(tokens=8, targets=4), dict(tokens=8, targets=4), dict(tokens=7, targets=5),
-                  dict(tokens=7, targets=4), dict(cached=3), dict(tokens=8, targets=5), dict(tokens=9)):  # fmt: skip
+    for sizes in (
+        dict(tokens=8, targets=4),
+        dict(tokens=8, targets=4),
+        dict(tokens=7, targets=5),
+        dict(tokens=7, targets=4),
+        dict(cached=3),
+        dict(tokens=8, targets=5),
+        dict(tokens=9),
+    ):
         make_room([optimizer, torch.optim.AdamW(params)], **sizes)
         left.append(not optimizer.resident)
         optimizer.step()

@@ -39,8 +39,13 @@ WAYS = {
     "prefix": dict(adapter="prefix", virtual_tokens=3),
 }
 BITS = ("32", "nf4", "folder")  # folder: it is in 4 bits itself, as bitsandbytes writes it
-PATHS = [(stage, way, bits) for stage in STAGES for way in WAYS for bits in BITS
-         if (stage == "sft" or "adapter" not in WAYS[way]) and (way != "weights" or bits == "32")]  # fmt: skip
+PATHS = [
+    (stage, way, bits)
+    for stage in STAGES
+    for way in WAYS
+    for bits in BITS
+    if (stage == "sft" or "adapter" not in WAYS[way]) and (way != "weights" or bits == "32")
+]
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +264,7 @@ def test_a_tokenizer_without_a_padding_token(world, refused, tmp_path):
 # ---------------------------------------------------------------- dropout, pages
 @pytest.mark.parametrize("stage", ("sft", "reward", "ppo", "dpo", "ipo", "simpo"))
 def test_an_adapter_s_dropout_is_on_in_sft_alone(stage, world, tmp_path):
-    """Of an adapter that goes on and asks for dropout; it is switched on without changing a number."""
+    """Of an adapter that goes on and asks for dropout; it is on without changing a number."""
     start, found = world.start(stage if stage in STAGES else "dpo", "keep", "32"), []
     for dropout in (0.0, 0.5):
         changes = dict(start)

@@ -367,8 +367,19 @@ def test_prompts_leave_room_in_the_reward_models_context_too(tmp_path, capsys):
     data = write(
         tmp_path / "prompts.jsonl", [{"messages": user("x")}, {"messages": user("x " * 40)}]
     )
-    ppo.ppo(ppo.Options(model=folder(tmp_path / "start"), reward=str(tmp_path / "rm"), data=data, out=str(tmp_path / "out"),
-                        device="cpu", batch=2, minibatch=2, iterations=1, max_new_tokens=4))  # fmt: skip
+    ppo.ppo(
+        ppo.Options(
+            model=folder(tmp_path / "start"),
+            reward=str(tmp_path / "rm"),
+            data=data,
+            out=str(tmp_path / "out"),
+            device="cpu",
+            batch=2,
+            minibatch=2,
+            iterations=1,
+            max_new_tokens=4,
+        )
+    )
     assert "1 prompts used, dropped 1 longer than 28 tokens" in capsys.readouterr().err
 
 
@@ -651,13 +662,29 @@ def test_rewards_of_0_to_100_train_what_rewards_of_0_to_1_train(tmp_path):
     """A scale of two is exact in binary: the two runs are the same, bit for bit."""
     start = bandit(tmp_path / "start", FIRST, AFTER)
     judge = tmp_path / "judge.py"
-    judge.write_text("def one(prompts, answers):\n    return [len(a) + a.count('a') for a in answers]\n"
-                     "def more(prompts, answers):\n    return [128 * s for s in one(prompts, answers)]\n")  # fmt: skip
+    judge.write_text(
+        "def one(prompts, answers):\n    return [len(a) + a.count('a') for a in answers]\n"
+        "def more(prompts, answers):\n    return [128 * s for s in one(prompts, answers)]\n"
+    )
     data = write(tmp_path / "prompts.jsonl", [{"messages": user("x")}])
     for raw in (False, True):
         for name in ("one", "more"):
-            ppo.ppo(ppo.Options(model=start, reward=f"{judge}:{name}", data=data, out=f"{tmp_path}/{name}", device="cpu", batch=12,
-                                minibatch=6, iterations=3, max_new_tokens=2, lr=0.01, raw_reward=raw, overwrite=True))  # fmt: skip
+            ppo.ppo(
+                ppo.Options(
+                    model=start,
+                    reward=f"{judge}:{name}",
+                    data=data,
+                    out=f"{tmp_path}/{name}",
+                    device="cpu",
+                    batch=12,
+                    minibatch=6,
+                    iterations=3,
+                    max_new_tokens=2,
+                    lr=0.01,
+                    raw_reward=raw,
+                    overwrite=True,
+                )
+            )
         weights = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "more")}
         assert len(weights) == (2 if raw else 1)
 
@@ -711,15 +738,17 @@ import sys
 import numpy, torch
 def ints(prompts, answers): return [len(a) for a in answers]
 def array(prompts, answers): return numpy.array(ints(prompts, answers))
-def tensor(prompts, answers): return torch.tensor(ints(prompts, answers), requires_grad=False)[:, None]
+def tensor(prompts, answers): return torch.tensor(ints(prompts, answers))[:, None]
 def generator(prompts, answers): return (s for s in ints(prompts, answers))
 def careless(prompts, answers):
     for p in prompts:
         p.append({"role": "assistant", "content": "mine"})
     return [-100 if len(p) > 2 else s for p, s in zip(prompts, ints(prompts, answers))]
 def verified(prompts, answers, records):
-    assert all(set(r) == {"messages", "ids", "reference"} and r["messages"] == p for p, r in zip(prompts, records))
-    return [len(a) * (r["reference"] == "yes") * (r["ids"] == "mine") for a, r in zip(answers, records)]
+    for p, r in zip(prompts, records):
+        assert set(r) == {"messages", "ids", "reference"} and r["messages"] == p
+    mine = [r["reference"] == "yes" and r["ids"] == "mine" for r in records]
+    return [len(a) * m for a, m in zip(answers, mine)]
 class Verifier:
     def __call__(self, prompts, answers, records=None): return verified(prompts, answers, records)
 verifier = Verifier()
@@ -821,10 +850,25 @@ def test_a_round_of_any_shape_ends(tmp_path, first, capsys):
         hub.language_model(tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [
-    dict(gamma=0.5), dict(lam=0.0), dict(lam=1.0), dict(epochs=4), dict(temperature=0.3), dict(temperature=30.0), dict(kl_coef=0.0),
-    dict(vf_coef=0.0), dict(clip=1.5), dict(clip=1e-6), dict(target_kl=6.0, horizon=1.0), dict(iterations=1, warmup=9), dict(no_end_score=0.0),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(gamma=0.5),
+        dict(lam=0.0),
+        dict(lam=1.0),
+        dict(epochs=4),
+        dict(temperature=0.3),
+        dict(temperature=30.0),
+        dict(kl_coef=0.0),
+        dict(vf_coef=0.0),
+        dict(clip=1.5),
+        dict(clip=1e-6),
+        dict(target_kl=6.0, horizon=1.0),
+        dict(iterations=1, warmup=9),
+        dict(no_end_score=0.0),
+    ],
+    ids=str,
+)
 def test_options_at_their_ends(own, options):
     for line in own("ints", **options):
         assert line["ratio_error"] < 1e-4 and line["beta"] >= 0

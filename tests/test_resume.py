@@ -172,8 +172,12 @@ def test_adapters_that_moved_before_a_resume_at_the_end_have_moved(small, tmp_pa
     """Killed behind its last step, a run has no step to go; what it trained is compared with its
     start.
     """
-    for name, options in (("sft", dict(lora=2, steps=4)), ("dpo", dict(lora=2, steps=4)), ("reward", dict(lora=2, steps=4)),
-                          ("ppo", dict(lora=2, iterations=2))):  # fmt: skip
+    for name, options in (
+        ("sft", dict(lora=2, steps=4)),
+        ("dpo", dict(lora=2, steps=4)),
+        ("reward", dict(lora=2, steps=4)),
+        ("ppo", dict(lora=2, iterations=2)),
+    ):
         options = small[name] | options | dict(out=tmp_path / name)
         assert run(script(name), dies_at_the_end, **options).status == -signal.SIGKILL
         assert saved_step(tmp_path / name / "state") == options.get("steps", 2)

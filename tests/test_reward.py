@@ -291,8 +291,16 @@ def test_a_cut_answer_has_no_end_and_sampled_ids_are_read_as_they_are(tmp_path):
 
 def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
     good = {"prompt": "a", "responses": ["x", "y"], "ranks": [0, 1]}
-    for field, value in (("finished", [True]), ("finished", "yes"), ("finished", [1, 0]), ("ids", [[1]]), ("ids", [[1], []]),
-                         ("ids", [[1], ["a"]]), ("ids", [[1], [-2]]), ("ids", "a")):  # fmt: skip
+    for field, value in (
+        ("finished", [True]),
+        ("finished", "yes"),
+        ("finished", [1, 0]),
+        ("ids", [[1]]),
+        ("ids", [[1], []]),
+        ("ids", [[1], ["a"]]),
+        ("ids", [[1], [-2]]),
+        ("ids", "a"),
+    ):
         file = write(tmp_path / "r.jsonl", [good, good | {"tokenizer": "t", field: value}])
         with pytest.raises(
             ValueError, match=f"r.jsonl:2: {field}: .*as many as responses, were expected"

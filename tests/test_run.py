@@ -148,25 +148,63 @@ def test_main_leaves_a_mistake_in_the_code_its_traceback(monkeypatch):
     "stage, argv, said",
     [
         ("sft", "--alpha 8", ["--alpha has no effect without --lora"]),
-        ("sft", "--alpha 8 --targets mlp --keep-base", ["--alpha has no effect without --lora", "--targets has no effect without --lora"]),
+        (
+            "sft",
+            "--alpha 8 --targets mlp --keep-base",
+            ["--alpha has no effect without --lora", "--targets has no effect without --lora"],
+        ),
         ("sft", "--alpha 8 --targets mlp --lora 2", []),
-        ("sft", "--virtual-tokens 4 --adapter ia3", ["--virtual-tokens has no effect without --adapter prompt or prefix"]),
+        (
+            "sft",
+            "--virtual-tokens 4 --adapter ia3",
+            ["--virtual-tokens has no effect without --adapter prompt or prefix"],
+        ),
         ("sft", "--virtual-tokens 4 --adapter prefix --virtual-tokens 20", []),
-        ("sft", "--weight-decay 0.1 --adapter ia3", ["--weight-decay has no effect without --adapter none or prompt or prefix"]),
-        ("sft", "--warmup 9 --steps 9", ["--warmup is 9, below --steps 9 was expected: it has no effect beyond"]),
+        (
+            "sft",
+            "--weight-decay 0.1 --adapter ia3",
+            ["--weight-decay has no effect without --adapter none or prompt or prefix"],
+        ),
+        (
+            "sft",
+            "--warmup 9 --steps 9",
+            ["--warmup is 9, below --steps 9 was expected: it has no effect beyond"],
+        ),
         ("sft", "--warmup 8 --steps 9 --accumulate 32", []),
-        ("sft", "--accumulate 9 --batch 8", ["--accumulate is 9, at most --batch 8 was expected: it has no effect beyond"]),
-        ("reward", "--steps 5", ["--warmup is 10, below --steps 5 was expected: it has no effect beyond"]),
-        ("ppo", "--horizon 5 --iterations 2", ["--warmup is 2, below --iterations 2 was expected: it has no effect beyond",
-                                               "--horizon has no effect without --target-kl"]),
+        (
+            "sft",
+            "--accumulate 9 --batch 8",
+            ["--accumulate is 9, at most --batch 8 was expected: it has no effect beyond"],
+        ),
+        (
+            "reward",
+            "--steps 5",
+            ["--warmup is 10, below --steps 5 was expected: it has no effect beyond"],
+        ),
+        (
+            "ppo",
+            "--horizon 5 --iterations 2",
+            [
+                "--warmup is 2, below --iterations 2 was expected: it has no effect beyond",
+                "--horizon has no effect without --target-kl",
+            ],
+        ),
         ("ppo", "--horizon 5 --target-kl 6", []),
-        ("dpo", "--loss ipo --label-smoothing 0.1", ["--label-smoothing has no effect without --loss dpo"]),
-        ("dpo", "--loss simpo --label-smoothing 0.1 --gamma 2", ["--label-smoothing has no effect without --loss dpo"]),
+        (
+            "dpo",
+            "--loss ipo --label-smoothing 0.1",
+            ["--label-smoothing has no effect without --loss dpo"],
+        ),
+        (
+            "dpo",
+            "--loss simpo --label-smoothing 0.1 --gamma 2",
+            ["--label-smoothing has no effect without --loss dpo"],
+        ),
         ("dpo", "--gamma 2 --label-smoothing 0.1", ["--gamma has no effect without --loss simpo"]),
         ("dpo", "--gamma 1 --loss ipo", []),
         ("tools.evals", "--prefs x.jsonl", ["--prefs has no effect without --data"]),
     ],
-)  # fmt: skip
+)
 def test_options_without_effect_are_said(stage, argv, said, capsys):
     """Those that were given and change nothing beside the others; a default is never one."""
     parse(importlib.import_module(stage).Options, "Doc.", argv.split())
@@ -295,8 +333,11 @@ def test_a_reader_s_function(tmp_path):
     for spec in ("nowhere.py:score", "nowhere.py", str(file), "", ":score"):
         with pytest.raises(FileNotFoundError, match="FILE.py:function was expected"):
             load_function(spec)
-    for text, said in (("import nowhere_to_be_found", "mine.py:1: ModuleNotFoundError"), ("x = (", "SyntaxError.*line 1"),
-                       ("\n\n1 / 0", "mine.py:3: ZeroDivisionError")):  # fmt: skip
+    for text, said in (
+        ("import nowhere_to_be_found", "mine.py:1: ModuleNotFoundError"),
+        ("x = (", "SyntaxError.*line 1"),
+        ("\n\n1 / 0", "mine.py:3: ZeroDivisionError"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=said):
             load_function(f"{file}:score")
@@ -307,8 +348,16 @@ def test_fingerprint_sees_what_a_checkpoint_says_and_nothing_else(tmp_path):
     folder = tmp_path / "sft"
     folder.mkdir()
     (folder / "adapter").mkdir()
-    decide = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
-              "model.safetensors.index.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]  # fmt: skip
+    decide = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    ]
     for name in (*decide, "metrics.jsonl", "run.json"):
         (folder / name).write_text("x")
     whole = fingerprint(folder)
@@ -381,12 +430,22 @@ def test_the_code_of_a_stage_is_its_modules_and_what_they_import(project):
     assert code(project / "stage.py")["tokens/words.json"] != before["tokens/words.json"]
 
 
-@pytest.mark.parametrize("old, new, changed", [
-    ("# why", "# because", False), ('"""How."""', '"""In another way."""', False), ('    """How."""\n', "", False),
-    ('"""What it does."""\n', "\n\n", False), ("add(1, json", "add(1,\n        json", False), ("  # a sum", "", False),
-    ("add(1,", "add(2,", True), ("return add", "add", True), ('"2"', '"3"', True), ("def stage", "def stages", True),
-    ("(1, json.loads(\"2\"))", "(json.loads(\"2\"), 1)", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new, changed",
+    [
+        ("# why", "# because", False),
+        ('"""How."""', '"""In another way."""', False),
+        ('    """How."""\n', "", False),
+        ('"""What it does."""\n', "\n\n", False),
+        ("add(1, json", "add(1,\n        json", False),
+        ("  # a sum", "", False),
+        ("add(1,", "add(2,", True),
+        ("return add", "add", True),
+        ('"2"', '"3"', True),
+        ("def stage", "def stages", True),
+        ('(1, json.loads("2"))', '(json.loads("2"), 1)', True),
+    ],
+)
 def test_an_edited_comment_is_no_other_code(project, old, new, changed):
     before = code(project / "stage.py")["stage.py"]
     assert SCRIPT.count(old) == 1
@@ -597,8 +656,20 @@ def everything(folder):
     }
 
 
-@pytest.mark.parametrize("name", ["state/notes.txt", "state/metrics.jsonl", "adapter/adapter_config.json", "model.safetensors",
-                                  "state", "adapter", "tokenizer.json", "metrics.jsonl", "state/result/config.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state/notes.txt",
+        "state/metrics.jsonl",
+        "adapter/adapter_config.json",
+        "model.safetensors",
+        "state",
+        "adapter",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "state/result/config.json",
+    ],
+)
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_reader_s_own_file_is_never_touched(name, finished, o, tmp_path):
     """In a folder of his own, or laid into one of ours; whatever is asked for."""
@@ -647,8 +718,20 @@ def test_an_unfinished_run_stays_until_its_successor_has_read_its_inputs(o, whol
     assert files(tmp_path / "toy") == whole
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"options": 1, "inputs": {}}', '{"options": {}}', "\0\1", "[" * 100_000,
-                                  '{"options": {}, "inputs": {}, "files": []}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"options": 1, "inputs": {}}',
+        '{"options": {}}',
+        "\0\1",
+        "[" * 100_000,
+        '{"options": {}, "inputs": {}, "files": []}',
+    ],
+)
 def test_a_damaged_record_is_said(text, o, tmp_path):
     toy(o)
     (tmp_path / "toy" / "run.json").write_text(text)

@@ -76,7 +76,7 @@ def passes(model, call):
 
 
 def test_an_answer_ends_with_its_end_token_and_soon_costs_nothing_more(lm):
-    """Rows are dropped whenever half of them have ended: that changes nothing of what others say."""
+    """Rows are dropped whenever half of them have ended: nothing of what others say changes."""
     prompts, n, eos = ragged([4] * 40, 1), 12, 13
     answers, read = passes(lm, lambda: S.generate(lm, prompts, n, 1.5, eos_id=eos))
     lengths = [len(a) for a in answers]

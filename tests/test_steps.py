@@ -255,8 +255,16 @@ def test_dpo(tmp_path, loss):
                 "ipo": lambda h=h: (h - 1 / 0.6) ** 2,
                 "simpo": lambda a=better, b=worse: -torch.sigmoid(a - b - 0.5).log(),
             }[loss]()
-            now = dict(loss=each, nll=-w / len(good), logp_chosen=w, logp_rejected=l, reward_chosen=better, reward_rejected=worse,
-                       margin=better - worse, accuracy=(better > worse).double())  # fmt: skip
+            now = dict(
+                loss=each,
+                nll=-w / len(good),
+                logp_chosen=w,
+                logp_rejected=l,
+                reward_chosen=better,
+                reward_rejected=worse,
+                margin=better - worse,
+                accuracy=(better > worse).double(),
+            )
             means = {k: v + now[k] / len(pairs) for k, v in means.items()}
         lr = rate(step, 4, 0.01, 2)
         norm = trained.step(means["loss"] + 0.2 * means["nll"], lr)
@@ -426,9 +434,19 @@ def test_ppo(tmp_path, monkeypatch):
         beta *= 1 + error * 12 / 60
         ended += sum(a[-1] == END for a in answers)
         steered.append(error)
-        near(line, step=it, reward=sum(scores) / 12, kl=k1, kl_k3=((-d).exp() - 1 + d).sum() / 12, beta=beta,
-             entropy=-torch.cat(old).mean(), explained_variance=explained, length=n / 12,
-             finished=sum(a[-1] == END for a in answers) / 12, **means)  # fmt: skip
+        near(
+            line,
+            step=it,
+            reward=sum(scores) / 12,
+            kl=k1,
+            kl_k3=((-d).exp() - 1 + d).sum() / 12,
+            beta=beta,
+            entropy=-torch.cat(old).mean(),
+            explained_variance=explained,
+            length=n / 12,
+            finished=sum(a[-1] == END for a in answers) / 12,
+            **means,
+        )
         assert line["ratio_error"] < 1e-3
     assert any(abs(error) < 0.2 for error in steered)
     assert len(said) == 3 and 6 < ended < 30 and line["kl"] > 0.01 and line["clip_fraction"] > 0

@@ -259,7 +259,10 @@ def test_layers_named_one_by_one(small, tmp_path):
     )
     found = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert {k.removeprefix("base_model.model.model.").rsplit(".", 2)[0] for k in found} == {
-        "layers.0.mlp.up_proj", "layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj"}  # fmt: skip
+        "layers.0.mlp.up_proj",
+        "layers.0.self_attn.k_proj",
+        "layers.1.self_attn.k_proj",
+    }
 
 
 @pytest.mark.parametrize("bf16", (False, True))
@@ -312,17 +315,24 @@ def test_learning_rates():
     assert tuning.learning_rate(options(lr=0.3, lora=4), 1e-3) == 0.3
 
 
-@pytest.mark.parametrize(("stage", "wrong", "words"), (
-    ("sft", dict(quant="nf4"), ("--quant nf4", "--lora")),
-    ("sft", dict(lora=-1), ("--lora is -1", "at least 0")),
-    ("sft", dict(lora=4, targets="q_prj"), ("targets names 'q_prj'", "did you mean q_proj")),
-    ("sft", dict(lora=4, targets="layers.0.mlp.up_proj", virtual_tokens=0), ("--virtual-tokens is 0",)),
-    ("sft", dict(lora=4, adapter="ia3"), ("--adapter ia3", "leave --lora")),
-    ("sft", dict(adapter="prompt", virtual_tokens=1000), ("1000 virtual tokens", "context")),
-    ("dpo", dict(keep_base=True), ("has no adapter", "--keep-base")),
-    ("dpo", dict(keep_base=True, lora=4), ("--keep-base", "give one")),
-    ("ppo", dict(quant="nf5"), ("--quant", "nf4")),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "wrong", "words"),
+    (
+        ("sft", dict(quant="nf4"), ("--quant nf4", "--lora")),
+        ("sft", dict(lora=-1), ("--lora is -1", "at least 0")),
+        ("sft", dict(lora=4, targets="q_prj"), ("targets names 'q_prj'", "did you mean q_proj")),
+        (
+            "sft",
+            dict(lora=4, targets="layers.0.mlp.up_proj", virtual_tokens=0),
+            ("--virtual-tokens is 0",),
+        ),
+        ("sft", dict(lora=4, adapter="ia3"), ("--adapter ia3", "leave --lora")),
+        ("sft", dict(adapter="prompt", virtual_tokens=1000), ("1000 virtual tokens", "context")),
+        ("dpo", dict(keep_base=True), ("has no adapter", "--keep-base")),
+        ("dpo", dict(keep_base=True, lora=4), ("--keep-base", "give one")),
+        ("ppo", dict(quant="nf5"), ("--quant", "nf4")),
+    ),
+)
 def test_options_that_do_not_go_together(stage, wrong, words, small, tmp_path):
     refused(run(script(stage), out=tmp_path / "out", **small[stage] | wrong), *words)
 

@@ -468,7 +468,8 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
 
 def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
     code = (
-        "import sys; from data.world import __main__ as script; script.SIZES.update(sft=44, prompts=22,"
+        "import sys; from data.world import __main__ as script;"
+        " script.SIZES.update(sft=44, prompts=22,"
         " heldout=22);script.make(script.Options(out=sys.argv[1]))"
     )
     written = []

@@ -1,18 +1,24 @@
-"""How fast and how large, beside the peers: python -m tools.bench TASK   (make bench has the peers)
+"""How fast and how large, beside the peers.
 
-    sampling     model.generate beside transformers': 128 ragged prompts, answers of up to 40 tokens that end where they end
-    lora         a training step of --model, LoRA r = 16 on every linear layer, beside a loop over PEFT: packed there, padded here
+    python -m tools.bench TASK        (make bench has the peers)
+
+    sampling     generate beside transformers': 128 ragged prompts, answers of up to 40 tokens that
+                 end where they end
+    lora         a training step of --model, LoRA r = 16 on every linear layer, beside a loop over
+                 PEFT: ours packs, theirs pads
     qlora        the same on NF4, double-quantised, beside PEFT and bitsandbytes
-    dequantise   a double-quantised weight of two sizes and types, beside bitsandbytes
-    qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512 tokens, checkpointed; with --limit GB the
-                 process has no more than that, and the optimizer's state is paged (then, and
-                 without the peers, alone)
-    memory       alone, counted: --model's linear layers in bf16 and NF4; PPO's four networks over one 4-bit base and as four models
-    make …       alone: minutes and the largest process's peak memory of a make command, `python -m tools.bench make all OUT=out/timed`
+    dequantise   double-quantised weights of two sizes and types, beside bitsandbytes
+    qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512
+                 tokens, checkpointed. With --limit GB the process has no more than that and the
+                 optimizer's state is paged; then, and without the peers, it runs alone
+    memory       alone, counted: --model's linear layers in bf16 and NF4; PPO's four networks over
+                 one 4-bit base and as four models
+    make …       alone: minutes and the largest process's peak memory of a make command, as in
+                 `python -m tools.bench make all OUT=out/timed`
 
 Each side is a process of its own, both of the same interpreter, and they take turns, so that a busy
 machine is busy for both; the first round warms up. Both have the same weights, adapters and data,
-and must begin with the same loss.
+and must start at the same loss.
 """
 
 import importlib.util
@@ -24,6 +30,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,28 +56,27 @@ RANK, LR = 16, 1e-4
 class Options:
     model: str = opt("smollm2", "checkpoint folder")
     data: str = opt(
-        "out/world/sft.jsonl", "conversations; for sampling such as end in a user's turn"
+        "out/world/sft.jsonl", "conversations; for sampling, those that end in a user's turn"
     )
-    batch: int = opt(8, "conversations of a training step", at_least=1)
+    batch: int = opt(8, "conversations per training step", at_least=1)
     rounds: int = opt(10, "rounds after the first", at_least=1)
     size: str = opt("7B", "qlora7b: the model's shape", choices=tuple(SIZES))
     limit: float = opt(
-        0.0, "qlora7b: GB of GPU memory that the process may have; 0: all", at_least=0
+        0.0, "qlora7b: GB of GPU memory that the process may use; 0: all", at_least=0
     )
     device: str = opt("auto", "cpu, cuda or auto")
-    case: str = opt("", "of the task (set by the parent)")
+    case: str = opt("", "which case of the task this is (set by the parent)")
     side: str = opt("", "which side this process is (set by the parent)")
 
 
-# ---------------------------------------------------------------- the sides: set up → a round (its number → units of work), what must agree
+# ---------------------------------------------------------------- the sides
+# each sets up → (a round: its number → units of work, a number that both sides must agree on)
 def sampling(o, ours: bool):
     device = pick_device(o.device)
     model, tok = hub.load(o.model, device)
-    some = records.conversations(o.data, "prompt")[:128]
-    prompts, end = (
-        [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in some],
-        templates.end_id(tok),
-    )
+    asked = records.conversations(o.data, "prompt")[:128]
+    prompts = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in asked]
+    end = templates.end_id(tok)
     if ours:
         return lambda seed: sum(map(len, generate(model, prompts, 40, eos_id=end, seed=seed))), None
     from transformers import AutoModelForCausalLM
@@ -83,17 +89,16 @@ def sampling(o, ours: bool):
 
     def turn(seed):
         torch.manual_seed(seed)
-        answers = peer.generate(tokens, attention_mask=mask.long(), **options)[
-            :, tokens.shape[1] :
-        ].tolist()
+        rows = peer.generate(tokens, attention_mask=mask.long(), **options)
+        answers = rows[:, tokens.shape[1] :].tolist()
         return sum(a.index(end) + 1 if end in a else len(a) for a in answers)
 
     return turn, None
 
 
 def alike(model):
-    """The trained tensors, A before B in each layer on both sides, get the same random numbers: B
-    is not 0, so that both count.
+    """Fills the trained tensors, A before B in each layer on both sides, with the same random
+    numbers: B is not 0, so that both count.
     """
     seeded = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -118,14 +123,14 @@ def step(model, loss_of, optimizer, tokens: int, device):
 
 
 def training(o, ours: bool, quant=None):
-    """As sft.py steps, or as a loop over PEFT is written by hand: a padded batch, labels of -100,
-    the model's own loss.
+    """A step as sft.py does it, or as a loop over PEFT is written by hand: a padded batch, labels
+    of -100, the model's own loss.
     """
     device = pick_device(o.device)
     model, tok = hub.load(o.model, device, quant=quant if ours else None)
-    some = records.batch(records.conversations(o.data), 0, o.batch, 0)
+    chats = records.batch(records.conversations(o.data), 0, o.batch, 0)
     templates.adopt(tok)
-    examples = [templates.render(tok, r["messages"]) for r in some]
+    examples = [templates.render(tok, r["messages"]) for r in chats]
     count, width = sum(len(ids) for ids, _ in examples), max(len(ids) for ids, _ in examples)
     if ours:
         alike(lora.add_lora(model, RANK, 2 * RANK))
@@ -151,19 +156,17 @@ def qlora(o, ours: bool):
 
 
 def peft(peer, rank: int):
-    """A model of transformers' with LoRA as PEFT does it, and torch's AdamW on that."""
+    """A transformers model with PEFT's LoRA, and torch's AdamW on that."""
     from peft import LoraConfig, get_peft_model
 
-    model = alike(
-        get_peft_model(
-            peer, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])
-        ).train()
-    )
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(wanted, LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])
+    model = alike(get_peft_model(peer, config).train())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trained, LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def blocks(peer) -> list[str]:
+    """The names of the linear layers in a transformers model's blocks."""
     return [
         name for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name
     ]
@@ -190,75 +193,75 @@ def bitsandbytes_linear(linear, dtype):
 
 def dequantise(o, ours: bool):
     device, (rows, columns, dtype) = pick_device(o.device), o.case.split()
-    weight = (
-        torch.randn(int(rows), int(columns), generator=torch.Generator().manual_seed(0)).to(
-            device, getattr(torch, dtype)
-        )
-        * 0.02
-    )
+    seeded = torch.Generator().manual_seed(0)
+    weight = torch.randn(int(rows), int(columns), generator=seeded)
+    weight = weight.to(device, getattr(torch, dtype)) * 0.02
     if ours:
         whole = quantize_nf4(weight).dequantize
     else:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        whole = lambda: dequantize_4bit(codes, state)  # noqa: E731
-    many = -(-(2**28) // weight.numel())
-    return (
-        lambda _: sum(whole() is not None for _ in range(many)),
-        whole().double().abs().sum().item(),
-    )
+        whole = partial(dequantize_4bit, codes, state)
+    times = -(-(2**28) // weight.numel())
+
+    def turn(_):
+        for _ in range(times):
+            whole()
+        return times
+
+    return turn, whole().double().abs().sum().item()
 
 
 def qlora7b(o, ours: bool):
-    """The model is built on the device, one layer after another: nothing is whole in 16 bits."""
+    """The model is built on the device, layer by layer: it never exists whole in 16 bits."""
     device, c = pick_device(o.device), SIZES[o.size]
     if device.type != "cuda" and o.size != "tiny":
         raise ValueError(
-            f"qlora7b: {o.size} needs a GPU, here is none; --size tiny shows that it runs"
+            f"qlora7b: {o.size} needs a GPU, and there is none; --size tiny shows that it runs"
         )
     if o.limit and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, o.limit * UNIT / torch.cuda.mem_get_info(device)[1]), device
-        )
+        share_of_gpu = o.limit * UNIT / torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share_of_gpu), device)
     seeded = torch.Generator().manual_seed(0)
     tokens = torch.randint(c.vocab_size, (1, 512), generator=seeded)
-    if ours:
-        with torch.device("meta"):
-            model = Transformer(c)
-        build(model, block_linears(model), Linear4bit, device)
-        lora.add_lora(model, 64, 128)
-        model.checkpointing, segments = True, torch.zeros_like(tokens)
-        optimizer = (
-            PagedAdamW([p for p in model.parameters() if p.requires_grad], LR)
-            if o.limit
-            else adamw(model, LR)
-        )
-        loss = lambda m: sft_loss(m, tokens, tokens, segments) / 511  # noqa: E731
-        return step(model, loss, optimizer, 512, device)[0], None
+    turn, _ = (our_7b if ours else their_7b)(c, tokens, o.limit, device)
+    return turn, None
+
+
+def our_7b(c, tokens, limit, device):
+    with torch.device("meta"):
+        model = Transformer(c)
+    build(model, block_linears(model), Linear4bit, device)
+    lora.add_lora(model, 64, 128)
+    model.checkpointing, segments = True, torch.zeros_like(tokens)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = PagedAdamW(trained, LR) if limit else adamw(model, LR)
+    return step(
+        model, lambda m: sft_loss(m, tokens, tokens, segments) / 511, optimizer, 512, device
+    )
+
+
+def their_7b(c, tokens, _limit, device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    said = {
-        k: v
-        for k, v in hub.config_json(c, torch.bfloat16).items()
-        if k not in ("architectures", "model_type")
-    }
+    config = hub.config_json(c, torch.bfloat16)
+    config = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
     with torch.device("meta"):
-        peer = LlamaForCausalLM(LlamaConfig(**said))
+        peer = LlamaForCausalLM(LlamaConfig(**config))
     compute = torch.bfloat16 if has_bf16(device) else torch.float32
     build(peer, blocks(peer), lambda m: bitsandbytes_linear(m, compute), device)
     peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)
     model, optimizer = peft(peer, 64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokens = tokens.to(device)
-    turn, _ = step(model, lambda m: m(input_ids=tokens, labels=tokens).loss, optimizer, 512, device)
-    return turn, None
+    ids = tokens.to(device)
+    return step(model, lambda m: m(input_ids=ids, labels=ids).loss, optimizer, 512, device)
 
 
 @torch.no_grad()
 def build(model, linears, four_bit, device):
-    """Random weights for a model of the meta device: these linear layers through `four_bit`, the
-    rest in bf16.
+    """Gives a model of the meta device random weights: `linears` go through `four_bit`, the rest is
+    in bf16.
     """
     for name in [name for name, _ in model.named_modules()]:  # names: what is replaced is freed
         m = model.get_submodule(name)
@@ -272,27 +275,34 @@ def build(model, linears, four_bit, device):
                 model.set_submodule(name, four_bit(m))
 
 
-# task: (both sides, what a unit of work is, the cases that are measured one after another)
-# fmt: off
+MATRICES = [
+    "4096 4096 float32",
+    "576 1536 float32",
+    "4096 4096 bfloat16",
+    "576 1536 bfloat16",
+]
+# task: (both sides, the unit of work, the cases, measured one after another)
 TASKS = {
     "sampling": (sampling, "tokens", [""]),
     "lora": (training, "tokens", [""]),
     "qlora": (qlora, "tokens", [""]),
-    "dequantise": (dequantise, "matrices", ["4096 4096 float32", "576 1536 float32", "4096 4096 bfloat16", "576 1536 bfloat16"]),
+    "dequantise": (dequantise, "matrices", MATRICES),
     "qlora7b": (qlora7b, "tokens", [""]),
 }
-# fmt: on
 PEERS = ("transformers", "peft", "bitsandbytes")
 
 
 # ---------------------------------------------------------------- two processes that take turns
 def work(setup):
-    """One side, in its own process: sets up and says {"first": …}, then for each number that comes
-    on stdin runs that round and says {"units", "seconds", "peak"}. What libraries print goes to
-    stderr."""
+    """One side, in its own process: sets up and prints {"first": …}, then for each number on stdin
+    runs that round and prints {"units", "seconds", "peak"}. What libraries print goes to stderr.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    say = lambda **words: print(json.dumps(words), file=answers, flush=True)  # noqa: E731
+
+    def say(**words):
+        print(json.dumps(words), file=answers, flush=True)
+
     turn, first = setup()
     say(first=first)
     cuda = torch.cuda.is_initialized()
@@ -312,7 +322,7 @@ def hear(worker) -> dict:
     line = worker.stdout.readline()
     if not line:
         raise ValueError(
-            f"a side has ended with exit status {worker.wait()}; what it said stands above:"
+            f"a side has ended with exit status {worker.wait()}; its error stands above:"
             f" {' '.join(worker.args[1:])}"
         )
     return json.loads(line)
@@ -320,8 +330,9 @@ def hear(worker) -> dict:
 
 def alternate(commands: dict, rounds: int) -> dict:
     """{side: command} → {side: [{"units", "seconds", "peak"} of each round]}. The sides set up one
-    after another, must agree in what they say first, and take turns; who is first changes every
-    round; the round that warms up is left out."""
+    after another, must agree on `first`, and take turns; who starts changes every round; the first
+    round, which warms up, is left out.
+    """
     workers, firsts = {}, {}
     try:
         for side, command in commands.items():
@@ -347,17 +358,19 @@ def alternate(commands: dict, rounds: int) -> dict:
 
 
 def report(found: dict, unit: str) -> str:
-    """Medians, the ratio of the first side to the second with its spread over the rounds, peak
-    memory.
-    """
+    """Medians, the ratio of the first side to the second with its spread, peak memory."""
     speeds = {side: [a["units"] / a["seconds"] for a in answers] for side, answers in found.items()}
-    lines = [f"{side:12s} {statistics.median(s):,.1f} {unit}/s, peak memory {found[side][-1]['peak'] / UNIT:.2f} GB"
-             for side, s in speeds.items()]  # fmt: skip
+    lines = []
+    for side, s in speeds.items():
+        peak = found[side][-1]["peak"] / UNIT
+        lines.append(f"{side:12s} {statistics.median(s):,.1f} {unit}/s, peak memory {peak:.2f} GB")
     if len(speeds) == 2:
         ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
         middle = statistics.median(ratios)
-        lines.append(f"ratio        {middle:.2f} of their speed, {1 / middle:.2f} of their time "
-                     f"(median of {len(ratios)} rounds; speed {min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+        lines.append(
+            f"ratio        {middle:.2f} of their speed, {1 / middle:.2f} of their time"
+            f" (median of {len(ratios)} rounds; speed {min(ratios):.2f} to {max(ratios):.2f})"
+        )
     return "\n".join(lines)
 
 
@@ -371,19 +384,20 @@ def beside(task: str, o):
         )
     for case in cases:
         print(" ".join(filter(None, (task, case))), flush=True)
-        words = [
-            w for k, v in vars(o).items() if k not in ("case", "side") for w in (f"--{k}", str(v))
-        ]
+        words = []
+        for name, value in vars(o).items():
+            if name not in ("case", "side"):
+                words += [f"--{name}", str(value)]
         command = [sys.executable, "-m", "tools.bench", task, *words, "--case", case, "--side"]
-        sides = {"tinytune": [*command, "ours"]} | (
-            {} if alone else {"peers": [*command, "theirs"]}
-        )
+        sides = {"tinytune": [*command, "ours"]}
+        if not alone:
+            sides["peers"] = [*command, "theirs"]
         print(report(alternate(sides, o.rounds), unit), flush=True)
 
 
 # ---------------------------------------------------------------- alone
 def weights(*models) -> int:
-    """Bytes of the models' weights as allocated, what they share once."""
+    """Bytes of the models' weights as allocated; shared ones count once."""
     return sum(
         size
         for what, size in count(*models).items()
@@ -438,13 +452,12 @@ def bench(task: str, o: Options):
 
 
 if __name__ == "__main__":
-    if (task := sys.argv.pop(1) if len(sys.argv) > 1 else "") == "make":
+    task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if task == "make":
         make(sys.argv[1:])
     elif task in (*TASKS, "memory"):
         main(lambda o: bench(task, o), Options, __doc__)
+    elif task in ("", "-h", "--help"):
+        sys.exit(__doc__)
     else:
-        sys.exit(
-            __doc__
-            if task in ("", "-h", "--help")
-            else f"bench.py: no task {task}: {', '.join(TASKS)}, memory or make was expected"
-        )
+        sys.exit(f"bench.py: no task {task}: {', '.join(TASKS)}, memory or make was expected")

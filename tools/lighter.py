@@ -1,21 +1,21 @@
-"""How little need be trained: every weight, LoRA of three ranks, IA3, a prompt, a prefix, on the
+"""How little need be trained: every weight, LoRA of three ranks, IA3, a prompt and a prefix on the
 same data; and 4 bits beside 32.
 
-    python -m tools.lighter --model smollm2 --data out/world/sft.jsonl --prefs out/comparisons.jsonl
-    --out out/lighter
+    python -m tools.lighter --model smollm2 --data out/world/sft.jsonl \\
+        --prefs out/comparisons.jsonl --out out/lighter
 
-Each way is sft.py with its options, once a seed, with --lr, for LoRA --lora-lr, and
-adapters.LEARNING_RATE for the others. Then all models read the same held-out conversations, and two
-kinds of text that nobody tuned them on: documents of the embedded corpus, which share the
-conversations' world, and pages of Python's own manual, which do not. By what their loss has grown
+Each way is sft.py with its options, run once per seed, at --lr, for LoRA at --lora-lr, for the
+others at adapters.LEARNING_RATE. Then all models read the same held-out conversations, and two
+kinds of text that none of them was tuned on: documents of the embedded corpus, which share the
+conversations' world, and pages of Python's own manual, which do not. What their loss has grown by,
 the model has forgotten. With --prefs LoRA and QLoRA go on through dpo.py, their adapters kept on
-their base: how often is log π - log π_sft larger of the held-out pair's chosen answer?
+their base: for how many held-out pairs is log π - log π_sft larger for the chosen answer?
 
 A loss is a mean over tokens. An item's losses are averaged over the seeds; ± is half the width of a
-95 % interval over the items (the pairs of a prompt are one item), a difference is taken item by
-item, and the seeds' own lowest and highest stand in brackets. Minutes are the whole process's,
-memory is what it says of itself at the end. Finished runs return at once. The figures go to
-OUT/lighter.json, the tables between the marks <!-- lighter --> and <!-- qlora --> of --results.
+95 % interval over the items (a prompt's pairs are one item), a difference is taken item by item,
+and the lowest and highest seed stand in brackets. Minutes are the whole process's, memory is what
+it reports at its end. Finished runs return at once. The figures go to OUT/lighter.json, the tables
+between the marks <!-- lighter --> and <!-- qlora --> of --results.
 """
 
 import json
@@ -26,6 +26,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -42,27 +43,44 @@ from packing import pad
 from tools.evals import answer_logps, held_out_losses
 from tools.results import put, table
 
-WAYS = {"full": {}, "lora4": dict(lora=4), "lora16": dict(lora=16), "lora64": dict(lora=64), **{k: dict(adapter=k) for k in tuning.KINDS},
-        "qlora16": dict(lora=16, quant="nf4")}  # fmt: skip
-NAMES = {"base": "before", "base4": "before, in 4 bits", "full": "every weight", "lora4": "LoRA r = 4", "lora16": "LoRA r = 16",
-         "lora64": "LoRA r = 64", "ia3": "IA3", "prompt": "prompt", "prefix": "prefix", "qlora16": "QLoRA r = 16"}  # fmt: skip
+WAYS = {
+    "full": {},
+    "lora4": dict(lora=4),
+    "lora16": dict(lora=16),
+    "lora64": dict(lora=64),
+    **{kind: dict(adapter=kind) for kind in tuning.KINDS},
+    "qlora16": dict(lora=16, quant="nf4"),
+}
+NAMES = {
+    "base": "before",
+    "base4": "before, in 4 bits",
+    "full": "every weight",
+    "lora4": "LoRA r = 4",
+    "lora16": "LoRA r = 16",
+    "lora64": "LoRA r = 64",
+    "ia3": "IA3",
+    "prompt": "prompt",
+    "prefix": "prefix",
+    "qlora16": "QLoRA r = 16",
+}
+PAIR = ("lora16", "qlora16")  # what is compared in the second table
 
 
 @dataclass
 class Options:
     model: str = opt("smollm2", "checkpoint folder to start from")
     data: str = opt("out/world/sft.jsonl", "conversations")
-    prefs: str = opt("", "rankings or pairs: preference accuracy of LoRA and QLoRA too")
+    prefs: str = opt("", "rankings or pairs, for the preference accuracy of LoRA and QLoRA")
     out: str = opt("out/lighter", "folder for the runs")
     results: str = opt("RESULTS.md", "file with the marks that the tables go between")
-    ways: str = opt(",".join(WAYS), "which, with commas")
+    ways: str = opt(",".join(WAYS), "which ways, separated by commas")
     steps: int = opt(75, "optimizer steps", at_least=1)
-    dpo_steps: int = opt(30, "the same in DPO", at_least=1)
-    batch: int = opt(4, "conversations a step, of DPO prompts", at_least=1)
-    length: int = opt(256, "tokens of a conversation", at_least=2)
-    lr: float = opt(3e-4, "peak learning rate of all weights", above=0)
-    lora_lr: float = opt(2e-3, "of LoRA", above=0)
-    dpo_lr: float = opt(2e-4, "of LoRA in DPO", above=0)
+    dpo_steps: int = opt(30, "optimizer steps of DPO", at_least=1)
+    batch: int = opt(4, "conversations per step; prompts, in DPO", at_least=1)
+    length: int = opt(256, "longest conversation in tokens", at_least=2)
+    lr: float = opt(3e-4, "peak learning rate for every weight", above=0)
+    lora_lr: float = opt(2e-3, "peak learning rate for LoRA", above=0)
+    dpo_lr: float = opt(2e-4, "peak learning rate for LoRA in DPO", above=0)
     n: int = opt(300, "held-out conversations, and pairs", at_least=2)
     documents: int = opt(32, "documents of each kind of other text", at_least=2)
     seeds: int = opt(3, "runs of each way", at_least=1)
@@ -72,32 +90,28 @@ class Options:
 # ---------------------------------------------------------------- runs
 def call(script: str, **options) -> str:
     """Runs a stage → what it printed."""
-    words = [
-        w
-        for k, v in options.items()
-        for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))
-    ]
+    words = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     p = subprocess.run([sys.executable, script, *words], stdout=subprocess.PIPE, text=True)
     if p.returncode:
-        raise ValueError(f"{script} into {options['out']} failed; what it said stands above")
+        raise ValueError(f"{script} into {options['out']} failed; its error stands above")
     return p.stdout
 
 
 def run(script: str, out: Path, **options) -> dict:
-    """A stage's run → what it cost, kept beside it: {"minutes" (None where it was resumed), "gb",
+    """A stage's run → its cost, also kept beside it: {"minutes" (None where it was resumed), "gb",
     "trained", "share" in %}.
     """
-    note, finished, resumed = (
-        out.with_suffix(".json"),
-        (out / "config.json").exists(),
-        (out / "state" / "state.safetensors").exists(),
-    )
+    note = out.with_suffix(".json")
+    finished = (out / "config.json").exists()
+    resumed = (out / "state" / "state.safetensors").exists()
     start = time.time()
-    said = call(script, out=out, **options)
+    printed = call(script, out=out, **options)
     minutes = (time.time() - start) / 60
     if not finished:
-        trained, share = re.search(r"trained: ([\d,]+) parameters, ([\d.]+)%", said).groups()
-        gb = re.search(r"memory: ([\d.]+) GB at most", said)[1]
+        trained, share = re.search(r"trained: ([\d,]+) parameters, ([\d.]+)%", printed).groups()
+        gb = re.search(r"memory: ([\d.]+) GB at most", printed)[1]
         cost = {
             "minutes": None if resumed else minutes,
             "gb": float(gb),
@@ -109,46 +123,74 @@ def run(script: str, out: Path, **options) -> dict:
 
 
 def tune(o, way: str, seed: int) -> tuple[Path, dict]:
-    out = Path(o.out) / f"{way}-{seed}"
-    lr = {} if "adapter" in WAYS[way] else dict(lr=o.lora_lr if "lora" in WAYS[way] else o.lr)
-    cost = run("sft.py", out, model=o.model, data=o.data, steps=o.steps, batch=o.batch, length=o.length, warmup=max(1, o.steps // 10),
-               seed=seed, device=o.device, **WAYS[way], **lr)  # fmt: skip
+    """One SFT run → its folder and its cost."""
+    out, options = Path(o.out) / f"{way}-{seed}", dict(WAYS[way])
+    if "adapter" not in options:
+        options["lr"] = o.lora_lr if "lora" in options else o.lr
+    cost = run(
+        "sft.py",
+        out,
+        model=o.model,
+        data=o.data,
+        steps=o.steps,
+        batch=o.batch,
+        length=o.length,
+        warmup=max(1, o.steps // 10),
+        seed=seed,
+        device=o.device,
+        **options,
+    )
     return out, cost
 
 
 def prefer(o, way: str, seed: int) -> tuple[Path, dict]:
-    """DPO goes on with the SFT model's adapter, on its base as it was, in 4 bits or not."""
-    out, quant = (
-        Path(o.out) / f"{way}-{seed}-dpo",
-        {k: v for k, v in WAYS[way].items() if k == "quant"},
+    """DPO goes on with the SFT model's adapter, on its base as it was, in 4 bits or not → its
+    folder and its cost.
+    """
+    out = Path(o.out) / f"{way}-{seed}-dpo"
+    quant = {"quant": WAYS[way]["quant"]} if "quant" in WAYS[way] else {}
+    cost = run(
+        "dpo.py",
+        out,
+        model=Path(o.out) / f"{way}-{seed}",
+        data=o.prefs,
+        pairs="best_worst",
+        steps=o.dpo_steps,
+        batch=o.batch,
+        length=o.length,
+        lr=o.dpo_lr,
+        warmup=max(1, o.dpo_steps // 10),
+        seed=seed,
+        device=o.device,
+        keep_base=True,
+        **quant,
     )
-    cost = run("dpo.py", out, model=Path(o.out) / f"{way}-{seed}", data=o.prefs, pairs="best_worst", steps=o.dpo_steps, batch=o.batch,
-               length=o.length, lr=o.dpo_lr, warmup=max(1, o.dpo_steps // 10), seed=seed, device=o.device, keep_base=True,
-               **quant)  # fmt: skip
     return out, cost
 
 
-# ---------------------------------------------------------------- what the models say: [(sum, count)] of the same items
-def kept(file: Path, what):
-    """what(), kept in a file: stopped and started again, nothing is computed twice. A run's lies in
-    its folder, and goes with it.
+# ---------------------------------------------------------------- what is measured: [(sum, count)]
+def kept(file: Path, compute):
+    """compute(), kept in a file, so that a second start computes nothing twice. A run's file lies
+    in its folder, and goes with it.
     """
     if not file.exists():
-        file.write_text(json.dumps(what()))
+        file.write_text(json.dumps(compute()))
     return json.loads(file.read_text())
 
 
 def other_texts(n: int) -> dict:
+    """n documents of each kind of text that nothing was tuned on, always the same."""
+    pages = random.Random(0).sample(sorted(topics), min(n, len(topics)))
     return {
         "corpus": list(islice(corpus.documents(1, 10**9), n)),
-        "manual": [topics[k] for k in random.Random(0).sample(sorted(topics), min(n, len(topics)))],
+        "manual": [topics[page] for page in pages],
     }
 
 
 @torch.no_grad()
 def text_losses(model, tok, texts, length: int, device, size=8):
     """[(sum of the tokens' negative log-likelihoods, their number)] of plain texts, cut at `length`
-    tokens; the first one is only read.
+    tokens; a text's first token is only read.
     """
     ids, out = [tok.encode(t)[:length] for t in texts], []
     for at in range(0, len(ids), size):
@@ -159,32 +201,27 @@ def text_losses(model, tok, texts, length: int, device, size=8):
     return out
 
 
-def losses(o, kept_in, path, held, device, quant=None) -> dict:
-    """Of the held-out conversations and of each kind of other text."""
+def losses(o, keep_in, path, held, device, quant=None) -> dict:
+    """A model's losses on the held-out conversations and on each kind of other text."""
 
-    def said():
+    def compute():
         model, tok = tuning.load(path, device, quant=quant)
-        length = min(o.length, model.context)
-        others = {
-            k: text_losses(model, tok, texts, length, device)
-            for k, texts in other_texts(o.documents).items()
-        }
-        return {"held": held_out_losses(model, tok, held, device)} | others
+        length, found = min(o.length, model.context), {}
+        found["held"] = held_out_losses(model, tok, held, device)
+        for kind, texts in other_texts(o.documents).items():
+            found[kind] = text_losses(model, tok, texts, length, device)
+        return found
 
-    return kept(
-        kept_in / f"losses-{len(held)}-{o.documents}-{o.length}{'-' + quant if quant else ''}.json",
-        said,
-    )
+    name = f"losses-{len(held)}-{o.documents}-{o.length}{'-' + quant if quant else ''}.json"
+    return kept(keep_in / name, compute)
 
 
 def accuracies(path, sft, pairs, device) -> list:
-    """(pairs in order, pairs) of each prompt, by the implicit reward log π - log π_sft."""
-    asked, given = (
-        [p["prompt"] for p in pairs] * 2,
-        [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs],
-    )
+    """[(pairs in order, pairs)] of each prompt, by the implicit reward log π - log π_sft."""
+    asked = [p["prompt"] for p in pairs] * 2
+    texts = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
     ours, theirs = (
-        answer_logps(*tuning.load(folder, device), asked, given, device) for folder in (path, sft)
+        answer_logps(*tuning.load(folder, device), asked, texts, device) for folder in (path, sft)
     )
     won, count = Counter(), Counter()
     for p, hit in zip(pairs, hits([a - b for a, b in zip(ours, theirs, strict=True)]), strict=True):
@@ -197,7 +234,7 @@ def accuracies(path, sft, pairs, device) -> list:
 # ---------------------------------------------------------------- figures
 def figure(seeds: list) -> dict:
     """[(sum, count)] of the same items from each seed → the mean over all that was counted, its
-    interval over items, each seed's mean.
+    interval over items, and each seed's mean.
     """
     items = [(mean([total for total, _ in item]), item[0][1]) for item in zip(*seeds, strict=True)]
     return {
@@ -209,7 +246,7 @@ def figure(seeds: list) -> dict:
 
 
 def difference(ours: list, theirs: list) -> dict:
-    """The figure of ours less theirs, item by item."""
+    """The figure of ours minus theirs, item by item."""
     return figure(
         [
             [(a - b, n) for (a, n), (b, _) in zip(x, y, strict=True)]
@@ -220,10 +257,10 @@ def difference(ours: list, theirs: list) -> dict:
 
 def cell(f, scale=1.0, digits=3, sign="") -> str:
     text = f"{f['mean'] * scale:{sign}.{digits}f} ± {f['ci'] * scale:.{digits}f}"
-    low, high = (edge(f["seeds"]) * scale for edge in (min, max))
-    return text + (
-        f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})" if len(f["seeds"]) > 1 else ""
-    )
+    if len(f["seeds"]) == 1:
+        return text
+    low, high = min(f["seeds"]) * scale, max(f["seeds"]) * scale
+    return f"{text} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
 
 
 def cost(runs, key, form) -> str:
@@ -232,135 +269,132 @@ def cost(runs, key, form) -> str:
 
 
 def lighter_table(result) -> str:
-    head = [
-        "",
-        "trained %",
-        "held-out loss",
-        "more than every weight",
-        "corpus, then change",
-        "manual, then change",
-        "minutes",
-        "GB",
-    ]
+    head = ["", "trained %", "held-out loss", "more than every weight", "corpus, then change"]
+    head += ["manual, then change", "minutes", "GB"]
     rows = []
     for way, f in result["ways"].items():
-        of = [cell(f[k]) if k in f else "–" for k in ("held", "to_full")]
-        of += [cell(f[k], sign="" if way.startswith("base") else "+") for k in ("corpus", "manual")]
-        rows.append(
-            [
-                NAMES[way],
-                cost(f["cost"], "share", "{:.2f}"),
-                *of,
-                *(cost(f["cost"], k, "{:.1f}") for k in ("minutes", "gb")),
-            ]
-        )
+        sign = "" if way.startswith("base") else "+"
+        row = [NAMES[way], cost(f["cost"], "share", "{:.2f}")]
+        row += [cell(f[key]) if key in f else "–" for key in ("held", "to_full")]
+        row += [cell(f[key], sign=sign) for key in ("corpus", "manual")]
+        row += [cost(f["cost"], key, "{:.1f}") for key in ("minutes", "gb")]
+        rows.append(row)
     return table(head, rows)
 
 
 def qlora_table(result) -> str:
     """LoRA, QLoRA, and the difference, also in % of LoRA's figure."""
     rows = []
-    for name, key, scale in (
-        ("held-out loss", "loss", 1.0),
-        ("pairs in order %", "accuracy", 100.0),
+    for label, key, scale, digits in (
+        ("held-out loss", "loss", 1.0, 3),
+        ("pairs in order %", "accuracy", 100.0, 1),
     ):
         if key in result["qlora"]:
-            a, b, d = (result["qlora"][key][k] for k in ("lora16", "qlora16", "difference"))
-            rows.append(
-                [
-                    name,
-                    *(cell(f, scale, 3 if scale == 1 else 1) for f in (a, b, d)),
-                    cell(d, 100 / a["mean"], 2),
-                ]
+            f = result["qlora"][key]
+            row = [label, *(cell(f[k], scale, digits) for k in (*PAIR, "difference"))]
+            rows.append([*row, cell(f["difference"], 100 / f["lora16"]["mean"], 2)])
+    for label, key in (("minutes", "minutes"), ("GB", "gb")):
+        costs = [cost(result["ways"][way]["cost"], key, "{:.1f}") for way in PAIR]
+        rows.append([label, *costs, "–", "–"])
+    return table(["", *(NAMES[way] for way in PAIR), "difference", "in %"], rows)
+
+
+# ---------------------------------------------------------------- the script
+def check_marks(page: Path, names):
+    """ValueError where the page lacks a table's two marks."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    for name in names:
+        if f"<!-- {name} -->\n" not in text or f"<!-- /{name} -->" not in text:
+            raise ValueError(
+                f"{page}: the marks <!-- {name} --> and <!-- /{name} --> were expected, for"
+                " a table to go between"
             )
-    for name, key in (("minutes", "minutes"), ("GB", "gb")):
-        rows.append(
-            [
-                name,
-                *(
-                    cost(result["ways"][way]["cost"], key, "{:.1f}")
-                    for way in ("lora16", "qlora16")
-                ),
-                "–",
-                "–",
-            ]
-        )
-    return table(["", NAMES["lora16"], NAMES["qlora16"], "difference", "in %"], rows)
+
+
+def held_out(o, both: bool) -> tuple[list, list]:
+    """The held-out conversations, and the held-out pairs where both LoRA and QLoRA run. ValueError
+    where a file has none.
+    """
+    held = records.split(records.conversations(o.data))[1][: o.n]
+    pairs = records.split(records.pairs(o.prefs))[1] if o.prefs and both else []
+    pairs = random.Random(0).sample(pairs, min(o.n, len(pairs)))
+    for file, wanted, found in ((o.data, True, held), (o.prefs, o.prefs and both, pairs)):
+        if wanted and not found:
+            raise ValueError(f"{file}: none of its records is held out; more of them are needed")
+    return held, pairs
+
+
+def way_figures(found: dict, base: dict, full: list | None, costs: list) -> dict:
+    """A way's entry in lighter.json. found: {text: [each seed's losses]}; base: the model's before;
+    full: the held-out losses of every weight's seeds, to compare with.
+    """
+    entry = {text: figure(seeds) for text, seeds in found.items()} | {"cost": costs}
+    if costs:  # what was tuned: how much it forgot
+        for text in ("corpus", "manual"):
+            entry[text] = difference(found[text], [base[text]] * len(found[text]))
+    if costs and full:
+        entry["to_full"] = difference(found["held"], full)
+    return entry
+
+
+def compared(found: dict, accuracy: dict) -> dict:
+    """LoRA, QLoRA and their difference, in held-out loss and, where it was measured, preference
+    accuracy.
+    """
+    out = {}
+    for key, seeds in (("loss", {way: found[way]["held"] for way in PAIR}), ("accuracy", accuracy)):
+        if seeds:
+            out[key] = {way: figure(seeds[way]) for way in PAIR}
+            out[key]["difference"] = difference(seeds["qlora16"], seeds["lora16"])
+    return out
 
 
 def lighter(o: Options):
     ways, device = o.ways.split(","), pick_device(o.device)
     if unknown := set(ways) - WAYS.keys():
         raise ValueError(f"--ways names {min(unknown)}: {', '.join(WAYS)} were expected")
-    held, both = (
-        records.split(records.conversations(o.data))[1][: o.n],
-        {"lora16", "qlora16"} <= set(ways),
-    )
-    pairs = records.split(records.pairs(o.prefs))[1] if o.prefs and both else []
-    pairs = random.Random(0).sample(pairs, min(o.n, len(pairs)))
-    if not held or o.prefs and both and not pairs:
-        raise ValueError(
-            f"{o.prefs if held else o.data}: none of its records is held out; more of them are"
-            " needed"
-        )
-    page = Path(o.results).read_text(encoding="utf-8") if Path(o.results).exists() else ""
-    if lost := [
-        m
-        for m in ("lighter", *["qlora"] * both)
-        if f"<!-- {m} -->\n" not in page or f"<!-- /{m} -->" not in page
-    ]:
-        raise ValueError(
-            f"{o.results}: the marks <!-- {lost[0]} --> and <!-- /{lost[0]} --> were expected, for"
-            " a table to go between"
-        )
-    Path(o.out).mkdir(parents=True, exist_ok=True)
-    # all runs first: a child's peak memory would not be below what this process has had
+    both = set(PAIR) <= set(ways)
+    held, pairs = held_out(o, both)
+    check_marks(Path(o.results), ["lighter", "qlora"] if both else ["lighter"])
+    out = Path(o.out)
+    out.mkdir(parents=True, exist_ok=True)
+    # all runs first: a child's peak memory starts from this process's own
     runs = {way: [tune(o, way, seed) for seed in range(o.seeds)] for way in ways}
-    tuned = (
-        {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in ("lora16", "qlora16")}
-        if pairs
-        else {}
-    )
+    preferred = {}
+    if pairs:
+        preferred = {way: [prefer(o, way, seed) for seed in range(o.seeds)] for way in PAIR}
 
-    said = {"base": [losses(o, Path(o.out), o.model, held, device)]}
-    said |= {"base4": [losses(o, Path(o.out), o.model, held, device, "nf4")]} if both else {}
-    said |= {way: [losses(o, p, p, held, device) for p, _ in runs[way]] for way in ways}
-    result = {"options": asdict(o), "ways": {}}
-    for way, seeds in said.items():
-        parts = {k: [s[k] for s in seeds] for k in seeds[0]}
-        result["ways"][way] = {k: figure(v) for k, v in parts.items()} | {
-            "cost": [c for _, c in runs.get(way, [])]
-        }
-        if way in runs:
-            result["ways"][way] |= {
-                k: difference(parts[k], [said["base"][0][k]] * o.seeds)
-                for k in ("corpus", "manual")
-            }
-        if "full" in ways and way in runs and way != "full":
-            result["ways"][way]["to_full"] = difference(
-                parts["held"], [s["held"] for s in said["full"]]
-            )
+    seeds = {"base": [losses(o, out, o.model, held, device)]}
     if both:
-        of = {"loss": {way: [s["held"] for s in said[way]] for way in ("lora16", "qlora16")}}
-        if pairs:
-            of["accuracy"] = {way: [kept(p / f"pairs-{len(pairs)}.json", lambda p=p, s=s: accuracies(p, s, pairs, device))
-                                    for (p, _), (s, _) in zip(tuned[way], runs[way], strict=True)] for way in tuned}  # fmt: skip
-        result["qlora"] = {k: {way: figure(v) for way, v in parts.items()} | {"difference": difference(parts["qlora16"], parts["lora16"])}
-                           for k, parts in of.items()}  # fmt: skip
-    (Path(o.out) / "lighter.json").write_text(json.dumps(result, indent=1) + "\n")
-    items = (
-        f"{len(held)} held-out conversations, {len(pairs)} pairs"
-        if pairs
-        else f"{len(held)} held-out conversations"
-    )
+        seeds["base4"] = [losses(o, out, o.model, held, device, "nf4")]
+    for way in ways:
+        seeds[way] = [losses(o, path, path, held, device) for path, _ in runs[way]]
+    found = {}
+    for way, each in seeds.items():
+        found[way] = {text: [s[text] for s in each] for text in each[0]}
+    accuracy = {}
+    for way, tuned in preferred.items():
+        accuracy[way] = []
+        for (path, _), (sft, _) in zip(tuned, runs[way], strict=True):
+            compute = partial(accuracies, path, sft, pairs, device)
+            accuracy[way].append(kept(path / f"pairs-{len(pairs)}.json", compute))
+
+    result = {"options": asdict(o), "ways": {}}
+    for way in found:
+        costs = [cost for _, cost in runs.get(way, [])]
+        full = found["full"]["held"] if "full" in found and way != "full" else None
+        result["ways"][way] = way_figures(found[way], seeds["base"][0], full, costs)
+    tables = {"lighter": lighter_table(result)}
+    if both:
+        result["qlora"] = compared(found, accuracy)
+        tables["qlora"] = qlora_table(result)
+    (out / "lighter.json").write_text(json.dumps(result, indent=1) + "\n")
+    items = f"{len(held)} held-out conversations" + (f", {len(pairs)} pairs" if pairs else "")
     here = (
         f"\n\n{o.model}; seeds: {o.seeds}, {o.steps} steps of {o.batch}; {items}, {o.documents}"
         f" documents of each kind; {device.type}."
     )
-    for name, text in [
-        ("lighter", lighter_table(result)),
-        *([("qlora", qlora_table(result))] if both else []),
-    ]:
+    for name, text in tables.items():
         print(text + here)
         put(Path(o.results), name, text + here)
 

@@ -412,7 +412,8 @@ def bars(ax, results: dict, key: str, colour: dict):
     words = [
         f"{title(s).split()[0]}\n{number(v, percent)}" for s, v in zip(shown, values, strict=True)
     ]
-    style = dict(fontsize=10.5, fontweight="bold", color=light("ink"), parse_math=False)
+    size = 10.5 if len(shown) <= 5 else 8.5
+    style = dict(fontsize=size, fontweight="bold", color=light("ink"), parse_math=False)
     ax.set_xticks(range(len(shown)), words, **style)
     ax.set_xlim(-0.6, len(shown) - 0.4)
     line = {"gold_sampled": results.get("perfect"), "win_vs_sft": 0.5, "implicit_accuracy": 0.5}

@@ -62,7 +62,7 @@ def cell(runs, key, scale=1.0, spread=False):
 
 
 def share_gained(runs, sft, perfect):
-    """Of the gold between SFT and a perfect answer, the share that was gained, with its interval."""
+    """The share that was gained of the gold between SFT and perfect answers, and its interval."""
     shares = []
     for r, s in zip(runs, sft, strict=True):
         left = perfect - s["gold_sampled"]
