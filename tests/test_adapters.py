@@ -536,8 +536,9 @@ def test_loaded_in_a_fresh_process(name, tmp_path):
     peft.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     code = (
         "import sys, torch\nfrom common import hub, peft\n"
-        "from safetensors.torch import save_file\nat = sys.argv[1]\nmodel = peft.load_adapter(hub.load(at + '/base')[0], at +"
-        f" '/adapter')\nsave_file({{'out': model(torch.tensor({tokens})).detach()}}, at +"
+        "from safetensors.torch import save_file\nat = sys.argv[1]\n"
+        "model = peft.load_adapter(hub.load(at + '/base')[0], at + '/adapter')\n"
+        f"save_file({{'out': model(torch.tensor({tokens})).detach()}}, at +"
         " '/out.safetensors')"
     )
     subprocess.run(
@@ -564,7 +565,11 @@ REFUSED = [
     ("ia3", dict(exclude_modules=["layers.0"]), "exclude_modules = .* is not supported"),
     ("ia3", dict(fan_in_fan_out=True), "fan_in_fan_out = true is not supported"),
     ("ia3", dict(task_type="SEQ_CLS"), 'task_type is "SEQ_CLS"'),
-    ("prompt", dict(num_virtual_tokens=6), r"embeddings is \(5, 32\) in torch.float32, floating point of \(6"),
+    (
+        "prompt",
+        dict(num_virtual_tokens=6),
+        r"embeddings is \(5, 32\) in torch.float32, floating point of \(6",
+    ),
     ("prompt", dict(num_virtual_tokens=None), "num_virtual_tokens is null"),
     ("prompt", dict(num_virtual_tokens=5000), "num_virtual_tokens is 5000, a number from 1 to"),
     ("prompt", dict(token_dim=16), "token_dim is 16, 32 was expected"),

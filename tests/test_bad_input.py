@@ -480,7 +480,7 @@ def test_prompts_of_another_world(refuses, lines):
         ),
         ("reward", "--save-every is 0, it must be at least 1", dict(save_every=0)),
         ("ppo", "--temperature is 0.0, it must be above 0", dict(temperature=0)),
-        ("ppo", "--kl is -1.0, it must be at least 0", dict(kl=-1)),
+        ("ppo", "--kl-coef is -1.0, it must be at least 0", dict(kl_coef=-1)),
         ("ppo", "--lam is 1.5, it must be at most 1", dict(lam=1.5)),
         (
             "ppo",
