@@ -19,6 +19,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import tiny
+import torch
 
 from data import templates, tokenizer
 from data.world import corpus, world
@@ -40,6 +41,8 @@ def _child(stage, argv, streams, before):
     # also where pytest itself runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(ROOT)
+    if stage == "pretrain.py":  # Muon's bf16 is 20 times slower on a processor without bf16 units
+        torch.Tensor.bfloat16 = lambda self: self.float().clone()
     sys.argv = [stage, *argv]
     if before:
         before()
@@ -89,7 +92,7 @@ def refused(result, *words, status=2) -> str:
     *above, line = result.err.strip("\n").split("\n")
     assert result.status == status, result.err
     assert "Traceback" not in result.err and all(
-        "|" in x or " used, " in x or not x for x in above
+        "|" in x or " used, " in x or "no effect" in x or not x for x in above
     ), result.err
     for word in words:
         assert word in line, f"{word!r} is not in: {line}"

@@ -105,7 +105,7 @@ def test_a_missing_checkpoint(refuses, world, tmp_path):
     (tmp_path / "empty" / "state").mkdir(parents=True)
     refuses(
         "sft",
-        f"{tmp_path}/empty has no config.json yet: its run has not finished; call the stage again",
+        f"{tmp_path}/empty has no config.json yet: its run has not finished; run the stage again",
         model=tmp_path / "empty",
     )
     (tmp_path / "empty" / "state").rmdir()
@@ -480,7 +480,7 @@ def test_prompts_of_another_world(refuses, lines):
         ),
         ("reward", "--save-every is 0, it must be at least 1", dict(save_every=0)),
         ("ppo", "--temperature is 0.0, it must be above 0", dict(temperature=0)),
-        ("ppo", "--kl is -1.0, it must be at least 0", dict(kl=-1)),
+        ("ppo", "--kl-coef is -1.0, it must be at least 0", dict(kl_coef=-1)),
         ("ppo", "--lam is 1.5, it must be at most 1", dict(lam=1.5)),
         (
             "ppo",
@@ -613,7 +613,7 @@ def test_reference_answers_that_score_alike(small, tmp_path, refuses, lines):
         result,
         "reward.py: ",
         "the scores of the reference answers do not differ (deviation 0",
-        "PPO divides by it",
+        "PPO divides by their deviation",
     )
     assert not (tmp_path / "rm" / "config.json").exists()
 
@@ -716,7 +716,7 @@ def test_evaluation(world, tmp_path, lines):
     refused(
         run("tools/evals.py", out=tmp_path, base=tmp_path),
         "evals.py: ",
-        "no stage's checkpoint in it (base, sft, ppo, dpo, simpo)",
+        "no stage's checkpoint in it (sft, ppo, dpo, simpo or your own)",
     )
     refused(
         run("tools/evals.py", out=tmp_path, **base), f"{tmp_path}/world/heldout.jsonl: no such file"

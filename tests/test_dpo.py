@@ -18,7 +18,6 @@ from dpo import preference_loss, simpo_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 TRL = json.loads((GOLDEN / "losses.json").read_text())
-CPU = torch.device("cpu")
 
 
 def double(*values):
@@ -143,19 +142,14 @@ def test_finite_differences(kind):
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo"])
 def test_finite_differences_through_the_model(kind):
     model = lm(vocab_size=7, hidden_size=4, intermediate_size=3, num_hidden_layers=1, head_dim=2)
-    groups = [
-        ([1, 2], [[3, 4, 0], [5], [6, 6]], [(0, 1), (2, 0)]),
-        ([4], [[1, 1], [2, 3, 5]], [(1, 0)]),
-    ]
+    one = [[3, 4, 0], [5], [6, 6]]
+    pairs = [([1, 2], one[0], one[1]), ([1, 2], one[2], one[0]), ([4], [2, 3, 5], [1, 1])]
 
     def loss(model):
-        logps, lengths = dpo.answer_logps(model, groups, CPU)
-        chosen, rejected = dpo.places(groups, CPU)
+        chosen, rejected, *lengths = dpo.sums(model, pairs)
         if kind == "simpo":
-            return simpo_loss(
-                logps[chosen], logps[rejected], lengths[chosen], lengths[rejected], 2.0, 0.5
-            ).sum()
-        return preference_loss(logps[chosen], logps[rejected], -3.0, -4.0, 0.3, kind)[0].sum()
+            return simpo_loss(chosen, rejected, *lengths, 2.0, 0.5).sum()
+        return preference_loss(chosen, rejected, -3.0, -4.0, 0.3, kind)[0].sum()
 
     assert gradcheck(model, loss)
 
@@ -174,21 +168,16 @@ def test_the_peers_own_numbers():
     TRL's IPO is on means over an answer's tokens, the paper's and ours on sums: fed the means, ours
     gives TRL's.
     """
-    groups = [(p, [c, r], [(0, 1)]) for p, c, r in TRL["pairs"]]
-    chosen, rejected = dpo.places(groups, CPU)
+    pairs = [tuple(pair) for pair in TRL["pairs"]]
     with torch.no_grad():
-        (mine, lengths), (theirs, _) = (
-            dpo.answer_logps(hub.load(GOLDEN / f"llama_{n}")[0], groups, CPU)
-            for n in ("tied", "wide")
+        mine, theirs = (
+            dpo.sums(hub.load(GOLDEN / f"llama_{n}")[0], pairs) for n in ("tied", "wide")
         )
-    for logps, peers in ((mine, TRL["policy"]), (theirs, TRL["reference"])):
-        assert torch.allclose(
-            torch.stack((logps[chosen], logps[rejected])), torch.tensor(peers), atol=1e-4
-        )
-    sums, means = (
-        [x[chosen], x[rejected], y[chosen], y[rejected]]
-        for x, y in ((mine, theirs), (mine / lengths, theirs / lengths))
-    )
+    for found, peers in ((mine, TRL["policy"]), (theirs, TRL["reference"])):
+        assert torch.allclose(torch.stack(found[:2]), torch.tensor(peers), atol=1e-4)
+    lengths = mine[2:]
+    sums = [*mine[:2], *theirs[:2]]
+    means = [x / n for x, n in zip(sums, lengths * 2, strict=True)]
     for g in TRL["dpo"]:
         assert preference_loss(*sums, g["beta"])[0].tolist() == pytest.approx(g["losses"], abs=1e-4)
     for g in TRL["cdpo"]:
@@ -201,7 +190,7 @@ def test_the_peers_own_numbers():
                 g["losses"], rel=1e-4, abs=1e-3
             )
     for g in TRL["simpo"]:
-        losses = simpo_loss(*sums[:2], lengths[chosen], lengths[rejected], g["beta"], g["gamma"])
+        losses = simpo_loss(*sums[:2], *lengths, g["beta"], g["gamma"])
         assert losses.tolist() == pytest.approx(g["losses"], abs=1e-4)
 
 
@@ -212,49 +201,77 @@ def model():
 
 
 def some_groups(seed=0):
+    """Three prompts' pairs, whose answers stand in several of them."""
     rng = random.Random(seed)
-    ids = lambda n: [rng.randrange(280) for _ in range(n)]  # noqa: E731
-    return [
-        (ids(5), [ids(1), ids(9), ids(3)], [(0, 1), (0, 2), (2, 1)]),
-        (ids(1), [ids(4), ids(2)], [(1, 0)]),
-        (ids(12), [ids(6), [*ids(3), 0, *ids(2)]], [(0, 1)]),  # 0 is what rows are filled up with
-    ]
+
+    def ids(n):
+        return [rng.randrange(280) for _ in range(n)]
+
+    a, b, c = ids(5), ids(1), ids(12)
+    x, y, z = ids(1), ids(9), ids(3)
+    v, w = ids(4), ids(2)
+    zeros = [*ids(3), 0, *ids(2)]  # 0 is what rows are filled up with
+    return [[(a, x, y), (a, x, z), (a, z, y)], [(b, w, v)], [(c, ids(6), zeros)]]
+
+
+def some_pairs():
+    return [pair for pairs in some_groups() for pair in pairs]
 
 
 @torch.no_grad()
-def test_log_probabilities_are_sums_over_the_answer_by_a_hand_loop(model):
-    groups = some_groups()
-    logps, lengths = dpo.answer_logps(model, groups, CPU)
-    expected = [hand(model, prompt, a).item() for prompt, answers, _ in groups for a in answers]
-    assert logps.tolist() == pytest.approx(expected, abs=2e-4)
-    assert lengths.tolist() == [1, 9, 3, 4, 2, 6, 6]
-    alone = [
-        dpo.answer_logps(model, [(p, [a], [])], CPU)[0].item()
-        for p, answers, _ in groups
-        for a in answers
+def test_sums_are_over_the_answers_by_a_hand_loop(model):
+    pairs = some_pairs()
+    sums = dpo.sums(model, pairs)
+    for side in (0, 1):
+        expected = [hand(model, pair[0], pair[1 + side]).item() for pair in pairs]
+        assert sums[side].tolist() == pytest.approx(expected, abs=2e-4)
+        assert sums[2 + side].tolist() == [len(pair[1 + side]) for pair in pairs]
+        alone = [dpo.sums(model, [pair])[side].item() for pair in pairs]
+        assert sums[side].tolist() == pytest.approx(
+            alone, abs=2e-4
+        )  # its neighbours change nothing
+
+
+def test_an_answer_that_stands_in_several_pairs_is_read_once(model):
+    """And so is its prompt; the head runs on the answers alone."""
+    pairs, rows, read = some_pairs(), [], []
+    hooks = [
+        model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0]))),
+        model.embed_tokens.register_forward_hook(lambda m, args, out: read.append(args[0].numel())),
     ]
-    assert logps.tolist() == pytest.approx(alone, abs=2e-4)  # padding changes nothing
+    dpo.sums(model, pairs)
+    for hook in hooks:
+        hook.remove()
+    answers = {tuple(answer) for _, *both in pairs for answer in both}
+    assert rows == [sum(map(len, answers))] == [31] and read == [31 + 5 + 1 + 12]
 
 
-def test_the_head_runs_on_the_answers_alone(model):
-    rows = []
-    hook = model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
-    dpo.answer_logps(model, some_groups(), CPU)
-    hook.remove()
-    assert rows == [31]
+def test_its_gradient_counts_in_each_of_its_pairs(model):
+    weights = torch.tensor([0.5, -1.0, 2.0, 1.5, -0.3])
 
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
-def test_places_of_the_pairs_among_all_answers():
-    assert dpo.places(some_groups(), CPU).tolist() == [[0, 0, 2, 4, 5], [1, 2, 1, 3, 6]]
+    chosen, rejected, _, _ = dpo.sums(model, some_pairs())
+    got = gradient((weights * (chosen - 2 * rejected)).sum())
+    by_hand = (
+        w * (hand(model, p, c) - 2 * hand(model, p, r))
+        for w, (p, c, r) in zip(weights, some_pairs(), strict=True)
+    )
+    expected = gradient(sum(by_hand))
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @torch.no_grad()
-def test_reference_log_probabilities_come_back_in_their_order(model):
+def test_reference_sums_come_back_in_their_order(model):
     groups = some_groups()
     for size in (1, 2, 3):
-        out = dpo.reference_logps(model, groups, CPU, size)
-        expected = [[hand(model, p, a).item() for a in answers] for p, answers, _ in groups]
-        assert [x.tolist() for x in out] == [pytest.approx(e, abs=2e-4) for e in expected]
+        out = dpo.reference_sums(model, groups, size)
+        assert len(out) == 3
+        for pairs, found in zip(groups, out, strict=True):
+            for side in (0, 1):
+                expected = [hand(model, pair[0], pair[1 + side]).item() for pair in pairs]
+                assert found[side].tolist() == pytest.approx(expected, abs=2e-4)
 
 
 # ---------------------------------------------------------------- the stage
@@ -283,10 +300,10 @@ def run(tmp_path, monkeypatch):
     data = write(tmp_path / "rankings.jsonl", rankings())
 
     def run(**options):
-        calls = {"preference_loss": [], "simpo_loss": [], "reference_logps": [], "gradients": []}
+        calls = {"preference_loss": [], "simpo_loss": [], "reference_sums": [], "gradients": []}
         with monkeypatch.context() as m:
             for name, real in [
-                (n, getattr(dpo, n)) for n in ("preference_loss", "simpo_loss", "reference_logps")
+                (n, getattr(dpo, n)) for n in ("preference_loss", "simpo_loss", "reference_sums")
             ]:
 
                 def spy(*args, real=real, name=name):
@@ -322,7 +339,7 @@ def run(tmp_path, monkeypatch):
 def pairs_of(run):
     """The training pairs in the file's order: (prompt ids, chosen ids, rejected ids)."""
     groups = dpo.prepare(run.data, "all", chat_tokenizer(), 256)
-    return [(p, answers[c], answers[r]) for p, answers, pairs in groups for c, r in pairs]
+    return [pair for pairs in groups for pair in pairs]
 
 
 def apart(a, b):
@@ -347,9 +364,9 @@ def test_it_starts_at_ln_2_from_equal_log_probabilities(run):
 
 
 def test_a_reference_that_is_not_the_policys_start_is_refused(run, monkeypatch):
-    real = dpo.reference_logps
+    real = dpo.reference_sums
     monkeypatch.setattr(
-        dpo, "reference_logps", lambda *a: [x + torch.arange(len(x)) for x in real(*a)]
+        dpo, "reference_sums", lambda *a: [(c, r + torch.arange(len(r)) + 1) for c, r in real(*a)]
     )
     with pytest.raises(ValueError, match="the first loss is .*, not ln 2"):
         run()
@@ -418,7 +435,7 @@ def test_what_is_logged(run):
 
 def test_simpo_has_no_reference_and_gets_sums_with_lengths_of_the_whole_answers(run):
     calls, _ = run(loss="simpo", beta=2.0, gamma=0.5)
-    assert calls["reference_logps"] == calls["preference_loss"] == []
+    assert calls["reference_sums"] == calls["preference_loss"] == []
     (chosen, rejected, n_chosen, n_rejected, beta, gamma), _ = calls["simpo_loss"][0]
     model, _ = hub.load(run.start)
     expected = {(len(c), len(r)): [] for _, c, r in pairs_of(run)}
@@ -442,24 +459,33 @@ def test_pairs_of_a_prompt_share_their_answers_and_all_end(tmp_path, capsys):
     ]
     groups = dpo.prepare(write(tmp_path / "r.jsonl", rows), "all", tok, 64)
     found = [
-        (
-            tok.decode(p),
-            {(tok.decode(answers[c]), tok.decode(answers[r])) for c, r in pairs},
-            len(pairs),
-            len(answers),
-        )
-        for p, answers, pairs in groups
+        (tok.decode(pairs[0][0]), [(tok.decode(c), tok.decode(r)) for _, c, r in pairs])
+        for pairs in groups
     ]
+    assert all(prompt == pairs[0][0] for pairs in groups for prompt, _, _ in pairs)
     head = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    ended = lambda *pairs: {(a + "<|im_end|>", b + "<|im_end|>") for a, b in pairs}  # noqa: E731
-    assert found == [
-        (head.format("b"), ended(("y", "z"), ("y", "x"), ("z", "x")), 3, 3),
-        (head.format("g"), ended(("z", "x")), 1, 2),
-        (head.format("e"), ended(("x", "z")), 1, 2),
+
+    def ended(*pairs):
+        return [(a + "<|im_end|>", b + "<|im_end|>") for a, b in pairs]
+
+    assert [(prompt, sorted(pairs)) for prompt, pairs in found] == [
+        (head.format("b"), ended(("y", "x"), ("y", "z"), ("z", "x"))),
+        (head.format("g"), ended(("z", "x"))),
+        (head.format("e"), ended(("x", "z"))),
     ]
-    assert all(a[-1] == end and end not in a[:-1] for _, answers, _ in groups for a in answers)
+    answers = [answer for pairs in groups for _, *both in pairs for answer in both]
+    assert all(answer[-1] == end and end not in answer[:-1] for answer in answers)
     assert "2 longer than 64 tokens" in capsys.readouterr().err
     best = dpo.prepare(write(tmp_path / "b.jsonl", rows[:1]), "best_worst", tok, 64)
-    assert [(tok.decode(a[c]), tok.decode(a[r])) for _, a, pairs in best for c, r in pairs] == [
-        ("y<|im_end|>", "x<|im_end|>")
-    ]
+    assert [(tok.decode(c), tok.decode(r)) for pairs in best for _, c, r in pairs] == ended(
+        ("y", "x")
+    )
+
+
+def test_pairs_with_an_empty_answer_are_dropped_and_counted(tmp_path, capsys):
+    row = {"prompt": user("b"), "responses": ["", "x", "y"], "ranks": [0, 1, 2]}
+    row |= {"finished": [False, True, True]}
+    file = write(tmp_path / "e.jsonl", [row])
+    ((pair,),) = dpo.prepare(file, "all", chat_tokenizer(), 64)
+    assert [chat_tokenizer().decode(ids) for ids in pair[1:]] == ["x<|im_end|>", "y<|im_end|>"]
+    assert "1 pairs used, dropped 2 with an empty answer" in capsys.readouterr().err

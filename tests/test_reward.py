@@ -318,21 +318,29 @@ def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
 
 
 # ---------------------------------------------------------------- the stage
-def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "std", "reason"),
+    [
+        (["words"], 0.3, "two or more reference answers were expected"),
+        # all weights are 0, and so is every score
+        (["words", "others"], 0.0, "the scores of the reference answers do not differ"),
+    ],
+)
+def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(
+    tmp_path, words, std, reason
+):
     rows = [{"prompt": f"{i}?", "responses": ["yes", "no"], "ranks": [0, 1]} for i in range(20)]
     data = write(tmp_path / "rankings.jsonl", rows)
-    reference = write(tmp_path / "chats.jsonl", [{"prompt": "the same", "completion": "words"}] * 4)
+    chats = [{"prompt": "the same", "completion": text} for text in words * 2]
     o = reward.Options(
-        model=folder(tmp_path / "sft"),
+        model=folder(tmp_path / "sft", std=std),
         data=data,
-        reference=reference,
+        reference=write(tmp_path / "chats.jsonl", chats),
         out=str(tmp_path / "rm"),
         device="cpu",
         steps=1,
     )
-    with pytest.raises(
-        ValueError, match="chats.jsonl: the scores of the reference answers do not differ"
-    ):
+    with pytest.raises(ValueError, match=f"chats.jsonl: {reason}"):
         reward.reward(o)
     assert not (tmp_path / "rm" / "config.json").exists()
 

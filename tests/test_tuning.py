@@ -130,10 +130,11 @@ def test_the_merged_folder_is_the_adapter_on_its_base(small, qlora):
 
 def test_ppo_s_four_networks_hold_the_base_once(small, qlora):
     o = options(model=qlora / "sft", **KEEP)
-    policy, _ = tuning.start(o, CPU)
+    o.reward = qlora / "reward"
+    policy, tok = tuning.start(o, CPU)
     reference = share(policy).requires_grad_(False)
-    reward, _ = tuning.reward_model(o, qlora / "reward", reference, CPU)
-    critic = tuning.critic_of(o, reward)
+    reward = tuning.reward_model(o, o.reward, reference, tok).requires_grad_(False)
+    critic = tuning.critic_of(o, reward, reference, tok)
     frozen = {k: v for k, v in memory.count(policy).items() if k.startswith("frozen")}
     rows = memory.count(policy, critic, reference, reward)
     adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
@@ -167,13 +168,14 @@ def test_with_lora_ppo_s_reward_model_is_frozen_in_the_base_s_dtype(quant, small
     heads.
     """
     o, folder = options(lora=4, quant=quant), small["ppo"]["reward"]
-    base, _ = hub.load(
+    o.reward = folder
+    base, tok = hub.load(
         small["ppo"]["model"], CPU, torch.bfloat16, None if quant == "none" else quant
     )
     policy = tuning.tune(o, base)
     reference = share(policy).requires_grad_(False)
-    reward, _ = tuning.reward_model(o, folder, reference, CPU)
-    critic = tuning.critic_of(o, reward)
+    reward = tuning.reward_model(o, folder, reference, tok).requires_grad_(False)
+    critic = tuning.critic_of(o, reward, reference, tok)
     exact, _ = hub.load(folder)
     for name, p in reward.named_parameters():
         assert not p.requires_grad and p.dtype == (
@@ -190,7 +192,7 @@ def test_with_lora_ppo_s_reward_model_is_frozen_in_the_base_s_dtype(quant, small
     assert torch.equal(critic(tokens), reward(tokens))
     assert (reward(tokens) - exact(tokens)).abs().max() < (0.1 if quant == "none" else 1.0)
     if quant == "none":  # every weight is trained, the critic's too: float32
-        whole, _ = tuning.reward_model(options(), folder, reference, CPU)
+        whole = tuning.reward_model(options(), folder, reference, tok)
         assert {p.dtype for p in whole.parameters()} == {torch.float32}
 
 
@@ -222,10 +224,10 @@ def test_a_reward_model_is_read_with_the_virtual_tokens_that_it_was_trained_with
     done("reward.py", out=tmp_path / "reward", **small["reward"] | dict(model=tmp_path / "sft"))
     model, tok = hub.load(tmp_path / "reward")
     c, chats = model.config, reward.prepare_references(small["reward"]["reference"], tok, 160, 0)
-    found = reward.reference_scores(model, chats, CPU)
+    found = reward.reference_scores(model, chats)
     assert found == pytest.approx((c.reward_mean, c.reward_std), abs=1e-5) and c.reward_std > 1e-3
     model.virtual = None
-    bare = reward.reference_scores(model, chats, CPU)
+    bare = reward.reference_scores(model, chats)
     assert abs(bare[0] - c.reward_mean) > 0.01 * c.reward_std
     quantised = hub.load(tmp_path / "reward", quant="nf4")[0]
     assert quantised.virtual is not None and all(p.requires_grad for p in quantised.parameters())

@@ -25,9 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "golden"))
 from make import TRL, some_pairs  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
-CPU = torch.device("cpu")
 PAIRS = some_pairs(11, 12, 277)
-GROUPS = [(p, [c, r], [(0, 1)]) for p, c, r in PAIRS]
 
 
 def measured(what, ours, theirs, limit):
@@ -54,12 +52,8 @@ def peer(tmp_path_factory):
 
 def logps(peer):
     """Ours: sums of the policy and of the reference, (2,N) each, and lengths."""
-    chosen, rejected = dpo.places(GROUPS, CPU)
-    found = [dpo.answer_logps(m, GROUPS, CPU) for m in peer.ours]
-    lengths = found[0][1]
-    return *(torch.stack((x[chosen], x[rejected])) for x, _ in found), torch.stack(
-        (lengths[chosen], lengths[rejected])
-    )
+    (*policy, chosen, rejected), (*reference, _, _) = (dpo.sums(m, PAIRS) for m in peer.ours)
+    return torch.stack(policy), torch.stack(reference), torch.stack((chosen, rejected))
 
 
 def test_log_probabilities(peer):
