@@ -335,7 +335,7 @@ BUGS = [
     (45, "GAE: what lies off the mask leaks in", "ppo.py", "ppo",
      "rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)",
      "rewards, values = rewards + 0.0, values + 0.0"),
-    (45, "GAE: prompts get an advantage", "ppo.py", "ppo",
+    (45, "GAE: what lies off the mask gets an advantage", "ppo.py", "ppo",
      "after = torch.where(mask[:, t], delta + gamma * lam * after, 0.0)",
      "after = delta + gamma * lam * after"),
     (45, "KL: a mean over the padded batch", "ppo.py", "ppo",
