@@ -209,7 +209,7 @@ def test_options_without_effect_are_said(stage, argv, said, capsys):
     """Those that were given and change nothing beside the others; a default is never one."""
     parse(importlib.import_module(stage).Options, "Doc.", argv.split())
     out, err = capsys.readouterr()
-    assert [line.partition(": ")[2] for line in out.splitlines()] == said and err == ""
+    assert [line.partition(": ")[2] for line in err.splitlines()] == said and out == ""
 
 
 # ---------------------------------------------------------------- device, optimizer, learning rate
