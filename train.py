@@ -73,7 +73,7 @@ def parse(options, doc: str, argv=None):
             if not BOUNDS[bound](value := getattr(values, f.name), limit):
                 parser.error(f"{flag} is {value}, it must be {bound.replace('_', ' ')} {limit}")
     for remark in without_effect(options, values):
-        print(f"{parser.prog}: {remark}")
+        print(f"{parser.prog}: {remark}", file=sys.stderr)
     return options(**vars(values))
 
 
@@ -82,8 +82,8 @@ def without_effect(options, values):
     spell = lambda name: "--" + name.replace("_", "-")  # noqa: E731
     for f in dataclasses.fields(options):
         value = getattr(values, f.name)
-        other, *allowed = f.metadata["needs"].split() or [f.name]
-        there = getattr(values, other)
+        other, *allowed = f.metadata["needs"].split() or [None]
+        there = other is None or getattr(values, other)
         if value != f.default and not (there in allowed if allowed else there):
             yield f"{spell(f.name)} has no effect without {spell(other)} {' or '.join(allowed)}".rstrip()
         for bound, other in f.metadata["bounds"].items():

@@ -192,7 +192,7 @@ class Reading:
     """The options of a program that answers or scores: it holds a model as the stages hold it."""
 
     quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
-    keep_base: bool = opt(False, "the model's adapter on the base below it, as --keep-base trains it, not the two merged")
+    keep_base: bool = opt(False, "the adapter on the base below it, not the two merged")
 
 
 def read(o, path, device, reward=False):

@@ -18,6 +18,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import tiny
+import torch
 
 from data import corpus, templates, tokenizer, world
 
@@ -33,6 +34,8 @@ def _child(stage, argv, streams, before):
         os.dup2(os.open(f"{streams}/{name}", os.O_WRONLY), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest itself runs in the background
     os.chdir(ROOT)
+    if stage == "pretrain.py":  # Muon's bf16 is 20 times slower where a processor has no bf16 units
+        torch.Tensor.bfloat16 = lambda self: self.float().clone()
     sys.argv = [stage, *argv]
     if before:
         before()
@@ -77,7 +80,7 @@ def refused(result, *words, status=2) -> str:
     records (records.report) and the bar."""
     *above, line = result.err.strip("\n").split("\n")
     assert result.status == status, result.err
-    assert "Traceback" not in result.err and all("|" in x or " used, " in x or not x for x in above), result.err
+    assert "Traceback" not in result.err and all("|" in x or " used, " in x or "no effect" in x or not x for x in above), result.err
     for word in words:
         assert word in line, f"{word!r} is not in: {line}"
     return line

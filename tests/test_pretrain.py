@@ -79,14 +79,14 @@ def test_rows_start_at_a_document_and_are_full(base):
         assert len(row) == 65 and row[0] == tok.special[pretrain.END]
 
 
-def test_the_first_fifty_steps_give_the_recorded_losses(tmp_path, monkeypatch):
+def test_the_first_steps_give_the_recorded_losses(tmp_path, monkeypatch):
     """Eager, float32. The record was made in bf16, compiled, on another machine, and every processor and number of threads rounds its
     sums in another order. In the first 20 steps, while the learning rate rises, that is 0.1 %. Then each step carries it on, most where
     the loss jumps: 1.2 % at one step on an Intel machine, 2.8 % at one on an AMD machine, 0.3 % in the mean.
 
     torch's Muon works in bf16 inside, where a processor without bf16 units is 20 times slower and rounds otherwise: here in float32 too.
     """
-    recorded = [json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:50]]
+    recorded = [json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:30]]
 
     losses = []
 
@@ -102,4 +102,4 @@ def test_the_first_fifty_steps_give_the_recorded_losses(tmp_path, monkeypatch):
     off = [abs(ours / theirs - 1) for ours, theirs in zip(losses, recorded, strict=True)]
     said = [round(x, 4) for x in off]
     assert max(off[:20]) < 0.01, said
-    assert max(off[20:]) < 0.1 and sum(off[20:]) / 30 < 0.01, said
+    assert max(off[20:]) < 0.1 and sum(off[20:]) / 10 < 0.01, said

@@ -246,12 +246,13 @@ def test_what_is_no_ranking_s_own_field_is_refused_with_its_line(tmp_path):
 
 
 # ---------------------------------------------------------------- the stage
-def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(tmp_path):
+def test_scores_that_do_not_differ_are_refused_before_anything_is_saved(tmp_path, monkeypatch):
     rows = [{"prompt": f"{i}?", "responses": ["yes", "no"], "ranks": [0, 1]} for i in range(20)]
     data = write(tmp_path / "rankings.jsonl", rows)
-    reference = write(tmp_path / "chats.jsonl", [{"prompt": "the same", "completion": "words"}] * 4)
+    reference = write(tmp_path / "chats.jsonl", [{"prompt": "?", "completion": a} for a in "abcd"])
+    monkeypatch.setattr(reward, "reference_scores", lambda *_: (0.3, 1e-9))
     o = reward.Options(model=folder(tmp_path / "sft"), data=data, reference=reference, out=str(tmp_path / "rm"), device="cpu", steps=1)
-    with pytest.raises(ValueError, match="chats.jsonl: the reward model scores all reference answers alike"):
+    with pytest.raises(ValueError, match="chats.jsonl: the scores of the reference answers do not differ"):
         reward.reward(o)
     assert not (tmp_path / "rm" / "config.json").exists()
 

@@ -108,6 +108,8 @@ def test_main_leaves_a_mistake_in_the_code_its_traceback(monkeypatch):
     "stage, argv, said",
     [
         ("sft", "--alpha 8", ["--alpha has no effect without --lora"]),
+        ("compare", "--temperature 0.5 --prompts 7", []),
+        ("tools.chat", "--temperature 0", []),
         ("sft", "--alpha 8 --targets mlp --keep-base", ["--alpha has no effect without --lora", "--targets has no effect without --lora"]),
         ("sft", "--alpha 8 --targets mlp --lora 2", []),
         ("sft", "--virtual-tokens 4 --adapter ia3", ["--virtual-tokens has no effect without --adapter prompt or prefix"]),
@@ -131,7 +133,7 @@ def test_options_without_effect_are_said(stage, argv, said, capsys):
     """Those that were given and change nothing beside the others; a default is never one."""
     parse(importlib.import_module(stage).Options, "Doc.", argv.split())
     out, err = capsys.readouterr()
-    assert [line.partition(": ")[2] for line in out.splitlines()] == said and err == ""
+    assert [line.partition(": ")[2] for line in err.splitlines()] == said and out == ""
 
 
 # ---------------------------------------------------------------- device, optimizer, learning rate
