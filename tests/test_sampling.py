@@ -88,7 +88,7 @@ def test_an_answer_ends_with_its_end_token_and_soon_costs_nothing_more(lm):
         going = sum(eos not in a[:t] and len(a) >= t for a in answers)
         rows = going if going <= rows // 2 else rows
         expected.append((rows, 1))
-    assert read == expected and expected[-1][0] <= 10
+    assert read == expected and expected[-1][0] <= 20
     without = S.generate(lm, prompts, n, 1.5)
     assert all(w[: len(a)] == a for a, w in zip(answers, without, strict=True))
     with torch.no_grad():
