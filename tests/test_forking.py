@@ -113,16 +113,16 @@ def test_patch_takes_the_page_as_it_is(grpo_py, tmp_path):
 # ---------------------------------------------------------------- the fork runs
 def test_the_fork_resumes_and_is_evaluated_and_shown(grpo_py, options, small, tmp_path):
     out = tmp_path / "out"
-    options |= dict(iterations=3, save_every=1)
+    options |= dict(iterations=5, save_every=1)
     done(str(grpo_py), out=out / "grpo", **options)
     broken = tmp_path / "broken"
     killed = kill_after(1, broken / "state", str(grpo_py), out=broken, **options)
-    assert killed.status == -signal.SIGKILL and saved_step(broken / "state") in (1, 2)
+    assert killed.status == -signal.SIGKILL and 1 <= saved_step(broken / "state") < 5
     done(str(grpo_py), out=broken, **options)
     assert contents(broken) == contents(out / "grpo")
 
     logged = figures(broken)
-    assert len(logged) == 3
+    assert len(logged) == 5
     assert {"kl_loss", "reward", "kl", "beta"} <= set(logged[0])
     assert not {"value_loss", "explained_variance"} & set(logged[0])
     assert logged[0]["ratio_error"] < 1e-3 and abs(logged[0]["kl"]) < 1e-3
