@@ -176,7 +176,8 @@ def saved(model, B, T, autocast):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        _, n = sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
+        sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
+        n = tokens[:, 1:].numel()
     return sum(size for size, _ in kept.values()) - 4 * n * model.config.vocab_size
 
 
@@ -244,7 +245,7 @@ class Alive(TorchDispatchMode):
         }
         with self:
             with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-                loss, _ = sft_loss(model, tokens, tokens, segments)
+                loss = sft_loss(model, tokens, tokens, segments)
             loss.backward()
         return self.most
 
@@ -369,7 +370,7 @@ def test_on_a_gpu_the_estimate_meets_the_measured_peak(rank, checkpointed):
         if step:
             torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
+            loss = sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
