@@ -477,7 +477,7 @@ def test_what_is_refused(tmp_path):
         (
             {"bnb_4bit_quant_type": "fp4"},
             None,
-            'quantization_config.bnb_4bit_quant_type = "fp4", which .* only "nf4" is',
+            'quantization_config.bnb_4bit_quant_type = "fp4" is not supported: only "nf4" is',
         ),
         ({"load_in_4bit": False}, None, "quantization_config.load_in_4bit = false"),
         ({"quant_method": "gptq"}, None, 'quantization_config.quant_method = "gptq"'),
