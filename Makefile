@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := all
 .PHONY: all quick real world sft comparisons reward ppo dpo simpo eval report chat \
-        base smollm2 results controls test parity lint golden mutants bugs bench clean help
+        base smollm2 results controls test test-a-m test-n-z parity lint golden mutants bugs bench clean help
 
 # ---------------------------------------------------------------- the whole runs
 # Each is the same chain, base → SFT → comparisons → reward model → PPO and SFT → DPO, SimPO. `all`
@@ -137,9 +137,13 @@ TOOLS     = $(shell grep -E '^(pytest|ruff)==' requirements-dev.txt)
 PIP_TOOLS = $(if $(READY),.venv/bin/pip install -q $(TOOLS))
 PEERS     = .venv-peers/bin/python
 
-test: $(READY) ## the tests, with the peers' own numbers from tests/golden
+test: $(READY) ## the tests, with the peers' own numbers from tests/golden; two halves side by side
 	$(PIP_TOOLS)
-	$(PY) -m pytest --ignore tests/parity
+	$(MAKE) --no-print-directory --output-sync -j2 test-a-m test-n-z
+test-a-m:
+	$(PY) -m pytest tests/test_[a-m]*.py
+test-n-z:
+	$(PY) -m pytest tests/test_[n-z]*.py
 
 parity: .venv-peers/ready smollm2 ## compare with transformers, tokenizers, TRL, PEFT, bitsandbytes
 	$(PEERS) -m pytest tests/parity
