@@ -26,7 +26,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := all
 .PHONY: all quick real world sft comparisons reward ppo dpo simpo eval report chat \
-        base smollm2 results controls test test-a-m test-n-z parity lint golden mutants bugs bench clean help
+        base smollm2 results controls test test-a-m test-n-z parity lint golden mutants bugs \
+        bench clean help
 
 # ---------------------------------------------------------------- the whole runs
 # Each is the same chain, base → SFT → comparisons → reward model → PPO and SFT → DPO, SimPO. `all`
