@@ -413,7 +413,7 @@ def test_merging_frees_a_layer_before_the_next(monkeypatch):
 def test_on_a_gpu_merging_needs_no_second_model(capsys):
     """12 MB a layer in bf16: the end of a run fits where its training did."""
     model = (
-        lm(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=512)
+        lm(std=0.02, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=512)
         .bfloat16()
         .cuda()
     )

@@ -364,7 +364,7 @@ def test_on_a_gpu_the_estimate_meets_the_measured_peak(rank, checkpointed):
             layer.forward = lambda *a, forward=layer.forward: checkpoint(
                 forward, *a, use_reentrant=False
             )
-    tokens = torch.arange(4096, device="cuda").view(8, 512)
+    tokens = torch.arange(4096).view(8, 512)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for step in range(2):
         if step:

@@ -554,7 +554,7 @@ def test_held_out_records_and_what_exceeds_the_context_are_never_trained(name, r
 
 @pytest.mark.parametrize("name", ("sft", "reward", "dpo", "simpo"))
 def test_each_epoch_and_each_seed_has_its_own_order(name, read, tmp_path):
-    asked, orders = [prompts(1, text=letter + "{}?")[0] for letter in "ABCDEFGH"], {}
+    asked, orders = [prompts(1, text=x + "{}?")[0] for x in "ABCDEFGH"], {}
     for seed in (0, 1):
         read.clear()
         stage(name, tmp_path, asked, seed, batch=4, steps=6)
@@ -567,7 +567,7 @@ def test_each_epoch_and_each_seed_has_its_own_order(name, read, tmp_path):
 
 
 def test_dpo_has_the_reference_s_word_on_what_it_reads_alone(read, tmp_path):
-    asked, sides = [prompts(1, text=letter + "{}?")[0] for letter in "ABCDEFGH"], {}
+    asked, sides = [prompts(1, text=x + "{}?")[0] for x in "ABCDEFGH"], {}
     for seed in (0, 1):
         read.clear()
         stage("dpo", tmp_path, asked, seed, batch=4, steps=1)
@@ -600,7 +600,7 @@ def test_ppo_s_prompts_answers_and_minibatches(read, chosen, monkeypatch, tmp_pa
     order of its own.
     """
     asked, runs, real, answers = (
-        [prompts(1, text=letter + "{}?")[0] for letter in "ABCDEFGH"],
+        [prompts(1, text=x + "{}?")[0] for x in "ABCDEFGH"],
         {},
         ppo.generate,
         [],
