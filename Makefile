@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := all
 .PHONY: all quick real world sft comparisons reward ppo dpo simpo eval report chat \
-        base smollm2 results controls test test-a-m test-n-z parity lint golden mutants bugs \
+        base smollm2 results controls test test-first test-second parity lint golden mutants bugs \
         bench clean help
 
 # ---------------------------------------------------------------- the whole runs
@@ -140,11 +140,12 @@ PEERS     = .venv-peers/bin/python
 
 test: $(READY) ## the tests, with the peers' own numbers from tests/golden; two halves side by side
 	$(PIP_TOOLS)
-	$(MAKE) --no-print-directory --output-sync -j2 test-a-m test-n-z
-test-a-m:
-	$(PY) -m pytest tests/test_[a-m]*.py
-test-n-z:
-	$(PY) -m pytest tests/test_[n-z]*.py
+	$(MAKE) --no-print-directory --output-sync -j2 test-first test-second
+SECOND = tests/test_[n-s]*.py tests/test_[u-z]*.py tests/test_te*.py tests/test_tu*.py
+test-first:
+	$(PY) -m pytest tests/test_[a-m]*.py tests/test_to*.py
+test-second:
+	$(PY) -m pytest $(SECOND)
 
 parity: .venv-peers/ready smollm2 ## compare with transformers, tokenizers, TRL, PEFT, bitsandbytes
 	$(PEERS) -m pytest tests/parity

