@@ -132,4 +132,4 @@ def test_the_first_steps_give_the_recorded_losses(tmp_path, monkeypatch):
     off = [abs(ours / theirs - 1) for ours, theirs in zip(losses, recorded, strict=True)]
     said = [round(x, 4) for x in off]
     assert max(off[:20]) < 0.01, said
-    assert max(off[20:]) < 0.1 and sum(off[20:]) / 5 < 0.01, said
+    assert max(off[20:]) < 0.1 and sum(off[20:]) / 5 < 0.02, said
