@@ -95,7 +95,7 @@ def test_theirs_loaded_by_us(name, changes, tmp_path):
     if name != "projected prefix":  # which they train by other parameters than the stored ones
         expected, parts = gradients(peer), dict(adapters.parts(model))
         grads = (
-            {adapters.ia3_key(n): m.scale.grad for n, m in parts.items()}
+            {peft.ia3_key(n): m.scale.grad for n, m in parts.items()}
             if name == "ia3"
             else {"prompt_embeddings": model.virtual.rows.grad}
         )
