@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # takes the stages' own settings; the others read theirs, with the reasons, from a preset.
 all: report ## the whole chain on the embedded world, or on your DATA= and PREFS=
 
-quick: ## the same in about two minutes, into OUT/quick
+quick: ## the same in about five minutes, into OUT/quick
 	$(MAKE) all OUT=$(OUT)/quick QUICK=1
 
 real: smollm2 ## the same on SmolLM2-135M, into OUT/real; FULL=1 on a GPU

@@ -1,4 +1,4 @@
-# make quick: the whole chain in about two minutes on two cores. Enough steps that PPO and DPO end
+# make quick: the whole chain in about five minutes on two cores. Enough steps that PPO and DPO end
 # above SFT, too few for good figures. What is not set here is the stage's own default.
 
 # 100 of 440 steps: SFT stops early.
