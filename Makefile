@@ -167,7 +167,7 @@ bugs: $(READY) ## docs/bugs.md from tests/mutants/bugs.py, without running a tes
 
 bench: .venv-peers/ready sft smollm2 ## speed and memory beside the peers
 	$(PEERS) -m tools.bench sampling --model $(OUT)/sft --data $(WORLD)/heldout.jsonl
-	for task in lora qlora dequantise memory; do \
+	for task in sft lora qlora dequantise memory; do \
 	  $(PEERS) -m tools.bench $$task --data $(WORLD)/sft.jsonl || exit 1; done
 
 .venv-peers/ready: requirements.txt requirements-dev.txt

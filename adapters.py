@@ -40,9 +40,8 @@ class IA3Linear(nn.Module):
     def __init__(self, base, feedforward: bool, device):
         super().__init__()
         self.base, self.feedforward = base, feedforward
-        self.scale = nn.Parameter(
-            torch.ones(base.in_features if feedforward else base.out_features, device=device)
-        )
+        size = base.in_features if feedforward else base.out_features
+        self.scale = nn.Parameter(torch.ones(size, device=device))
 
     def forward(self, x):
         if self.feedforward:
@@ -133,9 +132,8 @@ def add_adapter(
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of adapter: {', '.join(KINDS)} are")
     if kind != "ia3" and not 0 < tokens < model.context:
-        raise ValueError(
-            f"{tokens} virtual tokens: the model's context leaves room for 1 to {model.context - 1}"
-        )
+        room = f"the model's context leaves room for 1 to {model.context - 1}"
+        raise ValueError(f"{tokens} virtual tokens: {room}")
     if text is not None and kind == "ia3":
         raise ValueError("a text starts a prompt or a prefix: give no text")
     if kind == "ia3":
@@ -176,9 +174,7 @@ def check(model, loading=False):
     may have been made from a model that has one.
     """
     if model.config.num_labels and not loading:
-        raise ValueError(
-            "IA3, prompts and prefixes are for language models: this one has a scalar head"
-        )
+        raise ValueError("IA3, prompt and prefix are for language models, not for a scalar head")
     if parts(model):
         raise ValueError("the model has an adapter already: merge it, or load the model anew")
 

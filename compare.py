@@ -27,9 +27,7 @@ LABELLERS = 10  # people who share the work: each prompt goes to one of them
 @dataclass
 class Options(tuning.Reading):
     model: str = opt("out/sft", "checkpoint folder that answers")
-    data: str = opt(
-        "out/world/prompts.jsonl", "conversations that end in a user's turn, or preference pairs"
-    )
+    data: str = opt("out/world/prompts.jsonl", "chats that end in a user's turn, or pairs")
     out: str = opt("out/comparisons.jsonl", "file for the rankings")
     labeller: str = opt("world", "world, or FILE.py:function")
     prompts: int = opt(2000, "how many prompts", at_least=1)
@@ -37,9 +35,7 @@ class Options(tuning.Reading):
     batch: int = opt(64, "prompts at a time", at_least=1)
     temperature: float = opt(1.0, "of the answers", above=0)
     max_new_tokens: int = opt(64, "the most tokens of an answer", at_least=1)
-    seed: int = opt(
-        0, "seed of the prompts, the answers and the labellers", at_least=0, below=2**32
-    )
+    seed: int = opt(0, "of prompts, answers and labellers", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(4, "batches between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
@@ -65,10 +61,8 @@ def prepare(o: Options, tok, room: int):
     """
     found = records.conversations(o.data, "prompt")
     if o.labeller == "world" and not all(map(world.knows, found)):
-        raise ValueError(
-            f"{o.data}: --labeller world knows the embedded world's prompts only (with their"
-            " `item`); give FILE.py:function"
-        )
+        knows = "--labeller world knows the embedded world's prompts only (with their `item`)"
+        raise ValueError(f"{o.data}: {knows}; give FILE.py:function")
     chosen = records.batch(found, 0, min(o.prompts, len(found)), o.seed)
     kept = []
     for record in chosen:

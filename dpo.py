@@ -41,30 +41,18 @@ class Options(tuning.Tuning):
     out: str = opt("out/dpo", "folder for the checkpoint")
     loss: str = opt("dpo", "the preference loss", choices=("dpo", "ipo", "simpo"))
     pairs: str = opt(
-        "all",
-        "of a ranking: all pairs, or the best answer against the worst",
-        choices=("all", "best_worst"),
+        "all", "of a ranking: all, or best against worst", choices=("all", "best_worst")
     )
     steps: int = opt(125, "optimizer steps", at_least=1)
     batch: int = opt(16, "prompts a step, each with all its pairs", at_least=1)
-    accumulate: int = opt(
-        1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch"
-    )
-    length: int = opt(
-        256, "tokens of prompt and answer; pairs with longer ones are dropped", at_least=2
-    )
+    accumulate: int = opt(1, "micro-batches per step, for memory", at_least=1, at_most="batch")
+    length: int = opt(256, "tokens of prompt and answer; longer pairs are dropped", at_least=2)
     beta: float = opt(0.1, "β (SimPO: 2 to 10)", above=0)
     gamma: float = opt(1.0, "SimPO's margin γ (not γ/β)", needs="loss simpo", at_least=0)
     label_smoothing: float = opt(
-        0.0,
-        "cDPO's ε: the share of labels that are taken to be wrong",
-        needs="loss dpo",
-        at_least=0,
-        below=0.5,
+        0.0, "cDPO's ε: the share of wrong labels", needs="loss dpo", at_least=0, below=0.5
     )
-    nll: float = opt(
-        0.0, "weight of the chosen answer's negative log-likelihood per token", at_least=0
-    )
+    nll: float = opt(0.0, "weight of the chosen answers' NLL per token", at_least=0)
     lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
     warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
@@ -215,7 +203,7 @@ def dpo(o: Options):
             part = batch[i : i + size]
             pairs = [pair for at in part for pair in data[at]]
             sizes = sizes_of(pairs)
-            make_room([optimizer], **sizes)
+            make_room(optimizer, **sizes)
             report.batch(**sizes)
             losses, figures = losses_of(policy, pairs, [reference.get(at) for at in part], o)
             if step == 0 and o.loss == "dpo":

@@ -91,10 +91,8 @@ def targeted(model, targets) -> dict:
         if not any(matches(n, [word]) for n in layers):
             known = [*GROUPS, *dict.fromkeys(n.rpartition(".")[2] for n in layers), *layers]
             near = difflib.get_close_matches(word, known, 1, 0)[0]
-            raise ValueError(
-                f"add_lora: targets names {word!r}, which is no linear layer of this model (did you"
-                f" mean {near}?)"
-            )
+            given = f"add_lora: targets names {word!r}"
+            raise ValueError(f"{given}, no linear layer of this model (did you mean {near}?)")
     return {n: layer for n, layer in layers.items() if matches(n, words)}
 
 
@@ -174,9 +172,8 @@ def use(model, name: str | None):
     """Takes an adapter into use; None: the bare base. A scalar head stays, whichever it is."""
     there = adapters(model)
     if name is not None and name not in there:
-        raise ValueError(
-            f"the model has no adapter named {name}: it has {', '.join(there) or 'none'}"
-        )
+        has = ", ".join(there) or "none"
+        raise ValueError(f"the model has no adapter named {name}: it has {has}")
     for m in model.modules():
         if isinstance(m, LoRALinear):
             m.active = name
@@ -196,10 +193,8 @@ def merge(model):
     time. The model ends on the host, and so does all that it shares with another model.
     """
     if adapters(model) and not any(m.active for m in model.modules() if isinstance(m, LoRALinear)):
-        raise ValueError(
-            "merge: no adapter is in use: call use(model, name) with one of"
-            f" {', '.join(adapters(model))} first"
-        )
+        names = ", ".join(adapters(model))
+        raise ValueError(f"merge: no adapter is in use: call use(model, name) with one of {names}")
     c, training = model.config, model.training
     seeded = torch.Generator().manual_seed(0)
     page = torch.randint(c.vocab_size, (1, min(256, c.max_position_embeddings)), generator=seeded)
@@ -218,10 +213,8 @@ def merge(model):
     for hook in hooks:
         hook.remove()
     what = "scores" if c.num_labels else "logits"
-    print(
-        f"merged: {what} of {page.numel()} tokens differ by at most {drift.max():.2g},"
-        f" {drift.mean():.2g} on average"
-    )
+    most, mean = f"{drift.max():.2g}", f"{drift.mean():.2g}"
+    print(f"merged: {what} of {page.numel()} tokens differ by at most {most}, {mean} on average")
     return model.cpu().train(training)
 
 

@@ -46,9 +46,7 @@ def bootstrap(xs, statistic=mean, rounds=1000, seed=0):
 def finite(xs, what):
     """xs, or a ValueError where one of them is NaN or infinite."""
     if not all(map(math.isfinite, xs)):
-        raise ValueError(
-            f"the {what} of answers are NaN or infinite: the model's weights are damaged"
-        )
+        raise ValueError(f"the {what} of answers are NaN or infinite: the weights are damaged")
     return xs
 
 

@@ -230,9 +230,7 @@ def padded(tokens, mask, cache):
     """Positions (B,T) and who sees whom (B,1,T,S; None: all before) of rows padded on a side."""
     B, T = tokens.shape
     if cache is None and (mask is None or bool(mask[:, 0].all())):
-        return torch.arange(T, device=tokens.device).expand(
-            B, T
-        ), None  # nothing sees right padding
+        return torch.arange(T, device=tokens.device).expand(B, T), None  # right padding: unseen
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     start = 0

@@ -132,9 +132,8 @@ class PagedAdamW(torch.optim.Optimizer):
     def _host_page(self, p):
         """p's memory on the host, kept once it is there: pinning is slow."""
         if p not in self.host:
-            self.host[p] = torch.empty(
-                (2, *p.shape), dtype=p.dtype, pin_memory=self.stream is not None
-            )
+            pinned = self.stream is not None
+            self.host[p] = torch.empty((2, *p.shape), dtype=p.dtype, pin_memory=pinned)
         return self.host[p]
 
     def _empty(self, p, shape):
@@ -213,10 +212,8 @@ class PagedAdamW(torch.optim.Optimizer):
             if not saved:
                 continue
             if saved["exp_avg"].shape != p.shape:
-                raise ValueError(
-                    f"PagedAdamW: parameter {i} has a state {list(saved['exp_avg'].shape)},"
-                    f" {list(p.shape)} was expected"
-                )
+                found, own = list(saved["exp_avg"].shape), list(p.shape)
+                raise ValueError(f"PagedAdamW: parameter {i} has a state {found}, not {own}")
             m, v = self._host_page(p)
             m.copy_(saved["exp_avg"])
             v.copy_(saved["exp_avg_sq"])

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import ModuleList
 from torch.nn.utils import clip_grad_norm_
 
 from common import tuning
@@ -232,12 +233,12 @@ def minibatches(r: Rollout, epochs: int, size: int, seed: int):
 
 
 # ---------------------------------------------------------------- step 4: the update
-def update(policy, critic, optimizer, critic_optimizer, r: Rollout, memory, seed: int, o) -> dict:
+def update(policy, critic, optimizer, r: Rollout, memory, seed: int, o) -> dict:
     """Epochs of minibatches over a rollout → what the log says of them."""
     losses, width = [], r.mask.shape[1]
     for rows in minibatches(r, o.epochs, o.minibatch, seed):
         sizes = sizes_of(rows)
-        make_room([optimizer, critic_optimizer], **sizes)
+        make_room(optimizer, **sizes)
         memory.batch(**sizes)
         with autocast(policy.device):
             new = logprobs(policy, rows.prompts, rows.answers, o.temperature, width)  # (n,A)
@@ -251,13 +252,10 @@ def update(policy, critic, optimizer, critic_optimizer, r: Rollout, memory, seed
         clip_grad_norm_(policy.parameters(), 1.0)
         clip_grad_norm_(critic.parameters(), 1.0)
         optimizer.step()
-        critic_optimizer.step()
         optimizer.zero_grad()
-        critic_optimizer.zero_grad()
-        losses.append(torch.stack((pg.detach(), vf.detach(), clipped)))
-    names = ("policy_loss", "value_loss", "clip_fraction")
-    means = torch.stack(losses).mean(0).tolist()
-    return dict(zip(names, means, strict=True), ratio_error=ratio_error)
+        losses.append(dict(policy_loss=pg.detach(), value_loss=vf.detach(), clip_fraction=clipped))
+    means = {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
+    return means | dict(ratio_error=ratio_error)
 
 
 # ---------------------------------------------------------------- what the loop needs
@@ -365,24 +363,19 @@ def ppo(o: Options):
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
     prompts = prepare(o.data, tok, room)
     peak = tuning.learning_rate(o, 2e-4)
-    optimizer = adamw(policy, peak, eps=1e-5, paged=o.paged)
-    critic_optimizer = adamw(critic, peak, eps=1e-5, paged=o.paged)
+    optimizer = adamw(ModuleList([policy, critic]), peak, eps=1e-5, paged=o.paged)
     memory = tuning.Report(o, device, [policy, critic, reference, *filter(None, [reward_model])])
-    saved = run.resume(
-        policy=policy, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer
-    )
+    saved = run.resume(policy=policy, critic=critic, optimizer=optimizer)
     beta, seen[:] = saved.get("beta", o.kl_coef), saved.get("seen", seen)
 
     for it in run.steps(o.iterations, "iteration"):
         start = time.time()
-        lr = lr_at(it, o.iterations, peak, o.warmup)
-        set_lr(optimizer, lr)
-        set_lr(critic_optimizer, lr)
+        set_lr(optimizer, lr_at(it, o.iterations, peak, o.warmup))
         # 1 answers, 2 rewards, 3 credit. The seeds of rounds and of runs do not meet: no run has as
         # many rounds, and no round as many epochs, as its factor (both primes)
         batch = records.batch(prompts, it, o.batch, o.seed)
         room = sum(len(ids) + o.max_new_tokens for _, ids in batch)
-        make_room([optimizer, critic_optimizer], cached=room)
+        make_room(optimizer, cached=room)
         with autocast(device):
             seed = o.seed * 100_003 + it
             r = rollout(policy, reference, scorer, critic, tok, batch, beta, seed, o)
@@ -391,7 +384,7 @@ def ppo(o: Options):
             warn_no_end(r, o.no_end_score)
         # 4 update
         seed = o.seed * 1009 + it
-        figures = update(policy, critic, optimizer, critic_optimizer, r, memory, seed, o)
+        figures = update(policy, critic, optimizer, r, memory, seed, o)
         # 5 controller
         figures |= report(r, batch)
         beta = adapt(beta, figures["kl"].item(), o.target_kl, len(batch), o.horizon)

@@ -61,10 +61,7 @@ def to_codes(x, values, size: int):
     blocks = (F.pad(x, (0, rest)) if rest else x).view(-1, size)  # (blocks,size)
     absmax = blocks.abs().amax(1)  # (blocks,)
     if not absmax.isfinite().all():
-        raise ValueError(
-            "a weight to be quantised has values that are not finite (inf or nan); get the"
-            " checkpoint again"
-        )
+        raise ValueError("a weight to be quantised is not finite (inf or nan): get it again")
     share = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     if rest:  # in a last, shorter block bitsandbytes divides: other roundings, other ties
         absmax[-1].clamp_(min=1e-38)
@@ -159,10 +156,8 @@ class NF4:
             t = state.get(name + part)
             if t is None or t.shape != shape or t.dtype != dtype:
                 there = "missing" if t is None else f"{t.dtype} {tuple(t.shape)}"
-                raise ValueError(
-                    f"{name}{part} is {there}: {dtype} {shape} was expected, as bitsandbytes writes"
-                    " an NF4 weight"
-                )
+                expected = f"{dtype} {shape} was expected, as bitsandbytes writes an NF4 weight"
+                raise ValueError(f"{name}{part} is {there}: {expected}")
             if values is not None and not torch.allclose(t.cpu(), values, rtol=0, atol=1e-6):
                 raise ValueError(f"{name}{part} is not bitsandbytes' own table")
             return t
@@ -176,10 +171,8 @@ class NF4:
             assert constants.get("nested_blocksize", NESTED) == NESTED
             assert size % 2 == 0 and dtype.is_floating_point
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError):
-            raise ValueError(
-                f"{name}.quant_state.bitsandbytes__nf4 is missing, or not what bitsandbytes writes"
-                " for an NF4 weight"
-            ) from None
+            wrong = "is missing, or not what bitsandbytes writes for an NF4 weight"
+            raise ValueError(f"{name}.quant_state.bitsandbytes__nf4 {wrong}") from None
         n = prod(shape)
         blocks = -(-n // size)
         codes = tensor("", (-(-n // 2), 1), torch.uint8)
@@ -198,10 +191,8 @@ def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
     inf and nan.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"a weight of {weight.dtype} is not quantised: float32, bfloat16 or float16 was"
-            " expected"
-        )
+        expected = "float32, bfloat16 or float16 was expected"
+        raise ValueError(f"a weight of {weight.dtype} is not quantised: {expected}")
     codes, absmax = to_codes(weight.detach().reshape(-1).float(), NF4_VALUES, block_size)
     if codes.numel() % 2:
         codes = F.pad(codes, (0, 1), value=7)  # the code of 0

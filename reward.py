@@ -32,7 +32,7 @@ class Options(tuning.Tuning):
     model: str = opt("out/sft", "checkpoint folder to start from")
     data: str = opt("out/comparisons.jsonl", "rankings, or preference pairs")
     reference: str = opt(
-        "out/world/sft.jsonl", "conversations whose answers get mean score 0 and deviation 1 in PPO"
+        "out/world/sft.jsonl", "chats whose answers get mean 0, deviation 1 in PPO"
     )
     out: str = opt("out/reward", "folder for the checkpoint")
     steps: int = opt(250, "optimizer steps", at_least=1)
@@ -171,7 +171,7 @@ def reward(o: Options):
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
         tokens = sum(len(prompt) + sum(map(len, answers)) for prompt, answers, _ in batch)
-        make_room([optimizer], tokens=tokens)
+        make_room(optimizer, tokens=tokens)
         report.batch(tokens=tokens, targets=0)
         scores, ranks = scores_of(model, batch)
         loss = ranking_loss(scores, ranks)

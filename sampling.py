@@ -1,6 +1,7 @@
 """Answers from a model: the cache of keys and values, sampling, decoding.
 
-    prefill   the prompts once, padded on the left, so that all rows end in the same column
+    prefill   the prompts once, padded on the left, so that all rows end in the same column: a few
+              of like length at a time, or the longest would make padding of the others
     decode    one token per row and step: its keys and values join the cache, its logits give the
               next one
 
@@ -11,6 +12,8 @@ step fix: what one answer says does not depend on which others there are, or whe
 import torch
 
 from packing import pad
+
+TOGETHER = 16  # prompts that are read at a time
 
 
 class Cache:
@@ -25,6 +28,15 @@ class Cache:
         self.mask = torch.zeros(rows, room, dtype=torch.bool, device=weight.device)
         self.length = 0  # columns in use
         self.past = None  # virtual tokens' keys and values, computed once
+
+    def place(self, at: int, part: "Cache"):
+        """Puts a cache of fewer columns into the rows from `at` on, its end at this one's."""
+        rows = slice(at, at + len(part.mask))
+        columns = slice(self.length - part.length, self.length)
+        for stores, news in zip(self.kv, part.kv, strict=True):
+            for store, new in zip(stores, news, strict=True):
+                store[rows, :, columns] = new
+        self.mask[rows, columns] = part.mask
 
     def append(self, layer: int, k, v):
         """Stores a layer's new keys and values behind the old ones → all of them."""
@@ -69,14 +81,19 @@ def prompt_room(model, max_new_tokens: int) -> int:
 def prefill(model, prompts, room: int):
     """Reads the prompts, each distinct one once → the cache, a row per prompt, and the hidden state
     at each prompt's last token (N,D)."""
-    rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    tokens, mask = pad(list(rows), left=True, device=model.device)
-    cache = Cache(model, len(rows), room)
-    h = model.hidden(tokens, mask, cache)[:, -1]
-    index = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=model.device)
-    if len(rows) < len(prompts):
-        cache.keep(index)
-    return cache, h[index]
+    rows = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
+    cache, h = Cache(model, len(rows), room), []
+    cache.length = len(rows[-1])
+    for at in range(0, len(rows), TOGETHER):
+        tokens, mask = pad(rows[at : at + TOGETHER], left=True, device=model.device)
+        part = Cache(model, *tokens.shape)
+        h.append(model.hidden(tokens, mask, part)[:, -1])
+        cache.place(at, part)
+        cache.past = part.past
+    place = {prompt: i for i, prompt in enumerate(rows)}
+    index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
+    cache.keep(index)
+    return cache, torch.cat(h)[index]
 
 
 @torch.no_grad()
@@ -111,9 +128,7 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         left = int(going.sum())
         if not left or step + 1 == max_new_tokens:
             return
-        if (
-            left <= len(rows) // 2
-        ):  # a row that has ended costs less than copying the cache each time
+        if left <= len(rows) // 2:  # a row that has ended costs less than to copy the cache
             index = going.nonzero().squeeze(1)
             rows, ids, going = rows[index], ids[index], going[index]
             cache.keep(index)

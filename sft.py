@@ -26,24 +26,14 @@ from packing import SHORTEST, lay_out
 
 @dataclass
 class Options(tuning.Tuning):
-    adapter: str = opt(
-        "none",
-        "in place of LoRA: IA3's factors, or virtual tokens",
-        choices=("none", *tuning.KINDS),
-    )
-    virtual_tokens: int = opt(
-        20, "how many, of a prompt or prefix", needs="adapter prompt prefix", at_least=1
-    )
+    adapter: str = opt("none", "in place of LoRA", choices=("none", *tuning.KINDS))
+    virtual_tokens: int = opt(20, "of prompt or prefix", needs="adapter prompt prefix", at_least=1)
     model: str = opt("data/base", "checkpoint folder to start from")
-    data: str = opt(
-        "out/world/sft.jsonl", "conversations: chat JSONL, Alpaca, or prompt/completion"
-    )
+    data: str = opt("out/world/sft.jsonl", "chat JSONL, Alpaca, or prompt and completion")
     out: str = opt("out/sft", "folder for the checkpoint")
     steps: int = opt(440, "optimizer steps", at_least=1)
     batch: int = opt(32, "conversations a step", at_least=1)
-    accumulate: int = opt(
-        1, "micro-batches a step: less memory, the same gradient", at_least=1, at_most="batch"
-    )
+    accumulate: int = opt(1, "micro-batches per step, for memory", at_least=1, at_most="batch")
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
     lr: float = opt(
         0.0,
@@ -148,7 +138,7 @@ def sft(o: Options):
             width = max(SHORTEST, *(len(ids) for ids, _ in part))  # short rows: little attention
             tokens, labels, segments = pack(part, width)
             sizes = dict(tokens=tokens.numel(), targets=count_targets(part))
-            make_room([optimizer], **sizes)
+            make_room(optimizer, **sizes)
             report.batch(**sizes)
             with autocast(device):
                 part_loss = sft_loss(model, tokens, labels, segments) / targets

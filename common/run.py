@@ -186,14 +186,13 @@ def adamw(model, lr: float, weight_decay=0.0, eps=1e-8, paged=False):
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-def make_room(optimizers, **sizes: int):
-    """Called before a pass with the sizes that decide its memory (tokens, targets): moves paged
-    optimizers' pages off the GPU if no pass before was as large. (To wait until memory runs out and
+def make_room(optimizer, **sizes: int):
+    """Called before a pass with the sizes that decide its memory (tokens, targets): moves a paged
+    optimizer's pages off the GPU if no pass before was as large. (To wait until memory runs out and
     repeat the pass would be wrong: some of its gradients may have been added up already.)
     """
-    for optimizer in optimizers:
-        if isinstance(optimizer, PagedAdamW):
-            optimizer.make_room(**sizes)
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.make_room(**sizes)
 
 
 def lr_at(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "linear") -> float:

@@ -118,7 +118,7 @@ def talks(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("task", ("lora", "qlora", "sampling", "dequantise", "qlora7b"))
+@pytest.mark.parametrize("task", ("sft", "lora", "qlora", "sampling", "dequantise", "qlora7b"))
 def test_our_side_of_each_task(task, talks):
     side, _, cases = bench.TASKS[task]
     turn, first = side(

@@ -506,7 +506,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            "model.layers.0.mlp.up_proj.weight: a weight to be quantised has values that are not"
+            "model.layers.0.mlp.up_proj.weight: a weight to be quantised is not"
             " finite"
         ),
     ):

@@ -83,7 +83,7 @@ def test_an_answer_ends_with_its_end_token_and_soon_costs_nothing_more(lm):
     assert len(set(lengths)) > 3 and max(lengths) == n
     for answer in answers:
         assert eos not in answer[:-1] and (answer[-1] == eos or len(answer) == n)
-    rows, expected = 40, [(40, 4)]
+    rows, expected = 40, [(16, 4), (16, 4), (8, 4)]  # of prompts that are read together
     for t in range(1, n):
         going = sum(eos not in a[:t] and len(a) >= t for a in answers)
         rows = going if going <= rows // 2 else rows
@@ -93,6 +93,17 @@ def test_an_answer_ends_with_its_end_token_and_soon_costs_nothing_more(lm):
     assert all(w[: len(a)] == a for a, w in zip(answers, without, strict=True))
     with torch.no_grad():
         assert answers == plain_loop(lm, prompts, n, 1.5, 1.0, eos, 0)
+
+
+@pytest.mark.parametrize("temperature", (0, 1.3))
+def test_prompts_of_many_lengths_are_read_a_few_at_a_time(lm, temperature):
+    """Those of like length together, whatever their order: less padding, the same answers."""
+    prompts = ragged([1 + 7 * i % 23 for i in range(40)], 9)
+    answers, read = passes(lm, lambda: S.generate(lm, prompts, 6, temperature))
+    lengths = sorted(map(len, prompts))
+    assert read[:3] == [(16, lengths[15]), (16, lengths[31]), (8, lengths[39])]
+    with torch.no_grad():
+        assert answers == plain_loop(lm, prompts, 6, temperature, 1.0, None, 0)
 
 
 def test_a_prompt_of_many_answers_is_read_once(lm):

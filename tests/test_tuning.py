@@ -51,10 +51,13 @@ def files(out):
 
 @pytest.fixture(scope="module")
 def qlora(small, tmp_path_factory):
-    """SFT and reward model as adapters over one 4-bit base → their folders."""
+    """SFT and reward model as adapters over one 4-bit base → their folders. On the CPU, for what is
+    compared with them: a GPU's are merged in bf16."""
     at = tmp_path_factory.mktemp("qlora")
-    done("sft.py", out=at / "sft", **small["sft"] | WAYS["qlora"] | dict(steps=30, lr=0.02))
-    done("reward.py", out=at / "reward", **small["reward"] | KEEP | dict(model=at / "sft", lr=0.01))
+    sft = small["sft"] | WAYS["qlora"] | dict(steps=30, lr=0.02, device="cpu")
+    done("sft.py", out=at / "sft", **sft)
+    reward = small["reward"] | KEEP | dict(model=at / "sft", lr=0.01, device="cpu")
+    done("reward.py", out=at / "reward", **reward)
     return at
 
 
@@ -198,7 +201,7 @@ def test_with_lora_ppo_s_reward_model_is_frozen_in_the_base_s_dtype(quant, small
 
 @torch.no_grad()
 def test_a_prompt_stays_beside_the_weights(small, tmp_path):
-    done("sft.py", out=tmp_path / "sft", **small["sft"] | WAYS["prompt"])
+    done("sft.py", out=tmp_path / "sft", **small["sft"] | WAYS["prompt"], device="cpu")
     model, tok = tuning.load(tmp_path / "sft")
     tokens = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
     base = hub.load(small["sft"]["model"])[0]

@@ -4,6 +4,8 @@
 
     sampling     generate beside transformers': 128 ragged prompts, answers of up to 40 tokens that
                  end where they end
+    sft          a training step of --model, every weight, beside a careful loop over transformers:
+                 ours packs, theirs pads; in both the head runs on the targets' places alone
     lora         a training step of --model, LoRA r = 16 on every linear layer, beside a loop over
                  PEFT: ours packs, theirs pads
     qlora        the same on NF4, double-quantised, beside PEFT and bitsandbytes
@@ -35,6 +37,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import lora
 from common import hub
@@ -128,15 +131,9 @@ def training(o, ours: bool, quant=None):
     """
     device = pick_device(o.device)
     model, tok = hub.load(o.model, device, quant=quant if ours else None)
-    chats = records.batch(records.conversations(o.data), 0, o.batch, 0)
-    templates.adopt(tok)
-    examples = [templates.render(tok, r["messages"]) for r in chats]
-    count, width = sum(len(ids) for ids, _ in examples), max(len(ids) for ids, _ in examples)
+    examples, count = chats(o, tok)
     if ours:
-        alike(lora.add_lora(model, RANK, 2 * RANK))
-        packed, targets = pack(examples, max(SHORTEST, width)), count_targets(examples)
-        loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
-        return step(model, loss, adamw(model, LR), count, device)
+        return our_step(alike(lora.add_lora(model, RANK, 2 * RANK)), examples, count, device)
     del model
     from transformers import AutoModelForCausalLM
 
@@ -144,11 +141,54 @@ def training(o, ours: bool, quant=None):
     if quant:
         for name in blocks(peer):
             peer.set_submodule(name, bitsandbytes_linear(peer.get_submodule(name), torch.float32))
-    tokens, mask = pad([ids for ids, _ in examples], device=device)
-    labels, _ = pad([labels for _, labels in examples], fill=IGNORE, device=device)
-    batch = dict(input_ids=tokens, attention_mask=mask.long(), labels=labels)
+    tokens, mask, labels = padded(examples, device)
+    batch = dict(input_ids=tokens, attention_mask=mask, labels=labels)
     model, optimizer = peft(peer, RANK)
     return step(model, lambda m: m(**batch).loss, optimizer, count, device)
+
+
+def chats(o, tok):
+    """--batch conversations of --data as [(ids, labels)], and their number of tokens."""
+    templates.adopt(tok)
+    read = records.batch(records.conversations(o.data), 0, o.batch, 0)
+    examples = [templates.render(tok, r["messages"]) for r in read]
+    return examples, sum(len(ids) for ids, _ in examples)
+
+
+def our_step(model, examples, count: int, device):
+    packed = pack(examples, max(SHORTEST, *(len(ids) for ids, _ in examples)))
+    targets = count_targets(examples)
+    loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
+    return step(model, loss, adamw(model, LR), count, device)
+
+
+def padded(examples, device):
+    tokens, mask = pad([ids for ids, _ in examples], device=device)
+    labels, _ = pad([labels for _, labels in examples], fill=IGNORE, device=device)
+    return tokens, mask.long(), labels
+
+
+def sft(o, ours: bool):
+    device = pick_device(o.device)
+    model, tok = hub.load(o.model, device)
+    examples, count = chats(o, tok)
+    if ours:
+        return our_step(model, examples, count, device)
+    del model
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device).train()
+    tokens, mask, labels = padded(examples, device)
+    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # predicted from column
+    target = labels[row, column + 1]
+
+    def loss(m):
+        h = m.model(tokens, attention_mask=mask).last_hidden_state
+        return F.cross_entropy(m.lm_head(h[row, column]), target)
+
+    options = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(peer.parameters(), LR, **options)
+    return step(peer, loss, optimizer, count, device)
 
 
 def qlora(o, ours: bool):
@@ -284,6 +324,7 @@ MATRICES = [
 # task: (both sides, the unit of work, the cases, measured one after another)
 TASKS = {
     "sampling": (sampling, "tokens", [""]),
+    "sft": (sft, "tokens", [""]),
     "lora": (training, "tokens", [""]),
     "qlora": (qlora, "tokens", [""]),
     "dequantise": (dequantise, "matrices", MATRICES),
