@@ -18,6 +18,7 @@ would undo part of what was learnt.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def start(o, device):
     before the first step. Only sft.py turns it on.
     """
     quant, frozen = quantisation(o), kind(o) != "weights"
+    if o.paged and device.type == "cpu":
+        print("--paged has no effect on a CPU, whose memory is one", file=sys.stderr)
     dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
     if not o.keep_base:
         model, tok = load(o.model, device, dtype, quant)
@@ -351,7 +354,10 @@ class Report:
         whole = "" if self.device.type == "cuda" else ", with Python and its libraries"
         print(f"memory: {used:.2f} GB at most{whole}")
         still = unmoved(self.models[0], self.before) if self.before else []
-        if 0 < len(still) < len(self.before):  # where nothing moved, no step was left to make
+        several = (
+            getattr(self.o, "steps", 2) > 1
+        )  # in the first step LoRA's A has no gradient: B is 0
+        if several and 0 < len(still) < len(self.before):  # all still: no step was left to make
             print(
                 f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are"
                 " they used?"

@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import tiny
 import torch
@@ -62,6 +64,8 @@ class Stage:
         for name in ("out", "err"):
             Path(self.streams, name).touch()
         self.process = processes.Process(target=_child, args=(stage, argv, self.streams, before))
+        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+            forkserver.ensure_running()  # it finds `preloaded` there: Python 3.11 gives it no path
         self.process.start()
 
     def kill(self, number=signal.SIGKILL):
@@ -117,6 +121,15 @@ def slowly():
 
     real = Run.log
     Run.log = lambda *args, **figures: (time.sleep(0.05), real(*args, **figures))
+
+
+def types(text: str):
+    """What is typed, and the end of the input."""
+    read, write = os.pipe()
+    os.write(write, text.encode())
+    os.close(write)
+    os.dup2(read, 0)
+    sys.stdin = open(0, encoding="utf-8")
 
 
 def dies_at_the_end():

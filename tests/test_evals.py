@@ -112,7 +112,7 @@ def test_answers_end_at_the_end_token_and_say_so(model, tok):
 def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answers(model, tok):
     other, held = lm(3), [{"messages": c} for c in CHATS]
     answers = evals.answer(model, tok, CHATS, options(), 1.0, 0)
-    own = evals.token_logps(model, tok, held, answers, CPU, size=2)
+    own = evals.token_logps(model, tok, held, answers, size=2)
     assert kl(own, own) == [0.0] * 5
     expected = []
     for chat, (_, ids, _) in zip(CHATS, answers, strict=True):
@@ -122,7 +122,7 @@ def test_kl_of_a_model_with_itself_is_0_and_of_another_the_log_ratio_of_its_answ
                 torch.log_softmax(m(torch.tensor([prompt + ids]))[0], -1) for m in (model, other)
             )
         expected.append(sum((p - q)[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
-    assert kl(own, evals.token_logps(other, tok, held, answers, CPU, size=2)) == pytest.approx(
+    assert kl(own, evals.token_logps(other, tok, held, answers, size=2)) == pytest.approx(
         expected, abs=1e-3
     )
     assert mean(expected) > 1
@@ -147,14 +147,14 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
         logp = torch.log_softmax(model(torch.tensor([ids]))[0], -1)
         trained = [t for t, label in enumerate(labels) if label != -100]
         expected.append((-sum(logp[t - 1, ids[t]].item() for t in trained), len(trained)))
-    got = evals.held_out_losses(model, tok, chats, CPU, size=4)
+    got = evals.held_out_losses(model, tok, chats, size=4)
     assert sorted(n for _, n in got) == sorted(n for _, n in expected)
     assert sorted(x for x, _ in got) == pytest.approx(sorted(x for x, _ in expected), abs=1e-3)
     assert ratio(got) == pytest.approx(
         sum(x for x, _ in expected) / sum(n for _, n in expected), abs=1e-5
     )
     long = {"messages": user("x" * 200) + [{"role": "assistant", "content": "a"}]}
-    assert evals.held_out_losses(model, tok, [long, chats[0]], CPU) == [
+    assert evals.held_out_losses(model, tok, [long, chats[0]]) == [
         pytest.approx(expected[0], abs=1e-3)
     ]
 
@@ -162,7 +162,7 @@ def test_held_out_losses_are_a_loop_over_the_trained_tokens(model, tok):
 @torch.no_grad()
 def test_log_probabilities_of_answers_are_sums_with_their_end(model, tok):
     texts = ["a", "Lima.", "b", "three", "no"]
-    got = evals.answer_logps(model, tok, CHATS, texts, CPU, size=2)
+    got = evals.answer_logps(model, tok, CHATS, texts, size=2)
     for chat, text, value in zip(CHATS, texts, got, strict=True):
         prompt, ids = templates.answer_ids(tok, chat, text)
         logp = torch.log_softmax(model(torch.tensor([prompt + ids]))[0], -1)
@@ -437,7 +437,7 @@ def test_results_of_anyones_records(tmp_path):
         [
             a - b
             for a, b in zip(
-                *(evals.answer_logps(m, tok, pairs, [text] * held, CPU) for m in (two, one)),
+                *(evals.answer_logps(m, tok, pairs, [text] * held) for m in (two, one)),
                 strict=True,
             )
         ]

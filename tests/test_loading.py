@@ -279,12 +279,11 @@ def test_logits_that_are_not_finite_are_an_error(value, small, tmp_path):
     )
     for call in (
         lambda: evals.score_texts(scalar_model(model), tok, [tiny.user("a")], ["b"]),
-        lambda: evals.answer_logps(model, tok, [tiny.user("a")], ["b"], CPU),
+        lambda: evals.answer_logps(model, tok, [tiny.user("a")], ["b"]),
         lambda: evals.held_out_losses(
             model,
             tok,
             [{"messages": tiny.user("a") + [{"role": "assistant", "content": "b"}]}],
-            CPU,
         ),
     ):
         with pytest.raises(ValueError, match="are NaN or infinite: the weights are damaged"):
@@ -466,7 +465,7 @@ def test_where_there_is_bf16_the_weights_are_read_in_it(way, chain, monkeypatch)
     held = [{"messages": tiny.user("hello")}]
     answers = evals.answer(*half[0], [held[0]["messages"]], evals.Options(max_new_tokens=6), 1.0, 0)
     one, two = (
-        sum(evals.token_logps(m, tok, held, answers, CPU)[0][0].tolist())
+        sum(evals.token_logps(m, tok, held, answers)[0][0].tolist())
         for m, tok in (wide[0], half[0])
     )
     assert one == pytest.approx(two, abs=0.3) and one != two

@@ -505,9 +505,6 @@ def test_what_is_refused(tmp_path):
     save_file(spoilt, nf4 / "model.safetensors")
     with pytest.raises(
         ValueError,
-        match=(
-            "model.layers.0.mlp.up_proj.weight: a weight to be quantised is not"
-            " finite"
-        ),
+        match=("model.layers.0.mlp.up_proj.weight: a weight to be quantised is not finite"),
     ):
         hub.load(nf4, quant="nf4")

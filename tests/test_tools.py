@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+import stages
 import torch
 
 from common import hub
@@ -58,25 +60,11 @@ def save(folder, model, tok):
     return str(folder)
 
 
-def run(folder, *lines, options=()):
+def run(folder, *lines, options=None):
     """chat with these lines typed → (exit status, stdout, stderr)."""
-    command = [
-        sys.executable,
-        "-m",
-        "tools.chat",
-        "--model",
-        folder,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "8",
-        *options,
-    ]
     typed = "".join(line + "\n" for line in lines)
-    p = subprocess.run(
-        command, input=typed, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=120
-    )
-    return p.returncode, p.stdout, p.stderr
+    given = dict(model=folder, device="cpu", max_new_tokens=8) | (options or {})
+    return stages.run("tools/chat.py", partial(stages.types, typed), **given)
 
 
 # ---------------------------------------------------------------- chat
@@ -138,7 +126,7 @@ def test_same_seed_same_answer_and_another_seed_another(capsys):
 def test_a_talk_that_outgrows_the_context_loses_its_oldest_turns(tmp_path):
     folder = parrot(tmp_path / "m", max_position_embeddings=64)
     status, out, err = run(
-        folder, "one", "two", "three", "x" * 200, "four", options=["--temperature", "0"]
+        folder, "one", "two", "three", "x" * 200, "four", options=dict(temperature=0)
     )
     assert status == 0 and out == "!!!!!!!!\n" * 4
     assert "the oldest 2 messages are forgotten" in err
@@ -248,8 +236,8 @@ def test_what_cannot_talk_is_refused(tmp_path):
 
 def test_a_refusal_is_one_line_and_exit_status_2(tmp_path):
     for options, words in [
-        (["--top-p", "1.5"], "at most 1"),
-        (["--sytem", "x"], "did you mean --system?"),
+        (dict(top_p=1.5), "at most 1"),
+        (dict(sytem="x"), "did you mean --system?"),
     ]:
         status, out, err = run(parrot(tmp_path / "m"), "hello", options=options)
         assert status == 2 and not out and words in err and err.count("\n") == 1

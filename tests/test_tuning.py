@@ -352,6 +352,14 @@ def test_an_adapter_that_has_not_moved_is_named(small, capsys):
         "warning: 1 of the adapter's tensors have not moved (layers.1.mlp.up_proj.B.default)"
         in capsys.readouterr().out
     )
+    report.o = Namespace(**vars(report.o) | dict(steps=1))
+    report.finish()
+    assert "warning" not in capsys.readouterr().out  # after one step A cannot have moved
+
+
+def test_that_pages_are_for_a_gpu_is_said(small, tmp_path):
+    said = done("sft.py", out=tmp_path / "out", **small["sft"] | dict(paged=True, steps=2)).err
+    assert ("--paged has no effect on a CPU" in said) == (not torch.cuda.is_available())
 
 
 def test_readme_s_table_of_what_fits_is_the_code_s():

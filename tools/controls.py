@@ -91,7 +91,7 @@ def figures(o, runs, held, sampled_sft, device):
     sft, tok = evals.read(o, "sft", Path(o.out) / "sft", device)
     out = {}
     for name, (lines, greedy, (sampled, logps, _)) in answered.items():
-        kls = kl(logps, evals.token_logps(sft, tok, held, sampled, device))
+        kls = kl(logps, evals.token_logps(sft, tok, held, sampled))
         out[name] = evals.stage_figures(lines, greedy, sampled_sft, kls)
     return out
 

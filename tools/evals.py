@@ -152,7 +152,7 @@ def rate(held, answers):
 
 
 @torch.no_grad()
-def token_logps(model, tok, held, answers, device, size=32):
+def token_logps(model, tok, held, answers, size=32):
     """The log-probability of each token of the answers, on the CPU: for every `size` of them a
     tensor (size,A), 0 past an end.
     """
@@ -309,7 +309,7 @@ def truth_pairs(reward, tok, held, seed, asked=None):
 
 # ---------------------------------------------------------------- records without a gold rater
 @torch.no_grad()
-def held_out_losses(model, tok, conversations, device, size=8):
+def held_out_losses(model, tok, conversations, size=8):
     """[(sum of the targets' negative log-likelihoods, their number)], one for each conversation
     that fits the context.
     """
@@ -326,7 +326,7 @@ def held_out_losses(model, tok, conversations, device, size=8):
 
 
 @torch.no_grad()
-def answer_logps(model, tok, prompts, answers, device, sampled=None, size=8):
+def answer_logps(model, tok, prompts, answers, sampled=None, size=8):
     """The summed log-probability of each answer (str); sampled: as in score_texts."""
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
@@ -349,10 +349,10 @@ def stage_records(o, stage, path, held, pairs, device):
     and its answers to the first prompts, to read.
     """
     model, tok = read(o, stage, path, device)
-    losses, logps = held_out_losses(model, tok, held, device), []
+    losses, logps = held_out_losses(model, tok, held), []
     if pairs and stage != "base":
         asked, texts, ids = in_pairs(tok, pairs)
-        logps = answer_logps(model, tok, asked, texts, device, ids)
+        logps = answer_logps(model, tok, asked, texts, ids)
     room = prompt_room(model, o.max_new_tokens)
     prompts = []
     for c in held:
@@ -422,7 +422,7 @@ def stage_answers(o, stage, path, held, device):
     asked = [r["messages"] for r in held]
     sampled = answer(model, tok, asked, o, 1.0, o.seed)
     greedy = answer(model, tok, asked, o, 0.0, o.seed)
-    logps = None if stage == "base" else token_logps(model, tok, held, sampled, device)
+    logps = None if stage == "base" else token_logps(model, tok, held, sampled)
     return rate(held, sampled), rate(held, greedy), (sampled, logps, tok.hash)
 
 
@@ -465,7 +465,7 @@ def compare_with_sft(o, results, samples, held, device):
         if vocabulary != tok.hash:
             print(f"{stage}: no KL, its vocabulary is not that of {folder}", flush=True)
             continue
-        kls = kl(logps, token_logps(sft, tok, held, sampled, device))
+        kls = kl(logps, token_logps(sft, tok, held, sampled))
         results[stage] |= with_interval("kl_vs_sft", kls)
         show(stage, {k: v for k, v in results[stage].items() if k.startswith("kl")})
     if reward_folder(o):

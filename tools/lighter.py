@@ -207,7 +207,7 @@ def losses(o, keep_in, path, held, device, quant=None) -> dict:
     def compute():
         model, tok = tuning.load(path, device, quant=quant)
         length, found = min(o.length, model.context), {}
-        found["held"] = held_out_losses(model, tok, held, device)
+        found["held"] = held_out_losses(model, tok, held)
         for kind, texts in other_texts(o.documents).items():
             found[kind] = text_losses(model, tok, texts, length, device)
         return found
@@ -221,7 +221,7 @@ def accuracies(path, sft, pairs, device) -> list:
     asked = [p["prompt"] for p in pairs] * 2
     texts = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
     ours, theirs = (
-        answer_logps(*tuning.load(folder, device), asked, texts, device) for folder in (path, sft)
+        answer_logps(*tuning.load(folder, device), asked, texts) for folder in (path, sft)
     )
     won, count = Counter(), Counter()
     for p, hit in zip(pairs, hits([a - b for a, b in zip(ours, theirs, strict=True)]), strict=True):
