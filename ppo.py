@@ -40,7 +40,6 @@ from common.run import (
     autocast,
     file_of,
     is_function,
-    load_function,
     lr_at,
     main,
     make_room,
@@ -50,7 +49,6 @@ from common.run import (
 )
 from data import records, templates
 from data.world import world
-from metrics import deviation, running
 from model import answer_mask, logprobs, scalar_model, score, share, values
 from sampling import generate, prompt_room
 
@@ -266,19 +264,7 @@ def load_reward(o, reference, tok, seen: list):
     its reference answers' scores; a function's, of all scores so far, which are kept in `seen`.
     """
     if is_function(o.reward):
-        judge = load_function(o.reward)
-
-        def own(_prompts, _answers, texts, found, finished):
-            scores = judge([r["messages"] for r in found], texts, found)
-            scores = torch.tensor(scores).to(finished.device)
-            if not scores.isfinite().all():
-                raise ValueError(f"--reward {o.reward}: a score is not finite in float32")
-            if not o.raw_reward:
-                seen[:] = running(seen, scores[finished])
-            return scores if o.raw_reward else scores / deviation(seen)
-
-        return own, None
-
+        return tuning.own_reward(o, seen), None
     if o.raw_reward:
         raise ValueError(f"--raw-reward is for FILE.py:function, {o.reward} knows its deviation")
     model = tuning.reward_model(o, o.reward, reference, tok).requires_grad_(False)
@@ -337,14 +323,7 @@ def report(r: Rollout, batch) -> dict:
         length=r.mask.sum(1).float().mean(),
         finished=r.finished.float().mean(),
     )
-    if all(world.knows(record) for record, _ in batch):
-        ends = r.finished.tolist()
-        rated = [
-            world.gold(x["item"], t, e) for (x, _), t, e in zip(batch, r.texts, ends, strict=True)
-        ]
-        figures["gold"] = sum(gold for gold, _ in rated) / len(rated)
-        figures["right"] = sum(reasons["right"] for _, reasons in rated) / len(rated)
-    return figures
+    return figures | world.rate([record for record, _ in batch], r.texts, r.finished.tolist())
 
 
 def ppo(o: Options):

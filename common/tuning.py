@@ -27,8 +27,9 @@ import torch
 import adapters
 import lora
 from common import hub, memory, peft
-from common.run import has_bf16, opt
+from common.run import has_bf16, load_function, opt
 from data.tokenizer import Tokenizer
+from metrics import deviation, running
 from model import scalar_model, share
 from quant import Linear4bit
 
@@ -208,6 +209,25 @@ def reward_model(o, path, reference, tok):
         raise ValueError(f"--reward {path}: its vocabulary is not the policy's; {advice}")
     check_spread(f"--reward {path}", model.config.reward_mean, model.config.reward_std)
     return model
+
+
+def own_reward(o, seen: list):
+    """--reward FILE.py:function → a scorer for PPO (ppo.load_reward). Scores are divided by the
+    deviation of all so far, kept in `seen`; an answer without an end does not count there: its
+    score is not used. ValueError for a score that is not finite.
+    """
+    judge = load_function(o.reward)
+
+    def scorer(_prompts, _answers, texts, found, finished):
+        scores = judge([r["messages"] for r in found], texts, found)
+        scores = torch.tensor(scores).to(finished.device)
+        if not scores.isfinite().all():
+            raise ValueError(f"--reward {o.reward}: a score is not finite in float32")
+        if not o.raw_reward:
+            seen[:] = running(seen, scores[finished])
+        return scores if o.raw_reward else scores / deviation(seen)
+
+    return scorer
 
 
 def on_shared_base(o, path, reference):

@@ -16,6 +16,7 @@ from tiny import answers_of, bandit, chat_tokenizer, folder, gradcheck, lm, metr
 import ppo
 from common import hub, tuning
 from data import templates
+from metrics import deviation, running
 from model import answer_mask, logprobs, scalar_model, score
 from ppo import (
     adapt,
@@ -281,24 +282,24 @@ def test_the_running_deviation_is_that_of_all_scores(parts):
     scores = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 30 + 50
     seen = 0, 0.0, 0.0
     for part in scores.split(list(parts)):
-        seen = ppo.running(json.loads(json.dumps(seen)), part)  # as the saved state holds it
+        seen = running(json.loads(json.dumps(seen)), part)  # as the saved state holds it
     n, mean, _ = seen
     assert n == 12 and mean == pytest.approx(scores.double().mean().item())
-    assert ppo.deviation(seen) == pytest.approx(scores.double().std(unbiased=False).item())
+    assert deviation(seen) == pytest.approx(scores.double().std(unbiased=False).item())
 
 
 @pytest.mark.parametrize("score", [0.0, 0.1, -7.3, 1e30])
 def test_scores_that_do_not_differ_are_divided_by_1(score):
     seen = 0, 0.0, 0.0
-    assert ppo.deviation(seen) == 1.0
+    assert deviation(seen) == 1.0
     for n in (3, 1, 7, 128):
-        seen = ppo.running(seen, torch.full((n,), score))
-        assert ppo.deviation(seen) == 1.0
+        seen = running(seen, torch.full((n,), score))
+        assert deviation(seen) == 1.0
     # of the same sum in another order
     noisy = torch.nextafter(torch.tensor(score), torch.tensor(math.inf)).view(1)
-    assert not score or ppo.deviation(ppo.running(seen, noisy)) == 1.0
+    assert not score or deviation(running(seen, noisy)) == 1.0
     other = torch.tensor([score + 1.0 if score < 1 else 2 * score])
-    assert ppo.deviation(ppo.running(seen, other)) != 1.0
+    assert deviation(running(seen, other)) != 1.0
 
 
 def test_explained_variance():

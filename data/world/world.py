@@ -208,6 +208,18 @@ def gold(item, answer, finished=True):
     return score - RUBRIC["courteous"] * rude, reasons
 
 
+def rate(records, texts, finished) -> dict:
+    """What a log shows of answers, one to each record: the mean gold score, and the share right.
+    Nothing where a record is none of this world's.
+    """
+    if not all(map(knows, records)):
+        return {}
+    items = [record["item"] for record in records]
+    rated = [gold(*answer) for answer in zip(items, texts, finished, strict=True)]
+    right = sum(reasons["right"] for _, reasons in rated)
+    return {"gold": sum(score for score, _ in rated) / len(rated), "right": right / len(rated)}
+
+
 def perfect(item):
     """An answer that gets PERFECT."""
     close = "Have a nice day." if item["kind"] == "chat" else "I hope this helps."
