@@ -26,6 +26,12 @@ from stages import (
 CLOCK = ("tokens_per_second",)  # figures of the wall clock
 
 
+@pytest.fixture(scope="module")
+def small(small):
+    """On the CPU, where a run resumes bit for bit."""
+    return {stage: options | dict(device="cpu") for stage, options in small.items()}
+
+
 def contents(out) -> dict:
     """All that a finished run left: bytes by name, metrics without the clock's figures."""
     home, files = Path(out), {}
