@@ -1,7 +1,7 @@
 """Answers from a model: the cache of keys and values, sampling, decoding.
 
-    prefill   the prompts once, padded on the left, so that all rows end in the same column: a few
-              of like length at a time, or the longest would make padding of the others
+    prefill   the prompts once, a few of like length at a time: padded to the longest of all, most
+              would be padding. It stands on the left, so that all of them end in the last column
     decode    one token per row and step: its keys and values join the cache, its logits give the
               next one
 
@@ -30,9 +30,9 @@ class Cache:
         self.past = None  # virtual tokens' keys and values, computed once
 
     def place(self, at: int, part: "Cache"):
-        """Puts a cache of fewer columns into the rows from `at` on, its end at this one's."""
-        rows = slice(at, at + len(part.mask))
-        columns = slice(self.length - part.length, self.length)
+        """Puts a cache of fewer columns into the rows from `at` on. What is left free between a
+        short prompt and its answer is padding: positions count the mask, not the columns."""
+        rows, columns = slice(at, at + len(part.mask)), slice(part.length)
         for stores, news in zip(self.kv, part.kv, strict=True):
             for store, new in zip(stores, news, strict=True):
                 store[rows, :, columns] = new
