@@ -7,10 +7,10 @@
     Prompt tuning (Lester et al. 2021): P learned embeddings stand before every row's own.
     Prefix tuning (Li & Liang 2021): P learned keys and values do, in every layer.
 
-Every l is 1 at the start. Prompt and prefix are one thing to the model, model.virtual: a past that
-all rows share, one pair of keys and values per layer. The model itself computes a prompt's from its
+Every l starts at 1. To the model, prompt and prefix are the same thing, model.virtual: a past that
+all rows share, one pair of keys and values per layer. The model computes a prompt's from its
 embeddings, exactly as if they stood in front: they come first, and nothing sees ahead. A prefix's
-keys are learned as attention compares them, without RoPE. With both, the positions of the real
+keys are learned as attention compares them: no RoPE turns them. With either, the positions of the real
 tokens start at P.
 """
 
@@ -24,7 +24,7 @@ from sampling import Cache
 # its gradient. Chosen among a few by short single runs on SmolLM2.
 #   ia3     factors start at 1 and must move by tenths, here in a few hundred steps
 #           (Liu et al.: 3e-3, in thousands)
-#   prompt  must leave the words it starts from, and acts through all layers from the input alone
+#   prompt  must move away from the words it starts from, and acts from the input alone
 #           (PEFT's examples: 3e-2; Lester et al.: 0.3, with Adafactor)
 #   prefix  every input of its MLP moves it, in every layer at once (Li & Liang: 5e-5)
 LEARNING_RATE = {"ia3": 3e-2, "prompt": 3e-2, "prefix": 5e-4}

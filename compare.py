@@ -1,12 +1,13 @@
-"""Stage 2a: comparisons. The SFT model answers each prompt K times, and a labeller ranks the
-answers (Ouyang et al. 2022, section 3.2).
+"""Stage 2a: comparisons. The SFT model answers each prompt K times; a labeller ranks the answers.
 
-The labeller is the embedded world's (noisy people, see data/world/world.py), or your own:
---labeller FILE.py:function is called with (prompts: message lists, answers: strings) and returns
-scores, the higher the better. A file of preference pairs is ranked already: it is only rewritten.
-reward.py reads the output as rankings, dpo.py as pairs. Beside its text each answer's ids are kept
-as they were sampled (`ids`, and the hash of the `tokenizer` that they belong to), and whether it
-ended (`finished`): encoded again, an answer that was cut inside a character would be another one.
+Ouyang et al. 2022 (InstructGPT), section 3.2. The labeller is the embedded world's (noisy people,
+see data/world/world.py), or your own: --labeller FILE.py:function is called with (prompts: message
+lists, answers: strings) and returns scores, the higher the better. A file of preference pairs is
+already ranked and is only rewritten.
+
+reward.py reads the output as rankings, dpo.py as pairs. Beside its text, each answer's ids are kept
+as they were sampled (`ids`, with the hash of their `tokenizer`), and whether it ended (`finished`):
+an answer that was cut inside a character would come out different if it were encoded again.
 """
 
 import json
@@ -56,8 +57,8 @@ def write_jsonl(path, rows):
 
 
 def prepare(o: Options, tok, room: int):
-    """→ [(record, ids)], the prompts of this run. Those of more than `room` tokens, which leave no
-    room for an answer, are dropped and counted.
+    """→ [(record, ids)], the prompts of this run. Prompts of more than `room` tokens leave no room
+    for an answer: they are dropped and counted.
     """
     found = records.conversations(o.data, "prompt")
     if o.labeller == "world" and not all(map(world.knows, found)):

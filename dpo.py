@@ -1,8 +1,8 @@
-"""The short cut: preferences, no reward model, no RL. DPO (Rafailov et al. 2023), IPO (Azar et al.
-2023), SimPO (Meng et al. 2024).
+"""The shortcut: DPO, IPO and SimPO learn from preferences without a reward model and without RL.
 
-PPO's optimum is known: π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x). Turned round, a policy *is* a
-reward model, and Z cancels in a pair:
+Rafailov et al. 2023 (DPO), Azar et al. 2023 (IPO), Meng et al. 2024 (SimPO). The optimum of PPO's
+objective is known: π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x). Solved for r, it says that a policy
+*is* a reward model, and Z cancels in a pair:
 
     r̂(x, y) = β (log π(y|x) - log π_ref(y|x))      log π(y|x): Σ over the answer's tokens and end
     h        = (log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))
@@ -11,11 +11,10 @@ reward model, and Z cancels in a pair:
     SimPO    -log σ(β (log π(y_w)/|y_w| - log π(y_l)/|y_l|) - γ)     means, a margin γ, no reference
 
 What the log shows. At the first step DPO's loss is ln 2: policy and reference are the same. Then
-the margin grows, and often *both* log-probabilities fall, the chosen one's too: the loss sees only
-their difference, and what is taken from rejected answers need not go to the chosen one (it can go
-to answers in neither). That is no bug as long as held-out answers stay good; --nll W adds W times
-the chosen answer's negative log-likelihood per token, which holds it up (iterative RPO, Pang et al.
-2024).
+the margin grows, and often *both* log-probabilities fall, the chosen answer's too: the loss sees
+only their difference, and the probability that rejected answers lose can go to answers in neither
+set. That is no bug as long as held-out answers stay good; --nll W adds W times the chosen answer's
+negative log-likelihood per token, which holds it up (iterative RPO, Pang et al. 2024).
 """
 
 import itertools
@@ -88,8 +87,8 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
 
 
 def prepare(path, which, tok, length: int):
-    """The training pairs, each prompt's in a list of its own: [[(prompt ids, chosen ids, rejected
-    ids), …], …]. Pairs with an answer that is empty or does not fit are dropped and counted.
+    """The training pairs, one list per prompt: [[(prompt ids, chosen ids, rejected ids), …], …].
+    Pairs with an answer that is empty or does not fit are dropped and counted.
     """
     train, held = records.split(records.pairs(path, which))
     groups, long, empty = [], 0, 0
@@ -124,8 +123,8 @@ def sums(model, pairs):
 
 @torch.no_grad()
 def reference_sums(model, data, size: int):
-    """Each prompt's (chosen, rejected) sums under the model as it is before training: no second
-    model is kept."""
+    """Each prompt's (chosen, rejected) sums under the model before training: no second model is
+    kept in memory."""
     out = []
     for i in range(0, len(data), size):
         part = data[i : i + size]
@@ -136,8 +135,8 @@ def reference_sums(model, data, size: int):
 
 
 def check_start(losses):
-    """At the first step policy and reference are the same, and DPO's losses ln 2. On a GPU bf16
-    rounds more: not checked."""
+    """At the first step policy and reference are the same, so DPO's losses are ln 2. Not checked on
+    a GPU, where bf16 rounds more."""
     if losses.device.type == "cpu" and (losses - math.log(2)).abs().max() > 1e-3:
         first = f"the first loss is {losses.mean():.4f}, not ln 2"
         raise ValueError(f"{first}: policy and reference differ before training")
@@ -171,7 +170,7 @@ def losses_of(policy, pairs, reference, o):
 
 
 def sizes_of(pairs) -> dict:
-    """What decides the memory of a pass over pairs, most of which share their prompts."""
+    """What decides the memory that a pass over pairs takes; most of them share their prompts."""
     answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
     return dict(tokens=answers + sum(len(prompt) for prompt, _, _ in pairs), targets=answers)
 

@@ -6,8 +6,8 @@ B starts at zero: a model with a fresh adapter is the model without it, bit for 
 step moves B alone. A and B are float32 whatever W is: bf16, or 4-bit (QLoRA: Dettmers et al. 2023).
 Several adapters can lie side by side on one model. use() switches between them; use(model, None) is
 the bare base: DPO's and PPO's reference. model.share() makes further models over the same frozen
-weights. A layer without the adapter in use is its base alone. Dropout follows train() and eval(),
-as everywhere in torch.
+weights. A layer that the active adapter does not have computes its base alone. Dropout follows
+train() and eval(), as everywhere in torch.
 """
 
 import difflib
@@ -28,8 +28,8 @@ GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
 
 
 class LoRALinear(nn.Module):
-    """A linear layer, nn.Linear or 4-bit, as `base`, and its adapters by name; `active` is the one
-    in use.
+    """A linear layer, nn.Linear or 4-bit, as `base`, and its adapters by name; `active` names the
+    one in use.
     """
 
     def __init__(self, base):
@@ -60,11 +60,11 @@ class LoRALinear(nn.Module):
 def add_lora(
     model, rank, alpha, targets="all", dropout=0.0, rslora=False, name="default", generator=None
 ):
-    """Puts a fresh adapter on the linear layers that `targets` names, takes it into use, and
-    freezes everything else → the model.
+    """Puts a fresh adapter on the linear layers that `targets` names, activates it, and freezes
+    everything else → the model.
 
     targets: attention, mlp, all (both), lm_head, names of modules (q_proj, layers.0.mlp.up_proj),
-    or several of these, as a list or with commas. A scalar model's `score` head is trained whole
+    or several of these, as a list or with commas. A scalar model's `score` head is trained in full
     beside the adapter. ValueError for an unknown target, with the nearest one.
     """
     settings = checked(
@@ -97,7 +97,7 @@ def targeted(model, targets) -> dict:
 
 
 def attach(model, name: str, settings: dict, tensors: dict, score=None, trainable=True):
-    """Puts an adapter's tensors {layer: (A, B)} on the layers and takes it into use → the model.
+    """Puts an adapter's tensors {layer: (A, B)} on the layers and activates it → the model.
 
     score: the scalar head that goes with it, by default the model's own.
     """
@@ -118,7 +118,7 @@ def attach(model, name: str, settings: dict, tensors: dict, score=None, trainabl
             nn.Parameter(t.to(model.device, torch.float32), trainable) for t in (A, B)
         )
         layer.settings[name] = settings
-    if score is not None:  # a new parameter: the one that is there may be another model's too
+    if score is not None:  # a new parameter: another model may share the old one
         model.score.weight = nn.Parameter(
             score.detach().to(model.device, torch.float32, copy=True), trainable
         )
@@ -153,8 +153,8 @@ def linears(model) -> dict:
 
 
 def matches(layer: str, wanted) -> bool:
-    """Does PEFT mean this layer? A pattern matches the whole of transformers' name; a list holds
-    that name or its last parts.
+    """Whether PEFT's target_modules name this layer: a pattern matches the whole of transformers'
+    name; a list holds that name or its last parts.
     """
     layer = hub_name(layer)
     if isinstance(wanted, str):
@@ -169,7 +169,7 @@ def adapters(model) -> list[str]:
 
 
 def use(model, name: str | None):
-    """Takes an adapter into use; None: the bare base. A scalar head stays, whichever it is."""
+    """Activates an adapter; None: the bare base. A scalar head stays as it is."""
     there = adapters(model)
     if name is not None and name not in there:
         has = ", ".join(there) or "none"

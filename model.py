@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packing import Rows, by_segments, pack_answers, visible
 
-IGNORE = -100  # the label of a token that is read and not learnt
+IGNORE = -100  # the label of a token that is read but not trained on
 
 
 @dataclass
@@ -142,8 +142,8 @@ class Block(nn.Module):
 
 
 class ScalarHead(nn.Linear):
-    """One score per hidden state, in float32 whatever both are, under autocast too: what counts of
-    scores is their differences, and bf16 has not three digits."""
+    """One score per hidden state, in float32 whatever the inputs are, under autocast too: what
+    matters is differences between scores, and bf16 has fewer than three digits."""
 
     def __init__(self, size: int, **how):
         super().__init__(size, 1, bias=False, **how)
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = config
         self.virtual = None  # a prompt or prefix (adapters.py): keys and values of `tokens`
-        self.spare = None  # ids of a padded vocabulary that are no token: never sampled
+        self.spare = None  # ids that only pad the vocabulary: never sampled
         self.checkpointing = False  # recompute each block in the backward pass (Chen et al. 2016)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         return self.score(h) if self.config.num_labels else self.lm_head(h)
 
     def packed(self, rows: Rows):
-        """Hidden states (R,W,D) of packed rows, in which each token sees its own example alone."""
+        """Hidden states (R,W,D) of packed rows, in which each token sees only its own example."""
         fields = (rows.tokens, rows.positions, rows.segments, rows.prefixes)
         tokens, positions, segments, prefixes = (x.to(self.device) for x in fields)
         return self.hidden(tokens, layout=(positions, visible(segments, prefixes)))
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
 
 
 def padded(tokens, mask, cache):
-    """Positions (B,T) and who sees whom (B,1,T,S; None: all before) of rows padded on a side."""
+    """Positions (B,T) and who sees whom (B,1,T,S; None: all before) of rows padded on one side."""
     B, T = tokens.shape
     if cache is None and (mask is None or bool(mask[:, 0].all())):
         return torch.arange(T, device=tokens.device).expand(B, T), None  # right padding: unseen
@@ -285,7 +285,7 @@ def answer_mask(answers, width=None, device="cpu"):
 
 
 def _read(model, prompts, answers, width):
-    """The packed rows' hidden states, flat (R·W,D), and the places of the answers' (N,A+1)."""
+    """The packed rows' hidden states, flat (R·W,D), and where in them the answers' are (N,A+1)."""
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     if longest > model.context:
         exceeds = f"exceed the model's context of {model.context}"
@@ -332,8 +332,9 @@ def nll(model, tokens, labels, segments):
     """-log p of each label given all before it in its segment, shaped like labels: 0 where the
     label is -100, and on a segment's first token, which nothing predicts.
 
-    tokens, labels, segments (R,W) on the host: whole conversations, several in a row; a label lies
-    on its own token. The one shift by one lies here; targets are found before anything is sent.
+    tokens, labels, segments (R,W) on the host: whole conversations, several per row; each label
+    stands on its own token. The only shift by one is here; targets are found on the host, before
+    anything moves to the device.
     """
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column

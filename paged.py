@@ -12,9 +12,9 @@ torch.optim.AdamW(foreach=False) bit for bit.
 
 A step visits the parameters in turn. Before one is updated, the pages of the next `ahead` start
 towards the GPU. To make room, the resident page that is needed last leaves. In a cycle that is the
-one just used: to evict the least recently used one would make every page miss (Belady 1966).
+one just used: evicting the least recently used one would make every page miss (Belady 1966).
 
-bitsandbytes does it otherwise: states of 100,000 numbers and more lie in CUDA's managed memory
+bitsandbytes works differently: states of 100,000 numbers or more live in CUDA's managed memory
 (cudaMallocManaged), whose pages of 4 KB to 2 MB the driver moves when one side touches them, before
 or during any kernel, in a forward pass too; a prefetch before each update only speeds that up. Here
 whole tensors move, in plain sight, and only within step() and make_room().
@@ -57,7 +57,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.resident, self.host = {}, {}  # {parameter: page}
         self.arrival = {}  # {parameter: the event that ends its page's copy}
         self.held = 0  # bytes of resident pages
-        self.peak, self.others = 0, 0  # the most memory ever in use; what of it was not pages
+        self.peak, self.others = 0, 0  # the most memory ever in use; the part that was not pages
         self.largest = {}  # the largest of each size that make_room() was told
 
     @torch.no_grad()
@@ -97,8 +97,8 @@ class PagedAdamW(torch.optim.Optimizer):
         return (self.place[p] - self.place[self.now]) % len(self.place)
 
     def _fetch(self, p):
-        """Makes p's page resident: new (zeros), or from the host. Where there is no room, it is
-        left away unless p is in use.
+        """Makes p's page resident: new (zeros), or from the host. Where there is no room, it is not
+        fetched unless p is in use.
         """
         size = 2 * p.nbytes
         while p not in self.resident and self.held + size > self.room and self._evict(p):
@@ -137,7 +137,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.host[p]
 
     def _empty(self, p, shape):
-        """Memory beside p. While the GPU has none left, pages needed after p's leave in turn."""
+        """Memory on p's device. While it has none left, pages needed after p's leave in turn."""
         while True:
             try:
                 return torch.empty(shape, dtype=p.dtype, device=p.device)
@@ -179,9 +179,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- between steps
     def make_room(self, **sizes: int):
-        """To be called before a forward and backward pass of these sizes (tokens, targets): where
-        one of them is larger than ever before, all pages leave. They fill the memory that passes
-        have left free so far, so a larger pass could fail.
+        """Call before a forward and backward pass of these sizes (tokens, targets): where one of
+        them is larger than ever before, all pages leave. They fill the memory that earlier passes
+        left free, so a larger pass could fail.
         """
         grown = {name: n for name, n in sizes.items() if n > self.largest.get(name, 0)}
         if grown:

@@ -5,23 +5,23 @@
 π starts as the SFT model, π_ref stays it, r is frozen, and a critic V starts from the reward model.
 An answer is an episode, a token an action. Each iteration:
 
-    1. rollout   answers y ~ π(·|x) at `temperature`, without top-k or top-p: else they are not π's
+    1. rollout   answers y ~ π(·|x) at `temperature`; top-k or top-p would sample another policy
     2. reward    r_t = -β (log π(y_t) - log π_ref(y_t)), and r(x, y) on the last token: the end
                  token is an action like any other. Without an end: no_end_score in place of r(x, y)
-    3. credit    δ_t = r_t + γ V_{t+1} - V_t,  A_t = Σ_l (γλ)^l δ_{t+l}    Schulman et al. 2016, 16
+    3. credit    δ_t = r_t + γ V_{t+1} - V_t,  A_t = Σ_l (γλ)^l δ_{t+l}    Schulman 2016, eq. 16
                  R_t = A_t + V_t, then A is whitened
-    4. update    L = E[max(-A ρ, -A clip(ρ, 1±ε))],  ρ = π/π_old            Schulman et al. 2017, 7
+    4. update    L = E[max(-A ρ, -A clip(ρ, 1±ε))],  ρ = π/π_old           Schulman 2017, eq. 7
                  and ½ (V - R)² for the critic
     5. β         with --target-kl: up when KL is above it, else down      Ziegler et al. 2019, § 2.2
 
 What the log should look like
     working   reward, gold and right rise together and flatten; kl rises quickly, then slowly, to a
               few nats per answer; entropy falls slowly; clip_fraction stays under 0.2; ratio_error,
-              before the first update, is rounding; explained_variance starts below 0, for the
-              reward model never read half an answer, and climbs; finished nears 1
-    hacked    reward climbs on while gold turns down, kl grows without end, answers become alike
+              before the first update, is rounding; explained_variance starts below 0, because the
+              reward model has never scored half an answer, and climbs; finished nears 1
+    hacked    reward keeps climbing while gold falls, kl grows without end, answers become alike
               (entropy near 0), long, or one phrase. Raise --kl-coef, lower --lr, or stop earlier:
-              the reward model is right only near the answers that it was trained on
+              the reward model can be trusted only near the answers that it was trained on
     broken    reward does not move, or kl or ratio_error is not 0 at the start
 """
 
@@ -186,7 +186,7 @@ def value(critic, prompts, answers, width=None):
 
 
 def in_parts(read, size: int, prompts, answers):
-    """read(prompts, answers), `size` answers at a time: no more memory than an update."""
+    """read(prompts, answers), `size` answers at a time: it takes no more memory than an update."""
     parts = range(0, len(prompts), size)
     return torch.cat([read(prompts[i : i + size], answers[i : i + size]) for i in parts])
 
@@ -201,8 +201,8 @@ def rollout(policy, reference, scorer, critic, tok, batch, beta: float, seed: in
     texts, ended = templates.read_answers(tok, answers, ends)
     mask = answer_mask(answers, device=policy.device)  # (N,A)
     finished = torch.tensor(ended).to(mask.device)  # (N,)
-    # 2. rewards. `old` is read by a full pass like the update's: what the sampler saw was computed
-    # token by token, from a cache, and is rounded otherwise. Then ρ would not start at 1
+    # 2. rewards. `old` comes from a full pass like the update's: the sampler computes token by
+    # token, from a cache, and rounds differently, so that ρ would not start at 1
     log_pi = partial(logprobs, temperature=o.temperature, width=mask.shape[1])
     old = in_parts(partial(log_pi, policy), o.minibatch, prompts, answers)  # (N,A)
     ref = in_parts(partial(log_pi, reference), o.minibatch, prompts, answers)  # (N,A)
@@ -297,7 +297,7 @@ def check_ratio(new, old, what: str) -> float:
 
 
 def warn_no_end(r: Rollout, no_end_score: float):
-    """Says so where an answer does better without an end."""
+    """Warns where an answer scores better without an end."""
     mean = r.score[r.finished].mean().item()  # NaN where none has one
     if mean < no_end_score:
         others = f"the others get {mean:.3g} on average: it pays not to end"
@@ -306,7 +306,7 @@ def warn_no_end(r: Rollout, no_end_score: float):
 
 
 def sizes_of(rows: Rollout) -> dict:
-    """What decides the memory of a pass over answers."""
+    """What decides the memory that a pass over answers takes."""
     targets = sum(map(len, rows.answers))
     return dict(tokens=targets + sum(map(len, rows.prompts)), targets=targets)
 
@@ -332,7 +332,7 @@ def ppo(o: Options):
     device = pick_device(o.device)
     run = Run(o, __file__, [*tuning.inputs(o), file_of(o.reward), o.data])
     policy, tok = tuning.start(o, device)
-    reference = share(policy).requires_grad_(False)  # what is frozen is in memory once
+    reference = share(policy).requires_grad_(False)  # frozen tensors are in memory once
     seen = [0, 0.0, 0.0]  # n, mean, M of a reader's own scores
     scorer, reward_model = load_reward(o, reference, tok, seen)
     if reward_model is None:
@@ -350,8 +350,8 @@ def ppo(o: Options):
     for it in run.steps(o.iterations, "iteration"):
         start = time.time()
         set_lr(optimizer, lr_at(it, o.iterations, peak, o.warmup))
-        # 1 answers, 2 rewards, 3 credit. The seeds of rounds and of runs do not meet: no run has as
-        # many rounds, and no round as many epochs, as its factor (both primes)
+        # 1 answers, 2 rewards, 3 credit. Different rounds and runs never share a seed: the factors
+        # are primes, larger than the number of rounds in a run and of epochs in a round
         batch = records.batch(prompts, it, o.batch, o.seed)
         room = sum(len(ids) + o.max_new_tokens for _, ids in batch)
         make_room(optimizer, cached=room)

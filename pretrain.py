@@ -1,7 +1,6 @@
-"""Stage 0: the base model. Next-token prediction on the embedded corpus, from random weights
-(Radford et al. 2019).
+"""Stage 0: the base model, by next-token prediction on the embedded corpus from random weights.
 
-    loss = -mean log p(token t | tokens before t)
+    loss = -mean log p(token t | tokens before t)                       Radford et al. 2019
 
 The repository ships what this script made (data/base); `make base` makes it again. Matrices are
 trained by Muon (Jordan et al. 2024), which steps along the orthogonalised momentum; embeddings and
@@ -60,8 +59,8 @@ def corpus_hash(texts) -> str:
 
 
 def rows(texts, tok, context: int):
-    """Yields rows of context + 1 ids. Each begins with a document, as a chat will; its last one is
-    cut.
+    """Yields rows of context + 1 ids. Each begins with a document, as a chat will, and cuts off its
+    last one.
     """
     row = []
     for text in texts:
@@ -120,7 +119,7 @@ def pretrain(o: Options):
     precision = torch.autocast(device.type, torch.bfloat16) if o.fast else autocast(device)
 
     stream = rows(documents(o.seed, o.steps, o.decay, o.batch * o.context), tok, o.context)
-    for _ in range(run.start * o.batch):  # a run that goes on passes over what it has read
+    for _ in range(run.start * o.batch):  # a resumed run skips what it has already read
         next(stream)
     for step in run.steps(o.steps):
         batch = torch.tensor([next(stream) for _ in range(o.batch)], device=device)

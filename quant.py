@@ -1,18 +1,18 @@
-"""4-bit weights, with the linear layer that computes from them (QLoRA: Dettmers et al. 2023).
+"""4-bit weights, and the linear layer that computes with them (QLoRA: Dettmers et al. 2023).
 
-A weight is cut, row after row, into blocks of 64 numbers (a block may span rows). Of a block are
-kept its largest absolute value, and for each number the code of the value of NF4's 16 that is
+A weight is cut, row after row, into blocks of 64 numbers (a block may span rows). A block keeps its
+largest absolute value, absmax, and for each number the code of whichever of NF4's 16 values is
 nearest to number / absmax:
 
     absmax = max |w|          code = argmin_k |w / absmax - NF4[k]|          w ≈ NF4[code] · absmax
 
-Double quantisation does the same to the absmax, less their mean, with 256 values in blocks of 256.
-A weight then takes 4 + 8/64 + 32/(64·256) = 4.127 bits. The arithmetic is bitsandbytes', and its
-state dicts are read and written as they are.
+Double quantisation does the same to the absmax values, minus their mean: 256 values, in blocks of
+256. A number then takes 4 + 8/64 + 32/(64·256) = 4.127 bits. The arithmetic is bitsandbytes', and
+its state dicts are read and written as they are.
 
-Where the 16 values come from: weights are nearly normal, and codes carry most where all of them are
-equally likely. So the values are quantiles of N(0, 1) at evenly spaced probabilities, 8 above zero,
-7 below, and zero itself, which is exact. The outermost probability is 1 - (1/30 + 1/32)/2 =
+Where the 16 values come from: weights are nearly normal, and codes carry most information where all
+are equally likely. So the values are quantiles of N(0, 1) at evenly spaced probabilities, 8 above
+zero, 7 below, and zero itself, which is exact. The outermost probability is 1 - (1/30 + 1/32)/2 =
 0.9677083, half way between the half steps of 15 and of 16 values. All are divided by the largest:
 
     0        Φ⁻¹(p) at 8 of 9 points from 0.9677083 to 1/2       -Φ⁻¹(p) at 7 of 8 such points
@@ -51,7 +51,7 @@ DYNAMIC_VALUES = dynamic_map()
 
 
 def to_codes(x, values, size: int):
-    """x / its block's absmax → the index of the nearest of the sorted values, in a tie the lower.
+    """x / its block's absmax → the index of the nearest of the sorted values; ties go to the lower.
 
     x (n,) float32 → codes (n,) uint8, absmax (ceil(n/size),) float32. The last block may be
     shorter. ValueError for inf and nan.
@@ -63,7 +63,7 @@ def to_codes(x, values, size: int):
     if not absmax.isfinite().all():
         raise ValueError("a weight to be quantised is not finite (inf or nan): get it again")
     share = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
-    if rest:  # in a last, shorter block bitsandbytes divides: other roundings, other ties
+    if rest:  # bitsandbytes divides in a last, shorter block: other rounding, other ties
         absmax[-1].clamp_(min=1e-38)
         share[-1] = blocks[-1] / absmax[-1]
     share = share.clamp_(-1, 1).view(-1)[:n]
@@ -86,7 +86,7 @@ def look_up(codes, table, scale, size: int, dtype=torch.float32):
     """table[codes], each block of `size` numbers times its scale, rounded to dtype: flat, whole
     blocks.
 
-    A large weight is done in pieces that fit a processor's cache, so that it takes little more
+    A large weight is processed in pieces that fit a processor's cache, so that it takes little more
     memory than the result.
     """
     per = table.element_size() // 4  # numbers per code

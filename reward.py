@@ -1,13 +1,14 @@
-"""Stage 2b: the reward model. It learns from rankings which of two answers people prefer (Stiennon
-et al. 2020; Ouyang et al. 2022, eq. 1).
+"""Stage 2b: the reward model. It learns from rankings which of two answers people prefer.
+
+Stiennon et al. 2020; Ouyang et al. 2022, eq. 1:
 
     P(i preferred to j) = σ(r_i - r_j)         Bradley & Terry 1952; r: the score at the last token
     loss = mean over prompts of the mean over the prompt's pairs of -log σ(r_better - r_worse)
 
 The language model's head is replaced by one row, `score`. All pairs of a prompt's K answers lie in
 one batch: K forward passes give K(K-1)/2 comparisons, and a prompt weighs the same however many
-answers it has. Shuffled as separate examples the pairs would show each answer K-1 times an epoch,
-and the model overfits (InstructGPT, section 3.5).
+answers it has. With the pairs shuffled as separate examples each answer would be seen K-1 times per
+epoch, and the model would overfit (InstructGPT, section 3.5).
 """
 
 import sys
@@ -80,8 +81,8 @@ def encode(rankings, tok, length: int):
 
 
 def merge_equal(answers, ranks):
-    """Equal answers become one, at their mean rank: two ranks of one text would be noise.
-    → the place of each one's first, and their ranks, whole numbers again."""
+    """Equal answers become one, at their mean rank: two ranks for one text would be noise.
+    → the index of each distinct answer's first copy, and their ranks, whole numbers again."""
     places = {}
     for i, answer in enumerate(answers):
         places.setdefault(answer, []).append(i)
@@ -93,7 +94,7 @@ def merge_equal(answers, ranks):
 
 
 def prepare(path, rankings, tok, length: int, held=0):
-    """encode()'s rankings; says what was left out. ValueError where nothing is left."""
+    """encode()'s rankings; prints what was left out. ValueError where nothing is left."""
     kept, long, equal = encode(rankings, tok, length)
     if equal:
         merged = "answers equal another to their prompt: they are one, at their mean rank"
@@ -104,8 +105,8 @@ def prepare(path, rankings, tok, length: int, held=0):
 
 
 def prepare_references(path, tok, length: int, seed: int, n=128):
-    """n of the reference answers (the demonstrations') → [(prompt ids, answer ids)]; those longer
-    than `length` are dropped and counted.
+    """n reference answers (demonstrations) → [(prompt ids, answer ids)]; those longer than `length`
+    are dropped and counted.
     """
     read = records.conversations(path)
     found = [r["messages"] for r in read if r["messages"][-1].get("weight") != 0]
@@ -154,7 +155,7 @@ def reward(o: Options):
     sft, tok = tuning.start(o, device)
     model = scalar_model(sft, torch.Generator().manual_seed(o.seed))
     del sft
-    hub.token_ids(model.config, tok)  # without a padding token: refused now, not at the save
+    hub.token_ids(model.config, tok)  # a missing padding token is an error now, not at the end
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
     train, held = records.split(records.rankings(o.data))

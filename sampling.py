@@ -1,12 +1,13 @@
 """Answers from a model: the cache of keys and values, sampling, decoding.
 
-    prefill   the prompts once, a few of like length at a time: padded to the longest of all, most
-              would be padding. It stands on the left, so that all of them end in the last column
+    prefill   reads each prompt once, a few of similar length at a time: padded to the longest of
+              all, most columns would be padding. Padding stands on the left, so that all prompts
+              end in the last column
     decode    one token per row and step: its keys and values join the cache, its logits give the
               next one
 
 A token is drawn by inverting the cumulative distribution at a uniform number that seed, row and
-step fix: what one answer says does not depend on which others there are, or when they end.
+step fix: an answer does not depend on which others are sampled beside it, or on when they end.
 """
 
 import torch
@@ -46,7 +47,7 @@ class Cache:
         return tuple(store[:, :, :end] for store in self.kv[layer])
 
     def keep(self, index):
-        """The rows of `index`, in its order; a row may come several times."""
+        """Keeps the rows of `index`, in its order; a row may be kept several times."""
         self.kv = [(k[index], v[index]) for k, v in self.kv]
         self.mask = self.mask[index]
 
@@ -128,7 +129,7 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         left = int(going.sum())
         if not left or step + 1 == max_new_tokens:
             return
-        if left <= len(rows) // 2:  # a row that has ended costs less than to copy the cache
+        if left <= len(rows) // 2:  # while fewer have ended, copying costs more
             index = going.nonzero().squeeze(1)
             rows, ids, going = rows[index], ids[index], going[index]
             cache.keep(index)

@@ -1,14 +1,15 @@
-"""Stage 1: supervised fine-tuning. The model learns to answer as the demonstrations do (Ouyang et
-al. 2022, section 3.5).
+"""Stage 1: supervised fine-tuning, learning to answer as the demonstrations do.
+
+Ouyang et al. 2022 (InstructGPT), section 3.5:
 
     loss = - Σ_t log p(y_t | x, y_<t) / number of targets          y: an answer, end token included
 
-The prompt x is read but not learnt: its labels are -100. Two things are easy to get wrong and are
-asserted by tests:
-- The denominator is the number of targets of the whole optimizer step. A mean over micro-batches of
-  means would weigh an answer's tokens by how short its neighbours are.
-- Conversations are packed end to end into rows, so that nothing is computed on padding; each
-  attends to itself only and counts its positions from 0, so packed and separate losses are equal.
+The prompt x is read but not trained on: its labels are -100. Two things are easy to get wrong, and
+tests assert them:
+- The denominator is the number of targets in the whole optimizer step. A mean of the micro-batches'
+  means would weigh a token more the fewer targets its micro-batch has.
+- Conversations are packed end to end into rows, so that nothing is computed on padding. Each one
+  attends only to itself and counts positions from 0, so packed and separate losses are equal.
 """
 
 import codecs
@@ -75,8 +76,8 @@ def count_targets(examples) -> int:
 
 
 def prepare(path, tok, length: int):
-    """The training side of a file → [(ids, labels)]; those longer than a row, or without a target,
-    are dropped and counted.
+    """The training split of a file → [(ids, labels)]; conversations longer than a row, or without a
+    target, are dropped and counted.
     """
     train, held = records.split(records.conversations(path))
     examples = [templates.render(tok, c["messages"]) for c in train]
@@ -91,9 +92,9 @@ def prepare(path, tok, length: int):
 
 
 def show(examples, tok):
-    """A batch token by token: what is trained stands in green, what is only read in grey.
+    """Prints a batch token by token: what is trained in green, what is only read in grey.
 
-    Tokens that share a character stand together; what has no glyph is written as Python writes it.
+    Tokens that share a character are shown together; unprintable characters as Python escapes them.
     """
     for ids, labels in examples:
         parts, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
@@ -116,7 +117,7 @@ def sft(o: Options):
     device = pick_device(o.device)
     run = None if o.show_batch else Run(o, __file__, [*tuning.inputs(o), o.data])
     model, tok = tuning.start(o, device)
-    model.train()  # dropout, where an adapter that goes on has it
+    model.train()  # turns on the dropout of an adapter that is trained further
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
     data = prepare(o.data, tok, min(o.length, model.context))
