@@ -10,8 +10,8 @@
 Every l starts at 1. To the model, prompt and prefix are the same thing, model.virtual: a past that
 all rows share, one pair of keys and values per layer. The model computes a prompt's from its
 embeddings, exactly as if they stood in front: they come first, and nothing sees ahead. A prefix's
-keys are learned as attention compares them: no RoPE turns them. With either, the positions of the real
-tokens start at P.
+keys are learned as attention compares them: RoPE does not turn them. With either, the real tokens'
+positions start at P.
 """
 
 import torch

@@ -33,14 +33,14 @@ class Options(tuning.Tuning):
     model: str = opt("out/sft", "checkpoint folder to start from")
     data: str = opt("out/comparisons.jsonl", "rankings, or preference pairs")
     reference: str = opt(
-        "out/world/sft.jsonl", "chats whose answers get mean 0, deviation 1 in PPO"
+        "out/world/sft.jsonl", "chats whose answers' scores PPO scales to mean 0, deviation 1"
     )
     out: str = opt("out/reward", "folder for the checkpoint")
     steps: int = opt(250, "optimizer steps", at_least=1)
-    batch: int = opt(8, "prompts a step, each with all its answers", at_least=1)
-    length: int = opt(256, "tokens of prompt and answer; longer answers are left out", at_least=2)
+    batch: int = opt(8, "prompts per step, each with all its answers", at_least=1)
+    length: int = opt(256, "longest prompt and answer in tokens; others are left out", at_least=2)
     lr: float = opt(0.0, "peak learning rate; 0: 1e-3, five times that for LoRA", at_least=0)
-    warmup: int = opt(10, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
+    warmup: int = opt(10, "steps of warmup, then linear decay to 0", at_least=0, below="steps")
     seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)

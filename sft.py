@@ -27,22 +27,22 @@ from packing import SHORTEST, lay_out
 
 @dataclass
 class Options(tuning.Tuning):
-    adapter: str = opt("none", "in place of LoRA", choices=("none", *tuning.KINDS))
-    virtual_tokens: int = opt(20, "of prompt or prefix", needs="adapter prompt prefix", at_least=1)
+    adapter: str = opt("none", "a lighter adapter than LoRA", choices=("none", *tuning.KINDS))
+    virtual_tokens: int = opt(20, "in prompt or prefix", needs="adapter prompt prefix", at_least=1)
     model: str = opt("data/base", "checkpoint folder to start from")
     data: str = opt("out/world/sft.jsonl", "chat JSONL, Alpaca, or prompt and completion")
     out: str = opt("out/sft", "folder for the checkpoint")
     steps: int = opt(440, "optimizer steps", at_least=1)
-    batch: int = opt(32, "conversations a step", at_least=1)
+    batch: int = opt(32, "conversations per step", at_least=1)
     accumulate: int = opt(1, "micro-batches per step, for memory", at_least=1, at_most="batch")
     length: int = opt(256, "tokens of a conversation; longer ones are dropped", at_least=2)
     lr: float = opt(
         0.0,
-        "peak learning rate; 0: 5e-4, five times that for LoRA, adapters.LEARNING_RATE for the"
-        " others",
+        "peak learning rate; 0: 5e-4 for every weight, five times that for LoRA,"
+        " adapters.LEARNING_RATE for the others",
         at_least=0,
     )
-    warmup: int = opt(20, "steps of linear warmup, then a line to 0", at_least=0, below="steps")
+    warmup: int = opt(20, "steps of warmup, then linear decay to 0", at_least=0, below="steps")
     weight_decay: float = opt(
         0.0, "AdamW's decay of matrices", needs="adapter none prompt prefix", at_least=0
     )

@@ -49,7 +49,7 @@ def opt(default, help: str, choices=None, needs="", **bounds):
     A value beyond a bound that is a number is an error, and so is a float that is not finite. A
     bound may also name another option (below="steps"): a value beyond that one has no effect.
     needs: the option without which this one has no effect ("lora"), perhaps with that option's
-    values ("loss simpo"). An option without effect is said, and no error.
+    values ("loss simpo"). An option without effect is reported, but is no error.
     """
     return dataclasses.field(
         default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds)

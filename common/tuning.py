@@ -53,13 +53,13 @@ class Tuning:
         " ends in a new token), names of modules",
         needs="lora",
     )
-    quant: str = opt("none", "the frozen weights in 4 bits", choices=("none", "nf4"))
+    quant: str = opt("none", "keep the frozen weights in 4 bits", choices=("none", "nf4"))
     paged: bool = opt(False, "optimizer state in pages that move to the CPU when the GPU is full")
     checkpointing: bool = opt(
         False, "keep only each block's input and recompute the rest in the backward pass"
     )
     keep_base: bool = opt(
-        False, "go on with the adapter of --model on the base below it, not from the two merged"
+        False, "train --model's own adapter further, on its base, not a merged copy of the two"
     )
 
 
@@ -193,8 +193,8 @@ def tune(o, model, tok=None):
 def reward_model(o, path, reference, tok):
     """A reward model for PPO: a folder, or with --keep-base its adapter on the reference's base.
 
-    What a critic that starts from it would train requires grad. ValueError where it is a language
-    model, of another vocabulary than tok, or scores all its reference answers alike.
+    The parameters that a critic started from it would train require grad. ValueError where it is a
+    language model, of another vocabulary than tok, or scores all its reference answers alike.
     """
     if o.keep_base:
         model, own = on_shared_base(o, path, reference)
@@ -287,8 +287,8 @@ def save(o, path, model, tok):
 class Reading:
     """The options of a program that answers or scores: it loads a model as the stages do."""
 
-    quant: str = opt("none", "the weights in 4 bits", choices=("none", "nf4"))
-    keep_base: bool = opt(False, "the adapter on the base below it, not the two merged")
+    quant: str = opt("none", "keep the weights in 4 bits", choices=("none", "nf4"))
+    keep_base: bool = opt(False, "read the adapter on its base, not a merged copy of the two")
 
 
 def read(o, path, device, reward=False):

@@ -1,5 +1,4 @@
-"""How little need be trained: every weight, LoRA of three ranks, IA3, a prompt and a prefix on the
-same data; and 4 bits beside 32.
+"""How little can be trained: every weight, LoRA, IA3, prompt and prefix on the same data; QLoRA.
 
     python -m tools.lighter --model smollm2 --data out/world/sft.jsonl \\
         --prefs out/comparisons.jsonl --out out/lighter
