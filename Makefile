@@ -96,11 +96,11 @@ ppo: reward ## stage 3: PPO against the reward model
 	$(PY) ppo.py --model $(OUT)/sft --reward $(OUT)/reward --data $(PROMPTS) --out $(OUT)/ppo \
 	  $(COMMON) $(THEN) $(PPO_ARGS)
 
-dpo: comparisons ## the short cut: DPO on the same comparisons
+dpo: comparisons ## the shortcut: DPO on the same comparisons
 	$(PY) dpo.py --model $(OUT)/sft --data $(OUT)/comparisons.jsonl --out $(OUT)/dpo \
 	  $(COMMON) $(THEN) $(DPO_ARGS)
 
-simpo: comparisons ## the short cut without a reference model: SimPO
+simpo: comparisons ## the shortcut without a reference model: SimPO
 	$(PY) dpo.py --loss simpo --beta 2.5 --gamma 1.0 --model $(OUT)/sft \
 	  --data $(OUT)/comparisons.jsonl --out $(OUT)/simpo $(COMMON) $(THEN) $(SIMPO_ARGS)
 
@@ -112,7 +112,7 @@ eval: ppo dpo $(if $(REAL),,simpo) ## OUT/results.json and OUT/answers, of every
 report: eval ## OUT/report.html
 	$(PY) -m tools.report --out $(OUT)
 
-chat: $(if $(CHAT),$(READY),ppo) ## talk to PPO's model, or with CHAT=DIR to another checkpoint
+chat: $(if $(CHAT),$(READY),ppo) ## talk to PPO's model, or to another: CHAT=out/quick/ppo
 	$(PY) -m tools.chat --model $(or $(CHAT),$(OUT)/ppo) --device $(DEVICE) $(if $(CHAT),,$(READ))
 
 # ---------------------------------------------------------------- the models a run starts from
