@@ -48,7 +48,7 @@ def save_adapter(model, path, base=None, name="default"):
 
 
 def load_adapter(model, path, name="default", trainable=True):
-    """Puts a PEFT folder's adapter on the model and takes it into use → the model.
+    """Puts a PEFT folder's adapter on the model and activates it → the model.
 
     trainable: everything else is frozen. Otherwise the adapter is frozen; LoRA leaves the rest as
     it was, the others freeze it. name: a LoRA adapter's name on the model; the others have none.
@@ -108,7 +108,7 @@ def read_tensors(file: Path, wanted: dict, model) -> dict:
 
 
 def check_head(file: Path, theirs, model):
-    """PEFT writes the base of an adapted head along: it must be ours, up to rounding to 16 bits."""
+    """PEFT also writes the base of an adapted head: it must be ours, up to rounding to 16 bits."""
     if theirs is None:
         return
     head = getattr(model.lm_head, "base", model.lm_head).weight

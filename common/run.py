@@ -1,13 +1,13 @@
-"""What every stage shares and no algorithm: options, seed, device, optimizer, learning rate at a
+"""What the stages share that is no algorithm: options, seed, device, optimizer, learning rate at a
 step, log, save, resume.
 
-A run's life. Until it has finished, all it has is in OUT/state: one safetensors file (parameters,
+A run's life. Until it has finished, everything is in OUT/state: one safetensors file (parameters,
 optimizers, and a JSON note), saved every so many steps and put in place by a rename, and
 metrics.jsonl. Then the checkpoint is written aside and moved into OUT file by file, config.json
 last, and the state is removed. OUT/run.json keeps the options, and the hashes of the inputs, of the
 code and of the files that were written: called again with the same options and inputs, the stage
-returns at once; with others it refuses and shows the difference. One run at a time has an OUT
-(OUT/state/run.lock, a lock that ends with its process), and a file that no run wrote is never
+returns at once; with others it refuses and shows the difference. Only one run at a time may use an
+OUT (OUT/state/run.lock, a lock that ends with its process), and a file that no run wrote is never
 touched.
 """
 

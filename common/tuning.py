@@ -10,11 +10,11 @@ which may be 4-bit.
 
 Only trainable parameters require grad, so the loop never asks which they are.
 
-A stage starts from the merged checkpoint of the one before it: a new adapter lies on a base that
-has learnt what came before. With --keep-base it starts from the untouched base and goes on with the
-adapter. Then all stages share one base, PPO's four networks hold it in memory once, and a 4-bit
-base is never rounded again: merged weights are not on the 4-bit grid, so quantising them again
-would undo part of what was learnt.
+A stage starts from the merged checkpoint of the stage before it: a new adapter lies on a base that
+has learnt what came before. With --keep-base it starts from the untouched base and trains the
+earlier stage's adapter further. Then all stages share one base, PPO's four networks hold it in
+memory once, and a 4-bit base is never rounded again: merged weights are not on the 4-bit grid, so
+quantising them again would undo part of what was learnt.
 """
 
 import json

@@ -10,9 +10,9 @@
 
 A file holds one JSON object per line, or one JSON array. A prompt or an answer is a string or a
 list of messages. What cannot be read raises a ValueError "file:line: field: what was expected (got
-...)"; records that are valid but of no use are dropped, counted, and reported in one line. A field
-that is not named above stands in one of the tables below, or it is passed through, and that line
-counts it as not used.
+...)"; records that are valid but of no use are dropped, counted, and reported in one line. Fields
+that are not named above are listed in the tables below, or they are passed through, and that line
+counts them as not used.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""The embedded world: splits by content, people-like demonstrators, noisy labellers and the gold
-rater, for the instructions of kinds.py.
+"""The embedded world: splits by content, human-like demonstrators, noisy labellers, the gold rater.
+
+They serve the instructions of kinds.py.
 
     python -m data.world --out DIR [--seed 0]        writes DIR/{sft,prompts,heldout}.jsonl
 """
