@@ -128,7 +128,7 @@ def references_item(record):
             *messages, answer = messages
             found = answer["content"]
     found = [found] if isinstance(found, str) else found
-    if not found or not all(isinstance(x, str) for x in found):
+    if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
         raise ValueError(f"reference: a string or several were expected (got {found!r:.60})")
     return {"messages": messages, "references": found}
 
@@ -165,8 +165,10 @@ def items(path) -> tuple[str, list]:
         try:
             kind = kind or kind_of(record)
             found.append(READ[kind](record))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}:{line}: {kind or 'task'}: {e}") from None
+        except KeyError as e:
+            raise ValueError(f"{path}:{line}: {kind}: the field {e} was expected") from None
     if kind == "labels":
         choices = sorted({item["label"] for item in found})
         for item in found:

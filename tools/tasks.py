@@ -80,7 +80,7 @@ def read(o) -> tuple[str, list]:
     drawn = random.Random(o.seed).sample(range(len(items)), min(len(items), shots + o.n))
     examples = [benchmarks.solved(items[i]) for i in drawn[:shots]]
     chosen = [items[i] for i in sorted(drawn[shots:])]
-    print(f"{o.task}: {kind}, {len(chosen):,} of {len(items):,} records", file=sys.stderr)
+    print(f"{o.task}: {len(chosen):,} of {len(items):,} records used, {kind}", file=sys.stderr)
     return kind, [benchmarks.with_examples(x, examples) for x in chosen] if shots else chosen
 
 
