@@ -10,8 +10,7 @@ What is measured follows from the fields of the file's first record (data/benchm
     references   ROUGE's F, exact match and F1 of a greedy answer beside the best of the references
     code         pass@k of --samples programs, run by tools/sandbox.py
     text         perplexity per token and per byte, in windows of the model's context
-
-or, with --task FILE.py:function and --data FILE, your own score of greedy answers to its prompts.
+    scores       of --task FILE.py:function, of greedy answers to the prompts of --data
 
 OUT/tasks/TASK/MODEL.KEY.jsonl keeps what was asked and answered, a line per record (null: beyond
 the context); KEY stands for model, file and options, and the same command goes on from what is
@@ -66,8 +65,7 @@ FIGURES = {  # kind → {figure: (a line's field, or fields, statistic of theirs
 
 def read(o) -> tuple[str, list]:
     """The task's kind, and o.n of its items drawn by the seed, in the file's order; of choices with
-    o.shots others, solved, before each question.
-    """
+    o.shots others, solved, before each question."""
     if is_function(o.task):
         file = o.data or f"{o.out}/world/heldout.jsonl"
         kind, found = "scores", records.conversations(file, "prompt")
