@@ -13,6 +13,9 @@
     qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512
                  tokens, checkpointed. With --limit GB the process has no more than that and the
                  optimizer's state is paged; then, and without the peers, it runs alone
+    choices      the first 100 records {query, choices, gold} of --data, beside lm-eval at several
+                 batch sizes
+    agree        alone: the same choices as lm-eval's in 200 such records, but for ties within 1e-4
     memory       alone, counted: --model's linear layers in bf16 and NF4; PPO's four networks over
                  one 4-bit base and as four models
     make …       alone: minutes and the largest process's peak memory of a make command, as in
@@ -30,6 +33,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -40,10 +44,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
-from common import hub
+from common import files, hub
 from common.memory import SIZES, UNIT, count, measured, shape
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from data import records, templates
+from metrics import multiple_choice
 from model import IGNORE, Transformer, scalar_model, share
 from packing import SHORTEST, pad
 from paged import PagedAdamW
@@ -299,6 +304,84 @@ def their_7b(c, tokens, _limit, device):
 
 
 @torch.no_grad()
+def lm_eval(folder, file, n: int, batch: int, device="cpu"):
+    """lm-eval and a task of its own on the first n records of a file → a function that runs it:
+    for each record its choices' log-likelihoods, acc and acc_norm.
+    """
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    peer = HFLM(pretrained=peer, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch)
+    fields = dict(doc_to_text="{{query}}", doc_to_choice="{{choices}}", doc_to_target="{{gold}}")
+    fields["metric_list"] = [{"metric": "acc"}, {"metric": "acc_norm"}]
+    with tempfile.TemporaryDirectory() as cache:
+        source = {"data_files": {"test": str(file)}, "cache_dir": cache, "keep_in_memory": True}
+        fields |= dict(dataset_path="json", dataset_kwargs=source, test_split="test")
+        task = ConfigurableTask(config=dict(task="own", output_type="multiple_choice", **fields))
+
+    def turn():
+        found = evaluate(peer, {"own": task}, limit=n, bootstrap_iters=0)["samples"]["own"]
+        found.sort(key=lambda s: s["doc_id"])
+        return [([ll for ll, _ in s["filtered_resps"]], s["acc"], s["acc_norm"]) for s in found]
+
+    return turn
+
+
+def other_choices(items, ours, theirs, tie=1e-4) -> list[int]:
+    """Records for which lm-eval counts another choice than ours, by either scoring, although ours
+    stands out by more than a tie; ours: multiple_choice's, theirs: lm_eval's.
+    """
+    found = []
+    for i, (item, a, (_, *accs)) in enumerate(zip(items, ours, theirs, strict=True)):
+        sizes = [len(c) for c in item["choices"]]
+        each = [ll / size for ll, size in zip(a["logprobs"], sizes, strict=True)]
+        for lls, chosen, acc in zip(
+            (a["logprobs"], each), (a["choice"], a["choice_norm"]), accs, strict=True
+        ):
+            first, second = sorted(lls)[:-3:-1]
+            if (chosen == item["gold"]) != acc and first - second > tie:
+                found.append(i)
+    return found
+
+
+def some_choices(o, n: int) -> list[dict]:
+    lines = Path(o.data).read_text("utf-8").splitlines()[:n]
+    return [files.parse(line, o.data) for line in lines]
+
+
+def choices(o, ours: bool):
+    """The number that both must agree on: the mean log-likelihood of the right choices."""
+    device, items = pick_device(o.device), some_choices(o, 100)
+    if ours:
+        model, tok = hub.load(o.model, device)
+
+        def turn():
+            return [a["logprobs"] for a in multiple_choice(model, tok, items)]
+    else:
+        theirs = lm_eval(o.model, o.data, len(items), int(o.case), device)
+
+        def turn():
+            return [lls for lls, *_ in theirs()]
+
+    right = [lls[item["gold"]] for lls, item in zip(turn(), items, strict=True)]
+    return lambda _: len(turn()), sum(right) / len(right)
+
+
+def agree(o):
+    device, items = pick_device(o.device), some_choices(o, 200)
+    ours = multiple_choice(*hub.load(o.model, device), items)
+    theirs = lm_eval(o.model, o.data, len(items), o.batch, device)()
+    pairs = [zip(a["logprobs"], b, strict=True) for a, (b, *_) in zip(ours, theirs, strict=True)]
+    worst = max(abs(a - b) for pair in pairs for a, b in pair)
+    print(f"{o.data}, {len(items)} records: log-likelihoods differ by {worst:.1g} at most")
+    if others := other_choices(items, ours, theirs):
+        raise ValueError(f"{o.data}: lm-eval chooses otherwise in the records {others}")
+    print("lm-eval makes the same choices by both scorings")
+
+
 def build(model, linears, four_bit, device):
     """Gives a model of the meta device random weights: `linears` go through `four_bit`, the rest is
     in bf16.
@@ -329,6 +412,7 @@ TASKS = {
     "qlora": (qlora, "tokens", [""]),
     "dequantise": (dequantise, "matrices", MATRICES),
     "qlora7b": (qlora7b, "tokens", [""]),
+    "choices": (choices, "records", ["1", "8", "32"]),  # lm-eval's batch sizes
 }
 PEERS = ("transformers", "peft", "bitsandbytes")
 
@@ -473,6 +557,9 @@ def memory(o):
         )
 
 
+ALONE = {"memory": memory, "agree": agree}
+
+
 def make(words):
     start = time.time()
     subprocess.run(["make", *words], check=True)
@@ -484,8 +571,8 @@ def make(words):
 
 
 def bench(task: str, o: Options):
-    if task == "memory":
-        memory(o)
+    if task in ALONE:
+        ALONE[task](o)
     elif o.side:
         work(lambda: TASKS[task][0](o, o.side == "ours"))
     else:
@@ -496,9 +583,9 @@ if __name__ == "__main__":
     task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if task == "make":
         make(sys.argv[1:])
-    elif task in (*TASKS, "memory"):
+    elif task in (*TASKS, *ALONE):
         main(lambda o: bench(task, o), Options, __doc__)
     elif task in ("", "-h", "--help"):
         sys.exit(__doc__)
     else:
-        sys.exit(f"bench.py: no task {task}: {', '.join(TASKS)}, memory or make was expected")
+        sys.exit(f"bench.py: no task {task}: {', '.join((*TASKS, *ALONE))} or make was expected")

@@ -2,6 +2,7 @@
 held-out loss and preference accuracy.
 
     python -m tools.evals --out OUT        evaluates the base and every stage's folder in OUT
+    python -m tools.evals --task FILE --model DIR        a benchmark: tools/tasks.py
 
 A stage is any folder of OUT that holds a finished language model: sft, ppo, dpo, simpo, and after
 them your own by name. OUT/reward, the reward model, is evaluated as one.
@@ -51,6 +52,20 @@ class Options(tuning.Reading):
     batch: int = opt(128, "answers sampled together", at_least=1)
     seed: int = opt(0, "seed of the answers", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
+    task: str = opt(
+        "",
+        "a benchmark's records, or FILE.py:function that scores answers to the prompts of --data",
+    )
+    model: str = opt("", "the checkpoint that --task evaluates", needs="task")
+    against: str = opt("", "another one, compared with it record by record", needs="task")
+    shots: int = opt(0, "solved questions before each one", needs="task", at_least=0)
+    chat: bool = opt(False, "choices and code in the chat format, not as plain text", needs="task")
+    samples: int = opt(1, "programs per problem; one alone is greedy", needs="task", at_least=1)
+    temperature: float = opt(0.8, "of several programs", needs="task", above=0)
+    allow_code_execution: bool = opt(False, "run the programs that a model writes", needs="task")
+    unconfined: bool = opt(
+        False, "also where the system cannot confine them", needs="allow_code_execution"
+    )
 
 
 # ---------------------------------------------------------------- the stages of a run
@@ -110,11 +125,16 @@ def read(o, stage, path, device):
 
 # ---------------------------------------------------------------- answers and their gold score
 def answer(model, tok, prompts, o, temperature: float, seed: int):
-    """Prompts (lists of messages) → [(text, ids, finished)] in the same order. Prompts of similar
-    length are answered together.
+    """Prompts (lists of messages) → [(text, ids, finished)] in the same order."""
+    ids = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
+    return respond(model, tok, ids, o, temperature, seed)
+
+
+def respond(model, tok, ids, o, temperature: float, seed: int):
+    """Prompts (lists of ids) → [(text, ids, finished)] in the same order. Prompts of similar length
+    are answered together.
     """
     ends = templates.end_ids(tok, model.config)
-    ids = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
     answers = [None] * len(ids)
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for at in range(0, len(ids), o.batch):
@@ -511,6 +531,10 @@ def show(stage, figures):
 
 
 def evaluate(o: Options):
+    if o.task:
+        from tools import tasks  # it needs this module
+
+        return tasks.evaluate(o)
     device = pick_device(o.device)
     if not stage_folders(o):
         raise FileNotFoundError(

@@ -660,8 +660,69 @@ def loras(smollm2):
         save_file({"out": out.detach().contiguous()} | found, folder / "expected.safetensors")
 
 
+# ---------------------------------------------------------------- metrics
+SENTENCES = """The cat sat on the mat, and then it ran. Nationally, runners' running shoes sold
+42 %. Élan über naïve Straße İstanbul is NOT nowhere. 漢字 and かな,
+عربي! It's 3.14; isn't it? A A a the."""
+
+
+def rouge_pairs() -> list:
+    """300 pairs of texts: unicode, empty ones, lines, repeated words, long ones."""
+    rng, words = random.Random(11), SENTENCES.split()
+    texts = varied(200, 12) + ["", " ", "\n\n", "a"]
+    while len(texts) < 600:
+        n = rng.choice([1, 2, 3, 5, 8, 13, 30, 90 if len(texts) % 20 else 300])
+        ends = rng.choices([" ", "\n", "\n\n"], [8, 2, 1], k=n)
+        texts.append("".join(rng.choice(words) + end for end in ends))
+    rng.shuffle(texts)
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def rouge_numbers(stem: bool) -> list:
+    """rouge_score's precision, recall and F of each pair, in the order of rouge's four."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=stem)
+    rows = (scorer.score(reference, text).values() for text, reference in rouge_pairs())
+    return [[round(x, 12) for score in row for x in score] for row in rows]
+
+
+def rouge(smollm2):
+    """[precision, recall, F] of ROUGE-1, -2, -L, -Lsum for each of rouge_pairs()."""
+    return rouge_numbers(False)
+
+
+CHOICES = [  # made up; white space at a question's end, other scripts, ties of length
+    ("Question: Which animal barks?\nAnswer:", ["the dog", "the stone", "a river"]),
+    ("Question: How do I dry a wet shirt?\n", ["Hang it in the sun.", "Put it into the river."]),
+    ("The man dropped the glass, therefore", ["it broke.", "it sang a song."]),
+    ("What is the opposite of hot? ", ["cold", "warm and dry", "seven"]),
+    ("Two plus two is", ["four", "five", "22", "twenty-two"]),
+    ("¿Qué es esto? 漢字", ["sí", "no, 漢字", "🙂"]),
+    ("A B C D", ["E", "a"]),
+    ("The sun is a\n\n", ["star", "star that we see by day, and by its light all the rest"]),
+    ("def f(x):\n    return", ["x", "x + 1", "None"]),
+    ("", ["The cat", "Cat the"]),
+]
+
+
+def choices(smollm2):
+    """lm-eval's log-likelihoods of CHOICES under data/base, in float32."""
+    import tempfile
+
+    from tools.bench import lm_eval
+
+    rows = [{"query": q, "choices": c, "gold": 0} for q, c in CHOICES]
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
+        f.flush()
+        found = lm_eval(HERE.parent.parent / "data" / "base", f.name, len(rows), 4)()
+    return [dict(row, logprobs=lls) for row, (lls, *_) in zip(rows, found, strict=True)]
+
+
 # in the order in which they need each other
 FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses)
+FILES += (rouge, choices)
 
 
 def main():
