@@ -172,10 +172,10 @@ def describe(x):
         return "module", x.__name__
     if callable(x):
         return "function", None
-    try:
-        return "value", encode(x)
-    except (TypeError, RecursionError):
-        return "nothing", None
+    if isinstance(x, (bool, int, float, str, list, tuple, dict, set, frozenset)):
+        with contextlib.suppress(TypeError, RecursionError):
+            return "value", encode(x)
+    return "nothing", None
 
 
 def serve(program, calls, answers):

@@ -1,14 +1,29 @@
-"""Runs generated code apart, and says whether it passes its tests: pass@k.
+"""Runs generated code apart, and says whether it passes its tests; pass@k of a file of completions.
 
     python -m tools.sandbox --data FILE.jsonl --allow-code-execution
 
-TODO
+A verdict cannot be forged: program and tests are different processes (jail.py). The tests call the
+program's functions by name, and only plain data comes back (None, numbers, strings, bytes, lists,
+tuples, dicts, sets; an iterator as its items), so an object that equals everything never reaches an
+`==`. A program that exits, prints a verdict, replaces builtins or kills what it can find has not
+answered, and fails. What passes is a program whose answers are right, guessed or not.
+
+Confined, by namespaces for users, mounts, PIDs, network, IPC: it sees Python's libraries read-only,
+an empty /tmp, no other file, process, socket or network, and has no right left to change that; at
+the end or at a limit the kernel kills all of it. As root it runs as nobody. Where the system lets
+no namespaces be made, run() refuses; unconfined, the limits and the kill still hold, and files, the
+network and the user's other processes are within its reach.
+
+What this misses. Not a virtual machine: a bug of the kernel is a way out. Time and memory of all
+processes together are looked at 50 times a second. Memory that no address space holds (memfd, IPC)
+is limited only by open files × file size × processes. The tests are trusted; they see neither the
+program's objects nor its classes, and a program that must call back into the tests fails. A program
+that knows its tests can answer by heart. Each pass says that these tests pass, not that it is right.
 """
 
 import concurrent.futures
 import contextlib
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -33,6 +48,21 @@ from metrics import bootstrap, mean
 
 INSIDE = str(Path(__file__).with_name("jail.py"))
 NOBODY = 65534
+
+
+@dataclass
+class Options:
+    data: str = opt("", "JSONL (or .gz) of tasks, HumanEval's or MBPP's fields, and completion(s)")
+    problems: str = opt("", "the tasks, where --data has no more than task_id and completion(s)")
+    reference: bool = opt(False, "score the tasks' own solutions instead: all must pass")
+    out: str = opt("out/code.json", "figures; the verdicts go beside them, as .jsonl")
+    k: str = opt("1", "the k of pass@k, separated by commas")
+    seconds: float = opt(10.0, "of each program and its tests", above=0)
+    memory: int = opt(512, "MB of each program's processes together", at_least=64)
+    workers: int = opt(0, "programs at a time; 0: one per core", at_least=0)
+    seed: int = opt(0, "seed of the intervals")
+    allow_code_execution: bool = opt(False, "run the completions on this machine")
+    unconfined: bool = opt(False, "run them where the system lets no program be confined, too")
 
 
 @dataclass
@@ -70,12 +100,15 @@ def run(
     job = dict(program=program, test=test, seconds=seconds, memory=memory, file_size=file_size)
     job |= dict(processes=processes, confined=confined, root=os.geteuid() == 0)
     folder = tempfile.mkdtemp(prefix="sandbox-")
+    if job["root"]:
+        os.chown(folder, NOBODY, NOBODY)
     try:
-        process = start(job | dict(folder=folder))
-        try:
-            return watch(process, time.monotonic() + seconds, memory * 2**20, output)
-        finally:
-            end(process)
+        with start(job | dict(folder=folder)) as process:
+            try:
+                deadline = time.monotonic() + seconds
+                return watch(process, deadline, memory * 2**20, output, confined)
+            finally:
+                end(process)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -102,13 +135,15 @@ def start(job) -> subprocess.Popen:
         return process
     except OSError as e:
         end(process)
-        raise ValueError(refusal(e)) from None
+        raise refusal(e, job["confined"]) from None
 
 
-def refusal(why) -> str:
-    return (
-        f"this system lets no program be confined ({why}): --unconfined runs it without, for code"
-        " that you would run yourself, or in a container that holds nothing else"
+def refusal(why, confined=True) -> ValueError:
+    if not confined:
+        return ValueError(f"no program can be run apart on this system ({why})")
+    return ValueError(
+        f"no program can be confined on this system ({why}); --unconfined runs it all the same: for"
+        " code that you would run yourself, or in a container that holds nothing else"
     )
 
 
@@ -123,7 +158,7 @@ def map_users(pid: int):
         Path(f"/proc/{pid}/{kind}_map").write_text(text)
 
 
-def watch(process, deadline: float, memory: int, output: int) -> Outcome:
+def watch(process, deadline: float, memory: int, output: int, confined: bool) -> Outcome:
     """Reads verdict and output until the verdict's pipe is closed or a limit is reached."""
     said = {process.stdout: b"", process.stderr: b""}
     status = ""
@@ -146,7 +181,7 @@ def watch(process, deadline: float, memory: int, output: int) -> Outcome:
     said[process.stderr] += rest(process.stderr)
     verdict = said[process.stdout].decode()
     if verdict.startswith("refused: "):
-        raise ValueError(refusal(verdict.removeprefix("refused: ")))
+        raise refusal(verdict.removeprefix("refused: "), confined)
     status = status or ("passed" if verdict == "passed" else "failed")
     text = said[process.stderr][:output].decode(errors="replace")
     return Outcome(status == "passed", status, text)
@@ -180,7 +215,9 @@ def end(process):
     """Kills all that the keeper has below it, those that lost their parents too, then the keeper.
     They are stopped first: what is stopped makes no new ones.
     """
-    while process.poll() is None and (left := below(process.pid)):
+    if process.returncode is not None:
+        return
+    while left := below(process.pid):
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for child in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -189,26 +226,21 @@ def end(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
 
 
 # ---------------------------------------------------------------- many of them
-def check(pairs, workers=0, known=(), **limits):
+def check(pairs, workers=0, known=None, **limits):
     """Yields an Outcome for each (program, test), in order; `workers` at a time, 0: one per core.
-    known: {key(program, test): Outcome} that are not run again. limits: run's.
+    known: {(program, test): Outcome}, not run again. limits: run's.
     """
-
-    def one(pair):
-        found = known[key(*pair)] if key(*pair) in known else run(*pair, **limits)
-        return pair, found
-
+    known, counts = known or {}, Counter()
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        counts = Counter()
-        bar = tqdm(pool.map(one, pairs), total=len(pairs), unit="program", dynamic_ncols=True)
+        found = [known.get(pair) or pool.submit(run, *pair, **limits) for pair in pairs]
+        bar = tqdm(found, unit="program", dynamic_ncols=True)
         try:
-            for pair, outcome in bar:
+            for outcome in bar:
+                if isinstance(outcome, concurrent.futures.Future):
+                    outcome = outcome.result()
                 counts[outcome.status] += 1
                 bar.set_postfix(counts)
                 yield outcome
@@ -216,15 +248,11 @@ def check(pairs, workers=0, known=(), **limits):
             pool.shutdown(cancel_futures=True)
 
 
-def key(program: str, test: str) -> str:
-    return hashlib.sha256(json.dumps([program, test]).encode()).hexdigest()[:16]
-
-
 def body(completion: str) -> str:
-    """The completion up to its first line at the left margin, where a function's body is over; a
-    base model goes on and on (HumanEval's stop words do the same).
+    """A completion of a function's body, up to the first line at the left margin: a base model goes
+    on with the next function (HumanEval's stop words cut there too).
     """
-    return re.split(r"\n(?=[^\s])", completion)[0] + "\n"
+    return re.split(r"\n(?=\S)", completion)[0] + "\n"
 
 
 def with_test(record: dict, completion: str) -> tuple[str, str]:
@@ -232,14 +260,101 @@ def with_test(record: dict, completion: str) -> tuple[str, str]:
     completion → (program, test). ValueError where the fields are neither.
     """
     if isinstance(record.get("test_list"), list):
-        setup = record.get("test_setup_code") or ""
-        return completion, "\n".join([setup, *record["test_list"]])
+        return completion, "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
     for field in ("prompt", "entry_point", "test"):
         if not isinstance(record.get(field), str):
-            raise ValueError(f"{field}: a string was expected (got {record.get(field)!r:.40})")
+            raise ValueError(f"{field}: a string was expected (got {str(record.get(field))[:40]})")
     return record["prompt"] + completion, f"{record['test']}\ncheck({record['entry_point']})\n"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k)."""
+    """1 - C(n-c, k) / C(n, k)                                                 Chen et al. 2021"""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# ---------------------------------------------------------------- a file of completions
+def lines(path: str):
+    """Yields (where, record) of a JSONL file; ValueError that names file and line."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            where = f"{path}:{number}"
+            record = files.parse(line, where, "one object per line was expected")
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: an object was expected (got {str(record)[:40]})")
+            yield where, record
+
+
+def completions(record: dict, reference: bool) -> list[str]:
+    names = ("completions", "completion")
+    if reference:
+        names = ("canonical_solution", "code")
+    found = next((record[n] for n in names if n in record), None)
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not found or not all(isinstance(c, str) for c in found):
+        raise ValueError(f"{' or '.join(names)}: text was expected (got {str(found)[:40]})")
+    return found
+
+
+def tasks(o) -> dict:
+    """{task_id: [(program, test)]}, one pair for each completion."""
+    known = {str(r.get("task_id")): r for _, r in lines(o.problems)} if o.problems else {}
+    found = {}
+    for where, record in lines(o.data):
+        name = str(record.get("task_id", where))
+        if o.problems and name not in known:
+            raise ValueError(f"{where}: {o.problems} has no task_id {name}")
+        try:
+            pairs = [
+                with_test(known.get(name, record), c) for c in completions(record, o.reference)
+            ]
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+        found.setdefault(name, []).extend(pairs)
+    if not found:
+        raise ValueError(f"{o.data}: no records in it")
+    return found
+
+
+def verdicts(o, pairs, limits):
+    """Yields the pairs' Outcomes; each is written down, and what was written is not run again."""
+    log, known = Path(o.out).with_suffix(".verdicts.jsonl"), {}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for line in log.read_text("utf-8").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):  # half a line, where the run was killed
+            *pair, under, outcome = json.loads(line)
+            if under == limits:
+                known[tuple(pair)] = Outcome(*outcome)
+    with writing(log), open(log, "a", encoding="utf-8") as f:
+        for pair, outcome in zip(pairs, check(pairs, o.workers, known, **limits), strict=True):
+            if pair not in known:
+                f.write(json.dumps([*pair, limits, [*vars(outcome).values()]]) + "\n")
+                f.flush()
+            yield outcome
+
+
+def score(o):
+    if not o.allow_code_execution:
+        raise ValueError("a model wrote these programs: --allow-code-execution runs them here")
+    ks = [int(k) for k in o.k.split(",") if k.isdecimal() and int(k)]
+    if not ks or len(ks) < len(o.k.split(",")):
+        raise ValueError(f"--k is {o.k}, whole numbers from 1 up were expected, as in 1,10")
+    found = tasks(o)
+    for name, pairs in found.items():
+        if len(pairs) < max(ks):
+            raise ValueError(f"--k {max(ks)}: task {name} has {len(pairs)} completions, give more")
+    limits = dict(seconds=o.seconds, memory=o.memory, confined=not o.unconfined)
+    outcomes = verdicts(o, [pair for pairs in found.values() for pair in pairs], limits)
+    rows = []
+    for name, pairs in found.items():
+        own = [next(outcomes).status for _ in pairs]
+        rows.append(dict(task_id=name, n=len(own), passed=own.count("passed"), statuses=own))
+    result = dict(command=shlex.join(sys.argv), n=len(rows), seed=o.seed, **limits)
+    for k in ks:
+        each = [pass_at_k(r["n"], r["passed"], k) for r in rows]
+        result |= {f"pass@{k}": mean(each), f"pass@{k}_ci": bootstrap(each, seed=o.seed)}
+        print(f"pass@{k} {mean(each):.3f} ± {result[f'pass@{k}_ci']:.3f}  (n = {len(rows)} tasks)")
+    files.write_json(Path(o.out), result | dict(tasks=rows))
+
+
+if __name__ == "__main__":
+    main(score, Options, __doc__)
