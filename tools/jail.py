@@ -8,8 +8,8 @@ The program's process never holds the pipe on which the verdict is given, shares
 tester once it runs, and has no name for it: it lies in a PID namespace below, without /proc. So
 nothing it prints, replaces, kills or exits with is a verdict; it can only answer calls.
 
-The outside starts this file with "confined" or "unconfined", reads one line, "ready" or why not,
-maps the users, and sends a job as JSON. It reads "passed" from the same pipe, or does not.
+The outside starts this file with "confined" or "unconfined", reads "ready" or why not, maps the
+users, and sends a job as JSON. It reads "passed" from the same pipe, or does not.
 """
 
 import builtins
@@ -44,7 +44,7 @@ def system(name, *arguments):
 
 # ---------------------------------------------------------------- confinement
 def lock_mount(path):
-    """Makes a mount, and all below it, read-only, without devices and set-user-id programs."""
+    """Makes a mount and all below it read-only, without devices or set-user-id."""
     attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SUID | NO_DEV, 0, 0, 0)
     system("syscall", MOUNT_SETATTR, HERE, path, RECURSIVE, attributes, 32)
 
@@ -52,10 +52,9 @@ def lock_mount(path):
 def bind(source, root):
     """Shows a file or folder at its own path under `root`."""
     target = root + source
-    if os.path.isdir(source):
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+    folder = os.path.isdir(source)
+    os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)
+    if not folder:
         open(target, "w").close()
     system("mount", source, target, None, BIND | REC, None)
     return target
@@ -88,7 +87,7 @@ def enter_root(folder, megabytes):
 
 
 def confine(job):
-    """In the tester, the first process of its PID namespace; the program's will be below it."""
+    """In the tester: the program, its child, will be in a PID namespace below."""
     with open("/proc/sys/user/max_user_namespaces", "w") as f:
         f.write("0")  # in this namespace: nobody gets new powers in one of his own
     enter_root(job["folder"], job["file_size"])
@@ -113,20 +112,11 @@ def give_up_powers(job):
 
 def limit(job):
     """Limits of one process; the outside watches the memory of all together, and the clock."""
-    megabyte = 2**20
-    limits = {
-        "AS": job["memory"] * megabyte,
-        "CPU": int(job["seconds"]) + 1,
-        "FSIZE": job["file_size"] * megabyte,
-        "NOFILE": 32,
-        "CORE": 0,
-        "MSGQUEUE": 0,
-    }
-    for name, most in limits.items():
+    limits = {"AS": job["memory"] * 2**20, "FSIZE": job["file_size"] * 2**20, "NOFILE": 32}
+    for name, most in (limits | {"CORE": 0, "MSGQUEUE": 0}).items():
         number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(number, (most, most))
+        hard = resource.getrlimit(number)[1] % 2**63  # -1: none
+        resource.setrlimit(number, (min(most, hard),) * 2)
 
 
 # ---------------------------------------------------------------- plain data
@@ -213,9 +203,7 @@ def be_program(job, calls, answers):
 
 # ---------------------------------------------------------------- the tests
 class Program:
-    """The tester's view of the program: names to call. Where the program has ended, or sends what
-    is no answer, the tests end too, whatever they would catch.
-    """
+    """The program as the tests see it. When it has ended the tests end, whatever they catch."""
 
     def __init__(self, calls, answers):
         self.calls = open(calls, "w", buffering=1)
@@ -229,7 +217,7 @@ class Program:
             os._exit(1)
 
     def call(self, name, *arguments, **named):
-        """A function's value. Its exception, where Python has one of that name, is raised here; a
+        """A function's value. Its exception is raised here, where Python has one of that name; a
         list, dict or set that it changed is changed here too.
         """
         with contextlib.suppress(BrokenPipeError):
@@ -260,14 +248,14 @@ class Program:
 
 
 def be_tester(job, verdict):
-    """In the tester; never returns. It gives the verdict, or refuses before the program runs."""
+    """In the tester; never returns. It gives the verdict, or says why no program can run."""
     os.dup2(2, 1)
     try:
         if job["confined"]:
             confine(job)
         give_up_powers(job)
     except OSError as e:
-        os.write(verdict, f"refused: {e}".encode())
+        os.write(verdict, f"no: {e}".encode())
         os._exit(1)
     limit(job)
     (calls, to_program), (answers, to_tester) = os.pipe(), os.pipe()
@@ -290,9 +278,10 @@ def keep():
     try:
         if sys.argv[1] == "confined":
             system("unshare", NEW_ALL)
-        system("prctl", SET_SUBREAPER, 1, 0, 0, 0)  # whoever loses his parents comes to us
+        system("prctl", SET_SUBREAPER, 1, 0, 0, 0)  # who loses his parents becomes ours
+        open(f"/proc/self/task/{os.getpid()}/children").close()  # the outside looks there
     except OSError as e:
-        print(f"refused: {e}")
+        print(e)
         return
     print("ready", flush=True)
     job = json.load(sys.stdin)
