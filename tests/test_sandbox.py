@@ -4,15 +4,14 @@ and the run goes on. Hostile programs are bounded: where the sandbox is broken t
 
 import gzip
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+import stages
 import tiny
 
 from data.world import corpus
@@ -211,13 +210,30 @@ def f():
 import json, os
 for i in range(3, 64):
     try:
-        os.write(i, json.dumps({"f": ["value", 42], "exec": ["function", None]}).encode() + b"\\n")
+        os.write(i, json.dumps({"f": ["value", 42], "exec": ["function", None],
+                    "__builtins__": ["value", {"dict": []}]}).encode() + b"\\n")
         os.write(i, json.dumps(["error", "SystemExit", "0"]).encode() + b"\\n")
         os.write(i, b"passed\\n" * 3)
     except OSError:
         pass
 def f():
     return 0""",
+    "looks for its tests": """
+import gc, os, re, sys
+os.set_blocking(0, False)
+said = repr([x for x in gc.get_objects() if isinstance(x, (dict, list, tuple))][-4000:])
+frame = sys._getframe()
+while frame:
+    said += repr(frame.f_locals)
+    frame = frame.f_back
+for i in range(3):
+    try:
+        said += repr(os.read(i, 9999))
+    except OSError:
+        pass
+found = re.search(r"assert f.. == (\\d+)", said)
+def f():
+    return int(found[1]) if found else 0""",
     "kills the tests": """
 import os, signal
 for pid in (os.getppid(), 1):
@@ -360,6 +376,33 @@ def test_output_is_limited():
 def test_the_environment_is_empty(monkeypatch):
     monkeypatch.setenv("SECRET", "key")
     assert run("import os\ndef f():\n    return dict(os.environ)", "assert f() == {}").passed
+
+
+@anyhow
+def test_an_interrupted_run_leaves_nobody(monkeypatch):
+    def interrupted(pid):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "used", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(LOST)
+    assert not left_behind()
+
+
+@confined
+def test_a_killed_run_leaves_nobody():
+    program = stages.processes.Process(
+        target=sandbox.run, args=("while True:\n    pass", ANSWER), kwargs=dict(seconds=600.0)
+    )
+    program.start()
+    while len(left_behind()) < 3:
+        assert program.is_alive()
+    program.kill()
+    program.join()
+    end = time.monotonic() + 60
+    while left_behind() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not left_behind()
 
 
 # ---------------------------------------------------------------- nothing outside is touched
@@ -525,10 +568,8 @@ def test_bad_files_are_refused_before_anything_runs(tmp_path, monkeypatch, rows,
 
 
 def test_the_script_says_what_it_needs():
-    command = [sys.executable, "-m", "tools.sandbox", "--data", "data/world/code.jsonl"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and "--allow-code-execution" in ended.stderr
-    assert ended.stderr.count("\n") == 1 and not ended.stdout
+    ended = stages.run("tools/sandbox.py", data="data/world/code.jsonl")
+    stages.refused(ended, "--allow-code-execution")
 
 
 # ---------------------------------------------------------------- tasks with reference solutions
@@ -562,16 +603,3 @@ def test_the_worlds_programs_are_not_the_corpus():
         last = record["prompt"].rpartition("def ")[2]
         assert "def " + last not in seen, record["task_id"]
     assert len({r["task_id"] for r in CODE}) == len({r["prompt"] for r in CODE}) == len(CODE)
-
-
-def test_a_run_ends_with_what_started_it():
-    """Ctrl-C, as a process that is told to stop: nothing is left."""
-    if NO_CONFINED:
-        pytest.skip(NO_CONFINED)
-    code = "from tools import sandbox; sandbox.run('while True: pass', 'pass', seconds=600)"
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not left_behind():
-        assert child.poll() is None
-    child.send_signal(signal.SIGINT)
-    child.wait()
-    assert not left_behind() and os.path.exists(sandbox.INSIDE)

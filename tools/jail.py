@@ -4,12 +4,12 @@
     tester   runs the tests, which call the program's functions by name
     program  runs the program; what it sends is read as plain data and as nothing else
 
-The program's process never holds the pipe on which the verdict is given, shares no memory with the
-tester once it runs, and has no name for it: it lies in a PID namespace below, without /proc. So
+The program's process never holds the pipe on which the verdict is given, was forked before the
+tests were read, and has no name for the tester: it lies in a PID namespace below, without /proc. So
 nothing it prints, replaces, kills or exits with is a verdict; it can only answer calls.
 
 The outside starts this file with "confined" or "unconfined", reads "ready" or why not, maps the
-users, and sends a job as JSON. It reads "passed" from the same pipe, or does not.
+users, and sends a job and then the tests. It reads "passed" from the same pipe, or does not.
 """
 
 import builtins
@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import sys
 import traceback
 import types
@@ -31,7 +32,7 @@ NEW_ALL = 0x7C020000  # users, mounts, PIDs, network, IPC, host name
 BIND, REC, PRIVATE, DETACH = 0x1000, 0x4000, 0x40000, 2  # linux/mount.h
 READ_ONLY, NO_SUID, NO_DEV = 1, 2, 4
 MOUNT_SETATTR, HERE, RECURSIVE = 442, -100, 0x8000
-SET_DUMPABLE, SET_SUBREAPER, SET_NO_NEW_PRIVS = 4, 36, 38  # linux/prctl.h
+ON_PARENTS_DEATH, DUMPABLE, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 36, 38  # linux/prctl.h
 
 
 def system(name, *arguments):
@@ -43,21 +44,17 @@ def system(name, *arguments):
 
 
 # ---------------------------------------------------------------- confinement
-def lock_mount(path):
-    """Makes a mount and all below it read-only, without devices or set-user-id."""
-    attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SUID | NO_DEV, 0, 0, 0)
-    system("syscall", MOUNT_SETATTR, HERE, path, RECURSIVE, attributes, 32)
+def restrict(path, attributes, how=0):
+    """Sets a mount's attributes, with RECURSIVE those of all below it."""
+    packed = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    system("syscall", MOUNT_SETATTR, HERE, path, how, packed, 32)
 
 
-def bind(source, root):
-    """Shows a file or folder at its own path under `root`."""
-    target = root + source
-    folder = os.path.isdir(source)
-    os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)
-    if not folder:
-        open(target, "w").close()
-    system("mount", source, target, None, BIND | REC, None)
-    return target
+def show(source, root):
+    """Shows a folder, read-only, at its own path under `root`."""
+    os.makedirs(root + source)
+    system("mount", source, root + source, None, BIND | REC, None)
+    restrict(root + source, READ_ONLY | NO_SUID | NO_DEV, RECURSIVE)
 
 
 def enter_root(folder, megabytes):
@@ -72,26 +69,18 @@ def enter_root(folder, megabytes):
             os.makedirs(os.path.dirname(folder + place), exist_ok=True)
             os.symlink(os.path.realpath(place), folder + place)
         elif not os.path.exists(folder + place):
-            lock_mount(bind(place, folder))
-    bind("/dev/null", folder)
+            show(place, folder)
+    os.mkdir(folder + "/dev")
+    open(folder + os.devnull, "w").close()
+    system("mount", os.devnull, folder + os.devnull, None, BIND, None)
     os.mkdir(folder + "/tmp")
-    system(
-        "mount", "tmpfs", folder + "/tmp", "tmpfs", 6, f"size={megabytes}m,nr_inodes=1k,mode=777"
-    )
+    size = f"size={megabytes}m,nr_inodes=1k,mode=777"
+    system("mount", "tmpfs", folder + "/tmp", "tmpfs", 0, size)
     os.chdir(folder)
     system("pivot_root", ".", ".")
     system("umount2", ".", DETACH)
-    attributes = (ctypes.c_uint64 * 4)(READ_ONLY, 0, 0, 0)
-    system("syscall", MOUNT_SETATTR, HERE, "/", 0, attributes, 32)
+    restrict("/", READ_ONLY)
     os.chdir("/tmp")
-
-
-def confine(job):
-    """In the tester: the program, its child, will be in a PID namespace below."""
-    with open("/proc/sys/user/max_user_namespaces", "w") as f:
-        f.write("0")  # in this namespace: nobody gets new powers in one of his own
-    enter_root(job["folder"], job["file_size"])
-    system("unshare", NEW_PID)
 
 
 def give_up_powers(job):
@@ -106,12 +95,13 @@ def give_up_powers(job):
             raise OSError(f"root's programs run as nobody, who cannot read {os.__file__}")
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
     system("capset", header, (ctypes.c_uint32 * 6)())
-    system("prctl", SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    system("prctl", SET_DUMPABLE, 0, 0, 0, 0)
+    system("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    system("prctl", DUMPABLE, 0, 0, 0, 0)
+    system("prctl", ON_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
 
 
 def limit(job):
-    """Limits of one process; the outside watches the memory of all together, and the clock."""
+    """Limits of one process; the outside watches the clock and the memory of all together."""
     limits = {"AS": job["memory"] * 2**20, "FSIZE": job["file_size"] * 2**20, "NOFILE": 32}
     for name, most in (limits | {"CORE": 0, "MSGQUEUE": 0}).items():
         number = getattr(resource, f"RLIMIT_{name}")
@@ -190,6 +180,7 @@ def be_program(job, calls, answers):
     """In the program's process; never returns. It keeps the output and its end of the two pipes."""
     try:
         os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tests come on 0
         resource.setrlimit(resource.RLIMIT_NPROC, (job["processes"], job["processes"]))
         for descriptor in {*range(3, 64)} - {calls, answers}:
             with contextlib.suppress(OSError):
@@ -235,7 +226,7 @@ class Program:
         return value
 
     def names(self):
-        """{name: what the tests see of it}. No name of Python's own is taken from the program."""
+        """{name: what the tests see of it}, without names of Python's own."""
         found = {}
         for name, (how, value) in self.read().items():
             if how == "function":
@@ -244,7 +235,7 @@ class Program:
                 found[name] = decode(value)
             elif how == "module" and value in sys.stdlib_module_names:
                 found[name] = importlib.import_module(value)
-        return {k: v for k, v in found.items() if not hasattr(builtins, k)}
+        return {k: v for k, v in found.items() if not hasattr(builtins, k) and k[:2] != "__"}
 
 
 def be_tester(job, verdict):
@@ -252,7 +243,10 @@ def be_tester(job, verdict):
     os.dup2(2, 1)
     try:
         if job["confined"]:
-            confine(job)
+            with open("/proc/sys/user/max_user_namespaces", "w") as f:
+                f.write("0")  # none below ours: whoever made one would have powers in it
+            enter_root(job["folder"], job["file_size"])
+            system("unshare", NEW_PID)  # for the program
         give_up_powers(job)
     except OSError as e:
         os.write(verdict, f"no: {e}".encode())
@@ -265,7 +259,8 @@ def be_tester(job, verdict):
     os.close(to_tester)
     try:
         program = Program(to_program, answers)
-        exec(compile(job["test"], "<test>", "exec"), {"__name__": "test", **program.names()})
+        test = json.load(sys.stdin)
+        exec(compile(test, "<test>", "exec"), {"__name__": "test", **program.names()})
         os.write(verdict, b"passed")
     except BaseException:
         traceback.print_exc()
@@ -278,19 +273,21 @@ def keep():
     try:
         if sys.argv[1] == "confined":
             system("unshare", NEW_ALL)
-        system("prctl", SET_SUBREAPER, 1, 0, 0, 0)  # who loses his parents becomes ours
+        system("prctl", SUBREAPER, 1, 0, 0, 0)  # who loses his parents becomes ours
+        system("prctl", ON_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
         open(f"/proc/self/task/{os.getpid()}/children").close()  # the outside looks there
     except OSError as e:
-        print(e)
-        return
+        sys.exit(str(e))
     print("ready", flush=True)
-    job = json.load(sys.stdin)
+    size, job = int(os.read(0, 8)), b""
+    while len(job) < size:
+        job += os.read(0, size - len(job))  # and no more: the tests are not for all of us
+    job = json.loads(job)
     os.environ.clear()
     sys.set_int_max_str_digits(0)
     if os.fork() == 0:
         be_tester(job, os.dup(1))
-    os.close(1)
-    os.close(2)
+    os.closerange(0, 3)
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()

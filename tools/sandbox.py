@@ -3,21 +3,20 @@
     python -m tools.sandbox --data FILE.jsonl --allow-code-execution
 
 A verdict cannot be forged: program and tests are two processes (jail.py). The tests call the
-program's functions by name, and only plain data comes back (None, numbers, strings, bytes, lists,
-tuples, dicts, sets; an iterator as its items), so an object that equals everything never reaches an
-`==`. A program that exits, prints a verdict, replaces builtins or kills what it can find has not
-answered, and fails.
+program's functions by name, and only plain data comes back (numbers, strings, lists, dicts and the
+like), so an object that equals everything never reaches an `==`. What exits, prints a verdict,
+replaces builtins or kills all it finds has not answered, and fails. Nor can it read its tests.
 
 Confined, by namespaces for users, mounts, PIDs, network and IPC, it sees Python's libraries
-read-only, an empty /tmp, and no other file, process, socket or network; root's run as nobody. When
-its time is over the kernel kills all of it. Where the system allows no namespaces, run() refuses.
-Unconfined, the limits and the kill still hold, but your files, the network and your other processes
-are within its reach.
+read-only, an empty /tmp, and no other file, process, socket or network; root's run as nobody. Where
+the system allows no namespaces, run() refuses. Unconfined, the limits still hold, but your files,
+the network and your other processes are within reach.
 
 What this misses. A bug of the kernel is a way out. Memory that no address space holds (memfd, IPC)
 is limited only by open files × file size × processes. The tests are trusted; they see no object or
-class of the program's, and what must call back into them fails. A program may know their answers by
-heart: to pass is to pass these tests, not to be right.
+class of the program's, what must call back into them fails, and where they call a helper that the
+program could define anew, as three of HumanEval's do, they believe it. To pass is to pass these
+tests, not to be right.
 """
 
 import concurrent.futures
@@ -42,6 +41,7 @@ from tqdm import tqdm
 
 from common import files
 from common.run import main, opt, writing
+from data import records
 from metrics import bootstrap, mean
 
 INSIDE = str(Path(__file__).with_name("jail.py"))
@@ -66,8 +66,9 @@ class Options:
 
 @dataclass
 class Outcome:
-    """status: "passed", "failed", or the limit that was reached: "time", "memory" or "output";
-    output: what program and tests printed."""
+    """status: "passed", "failed", or the limit that was reached, "time", "memory" or "output";
+    output: what program and tests printed.
+    """
 
     passed: bool
     status: str
@@ -85,12 +86,12 @@ def run(program: str, test: str, *, seconds=10.0, memory=512, confined=True) -> 
     if not test.strip():
         raise ValueError("a test was expected, it is empty: what a program prints proves nothing")
     folder = tempfile.mkdtemp(prefix="sandbox-")
-    job = dict(program=program, test=test, memory=memory, confined=confined, folder=folder)
+    job = dict(program=program, memory=memory, confined=confined, folder=folder)
     job |= dict(file_size=FILE_SIZE, processes=PROCESSES, root=os.geteuid() == 0)
     if job["root"]:
         os.chown(folder, NOBODY, NOBODY)
     try:
-        status, verdict, text = watch(start(job), seconds, memory * 2**20)
+        status, verdict, text = watch(start(job, test), seconds, memory * 2**20)
         if verdict.startswith("no: "):
             raise OSError(verdict[4:])
     except OSError as e:
@@ -102,20 +103,21 @@ def run(program: str, test: str, *, seconds=10.0, memory=512, confined=True) -> 
     return Outcome(status == "passed", status, text)
 
 
-def start(job) -> subprocess.Popen:
+def start(job, test) -> subprocess.Popen:
     """The keeper, with its job; OSError with the reason why there is none."""
     command = [sys.executable, "-suP", INSIDE, "confined" if job["confined"] else "unconfined"]
-    how = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    how |= dict(cwd=job["folder"], env={"PYTHONHASHSEED": "0"}, start_new_session=True)
-    process = subprocess.Popen(command, **how)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    how = dict(cwd=job["folder"], env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+    process = subprocess.Popen(command, **pipes, **how)
     try:
         said = process.stdout.readline().decode()
         if said != "ready\n":
             raise OSError(said.strip() or process.stderr.read().decode()[-300:])
         if job["confined"]:
             map_users(process.pid)
-        process.stdin.write(json.dumps(job).encode())
-        process.stdin.close()
+        text = json.dumps(job)
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # its verdict says why
+            pipe.write(f"{len(text):8}{text}{json.dumps(test)}".encode())
     except OSError:
         end(process)
         raise
@@ -134,9 +136,7 @@ def map_users(pid: int):
 
 
 def watch(process, seconds, memory: int) -> tuple[str, str, str]:
-    """Reads until the verdict is there or a limit is reached, and ends all → (the limit or "", the
-    verdict, the output).
-    """
+    """Waits for verdict or limit, and ends all of it → (the limit or "", verdict, output)."""
     verdict, text = process.stdout, process.stderr
     said, status, deadline = {verdict: b"", text: b""}, "", time.monotonic() + seconds
     with process, selectors.DefaultSelector() as ready:
@@ -182,8 +182,6 @@ def used(pid: int) -> int:
 
 def end(process):
     """Kills all that is below the keeper, then the keeper. What is stopped first forks no more."""
-    if process.returncode is not None:
-        return
     while left := below(process.pid):
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for child in left:
@@ -204,7 +202,8 @@ def check(pairs, known=None, **limits):
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
         waiting = {p: pool.submit(run, *p, **limits) for p in pairs if p not in known}
-        for pair in (bar := tqdm(pairs, unit="program", dynamic_ncols=True)):
+        reach = "" if limits.get("confined", True) else "unconfined: files and network in reach"
+        for pair in (bar := tqdm(pairs, reach, unit="program", dynamic_ncols=True)):
             outcome = known.get(pair) or waiting[pair].result()
             counts[outcome.status] += 1
             bar.set_postfix(counts)
@@ -215,10 +214,8 @@ def check(pairs, known=None, **limits):
 
 def with_test(record: dict, completion: str) -> tuple[str, str]:
     """HumanEval's {prompt, entry_point, test} and a completion → (program, test)."""
-    record = record | dict(completion=completion)
     for field in ("completion", "prompt", "entry_point", "test"):
-        if not isinstance(record.get(field), str):
-            raise ValueError(f"{field}: a string was expected (got {str(record.get(field))[:40]})")
+        records._string(record | dict(completion=completion), field)
     return record["prompt"] + completion, f"{record['test']}\ncheck({record['entry_point']})\n"
 
 
@@ -227,11 +224,10 @@ def lines(path: str):
     """Yields (where, record) of a JSONL file; ValueError that names file and line."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
-            where = f"{path}:{number}"
-            record = files.parse(line, where, "one object per line was expected")
+            record = files.parse(line, f"{path}:{number}", "one object per line was expected")
             if not isinstance(record, dict):
-                raise ValueError(f"{where}: an object was expected (got {str(record)[:40]})")
-            yield where, record
+                raise ValueError(f"{path}:{number}: an object was expected (got {record!r:.40})")
+            yield f"{path}:{number}", record
 
 
 def tasks(o) -> dict:
@@ -281,8 +277,6 @@ def score(o):
     for name, pairs in found.items():
         if len(pairs) < o.k:
             raise ValueError(f"--k {o.k}: task {name} has {len(pairs)} completions, give more")
-    if o.unconfined:
-        print("unconfined: the programs can reach your files and the network", file=sys.stderr)
     limits = dict(seconds=o.seconds, confined=not o.unconfined)
     outcomes = iter([*verdicts(o, [p for pairs in found.values() for p in pairs], limits)])
     rows = []
@@ -296,7 +290,6 @@ def score(o):
         **limits,
     )
     for k in sorted({1, o.k}):
-        # C(n, k) - C(n - c, k) of the C(n, k) choices have a program that passes (Chen et al. 2021)
         each = [1 - math.comb(r["n"] - r["passed"], k) / math.comb(r["n"], k) for r in rows]
         result |= {f"pass@{k}": mean(each), f"pass@{k}_ci": bootstrap(each, seed=o.seed)}
         print(f"pass@{k} {mean(each):.3f} ± {result[f'pass@{k}_ci']:.3f}  (n = {len(rows)} tasks)")
