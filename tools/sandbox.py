@@ -88,9 +88,9 @@ def run(program: str, test: str, *, seconds=10.0, memory=512, confined=True) -> 
     folder = tempfile.mkdtemp(prefix="sandbox-")
     job = dict(program=program, memory=memory, confined=confined, folder=folder)
     job |= dict(file_size=FILE_SIZE, processes=PROCESSES, root=os.geteuid() == 0)
-    if job["root"]:
-        os.chown(folder, NOBODY, NOBODY)
     try:
+        if job["root"] and not confined:
+            os.chown(folder, NOBODY, NOBODY)
         status, verdict, text = watch(start(job, test), seconds, memory * 2**20)
         if verdict.startswith("no: "):
             raise OSError(verdict[4:])
@@ -112,7 +112,7 @@ def start(job, test) -> subprocess.Popen:
     try:
         said = process.stdout.readline().decode()
         if said != "ready\n":
-            raise OSError(said.strip() or process.stderr.read().decode()[-300:])
+            raise OSError((said or process.stderr.read().decode())[-300:].strip())
         if job["confined"]:
             map_users(process.pid)
         text = json.dumps(job)
