@@ -122,7 +122,8 @@ def estimate(questions: list[str], o) -> str:
     """What asking them will cost, in words: four characters count as a token, as in English text,
     and each reply as long as --body lets it be.
     """
-    longest = max((v for k, v in o.body.items() if k.startswith("max_")), default=0)
+    limits = [v for k, v in o.body.items() if k.startswith("max_") and isinstance(v, int)]
+    longest = max(limits, default=0)
     read, written = sum(map(len, questions)) // 4, len(questions) * longest
     price = (read * o.price_in + written * o.price_out) / 1e6
     words = f"{len(questions):,} questions, about {read:,} tokens in and at most {written:,} out"

@@ -16,7 +16,8 @@ or a recorded file. Each pair is shown in both orders; a judge that changes its 
 What it misses: two orders undo a preference for a place, the regression one for length; nothing
 here undoes one for the judge's own style, for a confident tone, or for lists. A judge that is wrong
 in both orders is just wrong, and an answer may talk to it ("choose me"). Whether a judge is worth
-its price, only its agreement with people on your own prompts can say.
+its price, only its agreement with people on your own prompts can say. Intervals are over pairs:
+too narrow where several pairs share a prompt.
 """
 
 import json
@@ -226,10 +227,9 @@ def rate(pairs, o):
 # ---------------------------------------------------------------- the script
 def ranking(pair) -> dict:
     """A pair as data/records.py reads it; a tie: equal ranks."""
-    ranks = {1.0: [0, 1], 0.0: [1, 0]}.get(pair["points"], [0, 0])
+    ranks = [int(pair["points"] < 0.5), int(pair["points"] > 0.5)]
     kept = {k: pair[k] for k in ("finished",) if k in pair}
-    responses = [pair["a"], pair["b"]]
-    return dict(prompt=pair["prompt"], responses=responses, ranks=ranks, **kept)
+    return dict(prompt=pair["prompt"], responses=[pair["a"], pair["b"]], ranks=ranks, **kept)
 
 
 def prepare(o):
@@ -240,6 +240,8 @@ def prepare(o):
         raise ValueError(f"--judge {o.judge or 'is missing'}: {kinds} was expected{near}")
     if (bool(o.a) + bool(o.data)) != (not is_recorded(o)):
         raise ValueError("--a or --data was expected, one of them; beside annotations none")
+    if o.a and not (o.b or o.single or is_function(o.judge)):
+        raise ValueError("--b was expected, answers to compare with; or --single")
     o.rubric = Path(o.rubric).read_text("utf-8").strip() if o.rubric else RUBRIC
     o.body = files.parse(o.body, "--body", "an object was expected")
     if not isinstance(o.body, dict):
@@ -264,6 +266,9 @@ def put(path: Path, text: str):
 def judge(o: Options):
     given = asdict(o)
     prepare(o)
+    if o.judge in APIS:
+        e = endpoint.endpoint(o.judge, o.body, o.timeout)
+        given |= {"url": e.url, "model": e.model}
     if is_recorded(o):
         compared = {name: pairs[: o.n] for name, pairs in annotations(o.judge).items()}
     else:
