@@ -296,7 +296,7 @@ def test_a_checkpoint_s_verdicts_and_what_is_too_long(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- nothing lost, nothing asked twice
-def test_nothing_is_asked_twice(tmp_path, fake):
+def test_nothing_is_asked_twice(tmp_path, fake, monkeypatch):
     server = fake(likes(lambda text: "good" in text))
     first, _ = judged(tmp_path, judge="openai", **two_files(tmp_path))
     again, _ = judged(tmp_path, judge="openai", **two_files(tmp_path))
@@ -305,6 +305,9 @@ def test_nothing_is_asked_twice(tmp_path, fake):
     rubric.write_text("The longer one {is} better.")
     judged(tmp_path, judge="openai", rubric=str(rubric), **two_files(tmp_path))
     assert len(server.requests) == 48 and "The longer one {is} better." in str(server.requests[-1])
+    monkeypatch.setenv("OPENAI_MODEL", "another")
+    judged(tmp_path, judge="openai", **two_files(tmp_path))
+    assert len(server.requests) == 72
 
 
 def test_half_a_line_is_asked_again(tmp_path, fake):
