@@ -282,6 +282,26 @@ def test_a_checkpoint_judges_by_its_log_probabilities(tmp_path):
     assert 1 < score < 5
 
 
+def test_a_judge_that_leans_to_one_letter_is_calibrated(tmp_path, monkeypatch):
+    """It says A to everything, but more surely where the better answer is A."""
+
+    def leaning(o):
+        def ask(questions):
+            for q in questions:
+                yield q, 0.9 if "good" in sees(q)[0] else 0.8, ""
+
+        return ask
+
+    monkeypatch.setattr(judge, "checkpoint", leaning)
+    (tmp_path / "model").mkdir()
+    gold = dict(gold=[1.0] * 12), dict(gold=[0.0] * 12)
+    a = answers(tmp_path, "a", [f"good {i}" for i in range(12)], **gold[0])
+    b = answers(tmp_path, "b", [f"bad {i}" for i in range(12)], **gold[1])
+    found, _ = judged(tmp_path, judge=str(tmp_path / "model"), a=a, b=b)
+    assert (found["position_bias"], found["win_rate"], found["accuracy"]) == (1, 0.5, 0)
+    assert (found["calibrated_win_rate"], found["calibrated_accuracy"]) == (1, 1)
+
+
 def test_a_checkpoint_s_verdicts_and_what_is_too_long(tmp_path, capsys):
     path = folder(tmp_path / "model", seed=3, max_position_embeddings=512)
     files = two_files(tmp_path, 4)

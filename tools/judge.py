@@ -198,7 +198,8 @@ def ask(questions: list[str], o) -> dict[str, float]:
 
 def rate(pairs, o):
     """Adds what the judge says to each pair: `scores`, one for each answer, or `won`, what a gets
-    shown first and shown second (1, ½, 0; None: unreadable); and `points`, what a gets in all.
+    shown first and shown second (1, ½, 0; None: unreadable); and `points`, what a gets in all. Of
+    a checkpoint also `more_often`: 1 where it gives a, shown first, more than b, shown first.
     """
     names = ("a", "b") if "b" in pairs[0] else ("a",)
     if is_function(o.judge):
@@ -218,6 +219,8 @@ def rate(pairs, o):
             won = [None if p is None else points([p], [0.5])[0] for p in said]
             won[1] = None if won[1] is None else 1 - won[1]
             pair["won"] = won
+            if o.judge not in APIS and None not in said:
+                pair["more_often"] = points(said[:1], said[1:])[0]
         if "b" in pair:
             pair["points"] = won[0] if won[0] == won[-1] and won[0] is not None else 0.5
             pair["length"] = len(pair["a"]) - len(pair["b"])

@@ -42,13 +42,20 @@ def both_orders(pairs) -> dict:
     position_bias    P(a wins | shown first) - P(a wins | shown second): 1 always the first answer,
                      0 no bias, -1 always the second
     self_agreement   the share of pairs with the same winner in both orders
+    calibrated_*     the win rate where P("A" | a first) > P("A" | b first) wins: a judge that leans
+                     to one letter may still lean to it more for the better answer
     """
     won = [p["won"] for p in pairs if "won" in p and None not in p["won"]]
     if not won:
         return {}
     bias = with_interval("position_bias", [first - second for first, second in won])
     same = with_interval("self_agreement", [float(first == second) for first, second in won])
-    return bias | same
+    leaning = [(p["more_often"], p.get("people")) for p in pairs if "more_often" in p]
+    calibrated = with_interval("calibrated_win_rate", [x for x, _ in leaning]) if leaning else {}
+    right = [float(x == y) for x, y in leaning if x != 0.5 != y and y is not None]
+    if right:
+        calibrated |= with_interval("calibrated_accuracy", right)
+    return bias | same | calibrated
 
 
 def kappa(ours: list, theirs: list) -> float | None:
