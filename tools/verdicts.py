@@ -15,9 +15,10 @@ A judge that prefers the longer answer is won over by talking on. So AlpacaEval 
 
 What it misses: length that is quality (a fuller answer, a story) is taken out with the rest. What
 goes with length without being it (lists, headings) stays in. And where a's answers are nearly all
-longer than b's, or shorter, Δ = 0 is an extrapolation: θ and φ can hardly be told apart. Answers of
-equal quality and other length (θ = 0), such as b's own made shorter and longer, tell them apart;
-AlpacaEval's table leans on those (λ = 0.2), and on γ estimated from all its models.
+longer than b's, or shorter, Δ = 0 is an extrapolation: θ and φ can hardly be told apart (a judge
+that does nothing but count characters leaves nothing at Δ = 0: see how wide the interval is).
+Answers of equal quality and other length (θ = 0), such as b's own made shorter and longer, tell
+them apart; AlpacaEval's table leans on those (λ = 0.2), and on γ estimated from all its models.
 """
 
 import math

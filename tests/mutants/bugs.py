@@ -1191,7 +1191,7 @@ BUGS = [
     (0, "half a line is left, and the next reply joins it", "tools/endpoint.py", "judge",
      "os.truncate(path, len(whole))",
      "pass"),
-    (0, "a judge that talks nonsense is asked to the end", "tools/endpoint.py", "judge",
+    (0, "a judge that never names a verdict is asked to the end", "tools/endpoint.py", "judge",
      "if failed or len(unreadable) >= PATIENCE and bar.n == 0:",
      "if failed:"),
     (0, "all clients come back at once", "tools/endpoint.py", "judge",
