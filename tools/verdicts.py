@@ -33,6 +33,7 @@ from tools.evals import with_interval
 
 STRENGTHS = np.logspace(-4, 4, 10)  # C: the weight of the data against the penalty
 FOLDS = 5
+ROUNDS = 200  # of the LC win rate's bootstrap, each of which is a fit
 EQUAL = 0.2  # λ: what all pairs of equal quality weigh beside all others
 
 
@@ -94,7 +95,7 @@ def win_rates(pairs, seed, equal=()) -> dict:
             return refitted["win_rate"] if refitted else fitted["win_rate"]
 
         out |= {"lc_win_rate": fitted["win_rate"]}
-        out |= {"lc_win_rate_ci": bootstrap(pairs, again, rounds=200, seed=seed)}
+        out |= {"lc_win_rate_ci": bootstrap(pairs, again, rounds=ROUNDS, seed=seed)}
         out |= {f"lc_{name}": fitted[name] for name in ("theta", "phi", "psi", "C")}
     return out
 
