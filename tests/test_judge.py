@@ -61,6 +61,9 @@ class Fake:
             daemon_threads = True
             request_queue_size = 64
 
+            def handle_error(self, *args):  # a client that has given up
+                pass
+
         self.server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
