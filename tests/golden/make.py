@@ -723,6 +723,58 @@ def choices(smollm2):
 # in the order in which they need each other
 FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses)
 FILES += (rouge, choices)
+def made_up_pairs(n, draw, theta, phi, psi, sampled):
+    """n pairs whose preferences follow tools/verdicts.py's model, exactly or drawn from it."""
+    import numpy as np
+
+    length, gamma = draw.normal(150, 500, n).round(), draw.normal(0, 1, n).round(2)
+    won = 1 / (1 + np.exp(-(theta + phi * np.tanh(length / 500) + psi * gamma)))
+    won = (draw.random(n) < won) * 1.0 if sampled else won.round(4)
+    names = ("points", "length", "difficulty")
+    return [dict(zip(names, row, strict=True)) for row in zip(won, length, gamma, strict=True)]
+
+
+def alpaca_fit(pairs, equal):
+    """alpaca_eval's own length-controlled fit of such pairs, and of others of equal quality (its
+    gamed baselines) → the LC win rate, the weights of tanh(Δ/σ), difficulty and model, and C."""
+    import numpy as np
+    import pandas as pd
+    from alpaca_eval.metrics.glm_winrate import fit_LogisticRegressionCV
+
+    table = pd.DataFrame([*pairs, *equal])
+    length = table["length"] / pd.DataFrame(pairs)["length"].std()
+    model = (table.index < len(pairs)).astype(float)
+    x = pd.DataFrame({"length": np.tanh(length), "difficulty": table["difficulty"], "model": model})
+    weight = None
+    if equal:
+        weight = pd.Series(np.where(model == 1, 1, 0.2 * len(pairs) / len(equal)))
+    fitted = fit_LogisticRegressionCV(
+        x.assign(preference=table["points"]), "preference", sample_weight=weight
+    )
+    rate = fitted.predict_proba(x[model == 1].assign(length=0.0))[:, 1].mean()
+    return dict(win_rate=rate, weights=fitted.coef_[0].tolist(), C=fitted.C_[0])
+
+
+def alpaca_eval(smollm2):
+    """Made-up annotations and difficulties, and alpaca_eval's fit of them."""
+    import numpy as np
+
+    out = []
+    for seed, (*model, equal) in enumerate(
+        [(-0.5, 1, 0.8, True, 0), (-2.5, 2, 1, True, 100), (0.7, -1.5, 0.3, False, 60)]
+    ):
+        draw = np.random.default_rng(seed)
+        pairs = made_up_pairs(150, draw, *model)
+        same = made_up_pairs(equal, draw, 0, 1, 0.5, True)
+        out.append(dict(pairs=pairs, equal=same) | alpaca_fit(pairs, same))
+    return out
+
+
+# in the order in which they need each other
+FILES = (
+    *(tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses),
+    alpaca_eval,
+)
 
 
 def main():
