@@ -5,10 +5,16 @@ tests/browser has the page.
 import http.client
 import json
 import random
+import re
+import signal
 import threading
+import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import stages
 import tiny
 from tiny import user
 
@@ -417,3 +423,45 @@ def test_many_at_once_lose_nothing(server):
 def test_a_port_in_use_is_named(server):
     with pytest.raises(ValueError, match=f"--port {server.server_port}: in use"):
         rate.Server(server.server_port)
+
+
+# ---------------------------------------------------------------- the command line
+def started(**options):
+    """A rate.py of its own process → (it, its port, its token)."""
+    stage = stages.Stage("tools/rate.py", port=0, **options)
+    out, found = Path(stage.streams, "out"), None
+    while stage.process.is_alive() and not found:
+        time.sleep(0.01)
+        found = re.search(r"http://127.0.0.1:(\d+)/#(\S+)\n", out.read_text())
+    assert found, Path(stage.streams, "err").read_text()
+    return stage, int(found[1]), found[2]
+
+
+def test_ctrl_c_ends_it_cleanly_and_the_same_command_goes_on(tmp_path):
+    a = answers(tmp_path / "a", [("x", "a1"), ("y", "a2")])
+    files = {"a": a, "b": answers(tmp_path / "b", [("x", "b1"), ("y", "b2")])}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stage, port, token = started(out=tmp_path / "out", **files)
+        here = SimpleNamespace(server_port=port)
+        post = partial(fetch, here, "POST", "/api", X_Token=token)
+        state = json.loads(post(body='{"rater": "ann"}')[2])
+        asked = {"do": "rate", "rater": "ann", "pair": state["pair"], "choice": "tie"}
+        assert post(body=json.dumps(asked))[0] == 200
+        stage.kill(number)
+        status, out, err = stage.end()
+        n = state["done"] + 1
+        assert status == 0 and "Traceback" not in err
+        assert f"a won 50.0% of {n} pairs" in out and f"{tmp_path}/out/: ratings.jsonl" in out
+        assert len(lines(tmp_path / "out")) == n
+        written = json.loads((tmp_path / "out" / "ratings.json").read_text())
+        assert written["n"] == n and "--seed" not in written["command"]
+    assert n == 2
+
+
+def test_bad_input_is_one_line_and_makes_nothing(tmp_path):
+    a, out = answers(tmp_path / "a", [("x", "a")]), tmp_path / "out"
+    run = partial(stages.run, "tools/rate.py", out=out, port=0)
+    stages.refused(run(a=a, b=tmp_path / "gone"), "rate.py:", "gone: no such file")
+    stages.refused(run(a=a), "--a FILE and --b FILE, or --pairs FILE alone, were expected")
+    stages.refused(run(a=a, b=a), "no usable pairs", "1 equal or repeated")
+    assert not out.exists()
