@@ -100,6 +100,7 @@ class Ratings:
         self.lock = threading.Lock()
         self.said = {}  # {(rater, pair): the line that holds}, the latest last
         self.shown = {}  # {rater: the pair on their page}
+        self.orders = {}  # {rater: all pairs}
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "ratings.jsonl"
         for other in (self.out / "rankings.jsonl", self.out / "ratings.json"):
@@ -154,13 +155,19 @@ class Ratings:
         """Whose answer is the first, whose the second: "ab" or "ba"."""
         return random.Random(f"{self.seed} {rater} {pair}").choice(["ab", "ba"])
 
+    def order(self, rater) -> list:
+        """All pairs as a rater gets them: first those that all share, then the others."""
+        if rater not in self.orders:
+            pairs = random.Random(self.seed).sample(list(self.pairs), len(self.pairs))
+            n, draw = self.overlap, random.Random(f"{self.seed} {rater}")
+            self.orders[rater] = draw.sample(pairs[:n], n) + draw.sample(pairs[n:], len(pairs) - n)
+        return self.orders[rater]
+
     def left(self, rater) -> list:
-        """What a rater has yet to rate, in their order: the shared pairs, then those that nobody
-        has rated or has on the page; at the end those on others' pages too, which may be closed.
+        """What a rater has yet to rate: the shared pairs, then those that nobody has rated or has
+        on the page; at the end those on others' pages too, which may be closed.
         """
-        pairs = random.Random(self.seed).sample(list(self.pairs), len(self.pairs))
-        n, draw = self.overlap, random.Random(f"{self.seed} {rater}")
-        shared, others = draw.sample(pairs[:n], n), draw.sample(pairs[n:], len(pairs) - n)
+        shared, others = self.order(rater)[: self.overlap], self.order(rater)[self.overlap :]
         taken = {p for (_, p), line in self.said.items() if line["winner"] in WORTH}
         free = [p for p in others if p not in taken]
         left = [p for p in shared + free if (rater, p) not in self.said]
