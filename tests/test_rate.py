@@ -109,6 +109,7 @@ def test_wilson_against_its_equation():
 def test_kappa_by_hand():
     ours, theirs = ["a"] * 25 + ["b"] * 25, ["a"] * 20 + ["b"] * 5 + ["a"] * 10 + ["b"] * 15
     assert kappa(ours, theirs) == (0.7, pytest.approx(0.4))  # the textbook's: 20, 5, 10, 15
+    assert kappa("aaaaaaaabb", "aaaaabbbbb") == (0.7, pytest.approx(0.4))  # 1 - 0.3 / 0.5
     assert kappa(["a", "b"], ["b", "a"]) == (0.0, -1.0)
     assert kappa(["tie"] * 3, ["tie"] * 3) == (1.0, None)
     assert kappa(["a", "tie", "b"], ["a", "tie", "b"]) == (1.0, 1.0)

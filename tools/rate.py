@@ -44,7 +44,9 @@ class Options:
     b: str = opt("", "the other model's; matched by prompt")
     pairs: str = opt("", "instead of both: preference pairs or rankings; a is the chosen answer")
     out: str = opt("out/ratings", "folder for the ratings")
-    overlap: int = opt(-1, "pairs that all rate, each other pair goes to one; -1: all rate all")
+    overlap: int = opt(
+        -1, "pairs that all rate, each other pair goes to one; -1: all rate all", at_least=-1
+    )
     seed: int = opt(0, "seed of order and sides", at_least=0)
     port: int = opt(8765, "port on 127.0.0.1; 0: any free one", at_least=0, below=65536)
 

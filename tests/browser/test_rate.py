@@ -84,7 +84,7 @@ class Rating:
         return self.driver.execute_script(script, *values)
 
     def wait(self, condition):
-        WebDriverWait(self.driver, 20, 0.02).until(lambda _: condition())
+        WebDriverWait(self.driver, 60, 0.02).until(lambda _: condition())
 
     def press(self, key):
         """A key, on whatever has the focus."""
