@@ -57,7 +57,8 @@ class Rating:
     def start(self, port=0):
         self.server = rate.Server(port)
         self.server.ratings, self.server.bar = Ratings(self.pairs, self.out), tqdm(disable=True)
-        self.thread = threading.Thread(target=partial(self.server.serve_forever, 0.02))
+        serve = partial(self.server.serve_forever, 0.02)
+        self.thread = threading.Thread(target=serve, daemon=True)
         self.thread.start()
 
     def stop(self) -> str:
