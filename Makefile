@@ -26,8 +26,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := all
 .PHONY: all quick real world sft comparisons reward ppo dpo simpo eval report chat \
-        base smollm2 results controls test test-first test-second parity lint golden mutants bugs \
-        bench clean help
+        base smollm2 results controls test test-first test-second parity browser lint golden \
+        mutants bugs bench clean help
 
 # ---------------------------------------------------------------- the whole runs
 # Each is the same chain, base → SFT → comparisons → reward model → PPO and SFT → DPO, SimPO. `all`
@@ -149,6 +149,11 @@ test-second:
 
 parity: .venv-peers/ready smollm2 ## compare with transformers, tokenizers, TRL, PEFT, bitsandbytes
 	$(PEERS) -m pytest tests/parity
+
+browser: .venv-peers/ready ## the rating page in headless Chromium, with Debian's chromium-driver
+	@command -v chromedriver > /dev/null || { echo "make browser: chromedriver was expected on" \
+	  "PATH; Debian has it: apt-get install chromium chromium-driver"; exit 1; }
+	$(PEERS) -m pytest tests/browser
 
 lint: $(READY) ## ruff: layout and rules
 	$(PIP_TOOLS)
