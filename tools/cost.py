@@ -1,5 +1,4 @@
-"""Managed fine-tuning or cards of your own: what training and serving cost, and from how many calls
-a month on self-hosting is cheaper.
+"""Managed fine-tuning against self-hosting: the cost of training and serving, and where it is even.
 
     python -m tools.cost --example             and do the deep dive's figures hold?
     python -m tools.cost --data FILE --model DIR --calls 2e6 --card-price 1.9 --picture
@@ -7,7 +6,7 @@ a month on self-hosting is cheaper.
 A month of c calls:
 
     managed(c) = fee + training / months + c p        p = input price_in + output price_out
-    own(c)     = engineer + training / months + (n + spare) R + c m
+    own(c)     = engineer + training / months + (n + spare) R + c m        m = --own-call
     n = ⌈c / K⌉ replicas     R = cards · price per hour · hours a month
     K = cards · 3600 · hours · utilisation / (input / read speed + output / write speed)
 
