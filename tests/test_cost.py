@@ -129,6 +129,22 @@ def test_break_even_points_are_where_a_search_finds_them():
     assert len(kinds) == 4  # none, not for good, later for good, at once for good
 
 
+def test_a_gain_of_rounding_alone_is_none():
+    assert 3 * 0.1 > 0.3
+    assert break_even(1000, 0.3, 3, 0.1) == {"first": None, "lasting": None}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(engineer=5000.0, own_call=1e-5, fee=20.0), dict(spare=0)]
+)
+def test_at_a_break_even_point_both_months_cost_the_same(options):
+    for calls in by_default(**options)["even"].values():
+        found = by_default(calls=calls, **options)
+        assert isclose(found["managed"]["month"], found["own"]["month"], rel_tol=1e-12)
+        more = by_default(calls=calls * 1.001, **options)
+        assert more["managed"]["month"] > more["own"]["month"]
+
+
 # ---------------------------------------------------------------- the reader's own tokens
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

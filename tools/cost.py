@@ -188,7 +188,7 @@ def break_even(fixed: float, replica: float, capacity: float, saving: float) -> 
 
     if saving <= 0:
         return {"first": 0.0 if fixed + replica <= 0 else None, "lasting": None}
-    if gain <= 0:
+    if gain <= 1e-9 * replica:  # 0, but for rounding
         return {"first": even(1) if fixed <= gain else None, "lasting": None}
     return {"first": even(whole(fixed / gain)), "lasting": even(whole((fixed + replica) / gain))}
 
