@@ -107,6 +107,24 @@ def preferences(path):
     return _convert(path, {"preference pair": _pair})
 
 
+def answers(path) -> dict:
+    """An answers file, as tools/evals.py writes it → {(prompt, how often it came before): the
+    record, its "prompt" as messages}: two files of the same prompts match by these keys."""
+    found = {}
+    for line, record in _read(path):
+        try:
+            if not isinstance(record, dict):
+                raise ValueError(f"a JSON object was expected (got {_short(record)})")
+            prompt, answer = _prompt(record), _string(record, "answer")
+        except ValueError as e:
+            raise ValueError(f"{path}:{line}: {e}") from None
+        key, times = json.dumps(prompt), 0
+        while (key, times) in found:
+            times += 1
+        found[key, times] = record | {"prompt": prompt, "answer": answer}
+    return found
+
+
 def rankings(path):
     """→ [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair
     is a ranking of two.

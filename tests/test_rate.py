@@ -20,7 +20,7 @@ from tiny import user
 
 from data import records
 from tools import rate, ratings
-from tools.ratings import Ratings, kappa, read_pairs, wilson
+from tools.ratings import Ratings, read_pairs, wilson
 
 HOSTILE = "<script>document.title = 1</script></script> \u2028 \u2029 <img src=x onerror=alert(1)>"
 
@@ -106,15 +106,6 @@ def test_wilson_against_its_equation():
     assert wilson(0.5, 500) == pytest.approx((0.4563, 0.5437), abs=1e-4)
 
 
-def test_kappa_by_hand():
-    ours, theirs = ["a"] * 25 + ["b"] * 25, ["a"] * 20 + ["b"] * 5 + ["a"] * 10 + ["b"] * 15
-    assert kappa(ours, theirs) == (0.7, pytest.approx(0.4))  # the textbook's: 20, 5, 10, 15
-    assert kappa("aaaaaaaabb", "aaaaabbbbb") == (0.7, pytest.approx(0.4))  # 1 - 0.3 / 0.5
-    assert kappa(["a", "b"], ["b", "a"]) == (0.0, -1.0)
-    assert kappa(["tie"] * 3, ["tie"] * 3) == (1.0, None)
-    assert kappa(["a", "tie", "b"], ["a", "tie", "b"]) == (1.0, 1.0)
-
-
 def test_figures_and_rankings_of_two_raters(tmp_path):
     r = Ratings(pairs(4), tmp_path)
     verdicts = {  # p0 agreed, p1 split, p2 tied with a's win, p3 skipped
@@ -128,8 +119,9 @@ def test_figures_and_rankings_of_two_raters(tmp_path):
     assert (f["n"], f["win_rate"], f["interval"]) == (3, 0.75, list(wilson(0.75, 3)))
     assert f["ratings"] == {"a": 4, "b": 1, "tie": 1, "skip": 2} and f["seed"] == 0
     assert f["raters"] == {"ann": 4, "ben": 4} and "tools.rate" in f["command"]
-    equal, k = kappa(["a", "a", "tie"], ["a", "b", "a"])
-    assert f["agreement"] == [{"raters": ["ann", "ben"], "n": 3, "equal": equal, "kappa": k}]
+    assert f["agreement"] == [
+        {"raters": ["ann", "ben"], "n": 3, "equal": 1 / 3, "kappa": pytest.approx(-0.2)}
+    ]
     first = [s["winner"] == s["first"] for s in lines(tmp_path) if s["winner"] in "ab"]
     assert f["first"] == sum(first) / 5
     rows = [json.loads(line) for line in (tmp_path / "rankings.jsonl").read_text().splitlines()]

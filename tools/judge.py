@@ -88,22 +88,6 @@ class Options(tuning.Reading):
 
 
 # ---------------------------------------------------------------- what is judged
-def read_answers(path) -> dict:
-    """{(prompt, how often it came before): the answer's record}."""
-    found = {}
-    for line, record in records._read(path):
-        try:
-            given = record if isinstance(record, dict) else {}
-            prompt, text = records._prompt(given), records._string(given, "answer")
-        except ValueError as e:
-            raise ValueError(f"{path}:{line}: {e}") from None
-        key, times = json.dumps(prompt), 0
-        while (key, times) in found:
-            times += 1
-        found[key, times] = record | {"prompt": prompt, "answer": text}
-    return found
-
-
 def read_pairs(o) -> list[dict]:
     """[{prompt, a, b?, people?, finished?}]: b where there is a second file; people: 1 where people
     or the gold rater prefer a, ½ for a tie, else 0.
@@ -117,7 +101,7 @@ def read_pairs(o) -> list[dict]:
             people = float(first == "chosen")
             pairs.append(dict(prompt=r["prompt"], a=r[first], b=r[second], people=people))
         return pairs
-    ours, theirs = read_answers(o.a), read_answers(o.b) if o.b else {}
+    ours, theirs = records.answers(o.a), records.answers(o.b) if o.b else {}
     for key, x in ours.items():
         pair, y = dict(prompt=x["prompt"], a=x["answer"]), theirs.get(key)
         if y:

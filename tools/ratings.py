@@ -21,28 +21,13 @@ from statistics import median
 
 from data import records
 from metrics import mean
+from tools.verdicts import kappa
 
 WORTH = {"a": 1.0, "tie": 0.5, "b": 0.0}  # a's points; a skipped pair has none
 TWICE = "Rated already, in another tab or a moment ago: that rating counts. Undo takes it back."
 
 
 # ---------------------------------------------------------------- what is compared
-def read_answers(path) -> dict:
-    """An answers file → {(prompt, how often it came before): (messages, answer, finished)}."""
-    found, times = {}, Counter()
-    for line, record in records._read(path):
-        try:
-            if not isinstance(record, dict):
-                raise ValueError(f"a JSON object was expected (got {records._short(record)})")
-            messages, answer = records._prompt(record), records._string(record, "answer")
-        except ValueError as e:
-            raise ValueError(f"{path}:{line}: {e}") from None
-        prompt = json.dumps(messages)
-        found[prompt, times[prompt]] = messages, answer, record.get("finished")
-        times[prompt] += 1
-    return found
-
-
 def read_pairs(a="", b="", pairs="") -> dict:
     """Two answers files, or one of preference pairs or rankings → the pairs that differ:
     {a hash of the texts: {"prompt", "responses": [a's, b's], "finished": where known}}.
@@ -53,9 +38,11 @@ def read_pairs(a="", b="", pairs="") -> dict:
     for r in records.pairs(pairs) if pairs else []:
         rows.append((r["prompt"], [r["chosen"], r["rejected"]], r.get("finished")))
     if a:
-        ours, theirs = read_answers(a), read_answers(b)
+        ours, theirs = records.answers(a), records.answers(b)
         both = [(ours[k], theirs[k]) for k in ours if k in theirs]
-        rows = [(x[0], [x[1], y[1]], [x[2], y[2]]) for x, y in both]
+        for pair in both:
+            texts, ends = ([x.get(field) for x in pair] for field in ("answer", "finished"))
+            rows.append((pair[0]["prompt"], texts, ends))
         dropped["in one file only"] = len(ours) + len(theirs) - 2 * len(both)
     for prompt, responses, finished in rows:
         key = hashlib.sha256(json.dumps([prompt, responses]).encode()).hexdigest()[:16]
@@ -77,17 +64,6 @@ def wilson(share, n, z=1.96):
     middle, whole = share + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / whole, (middle + half) / whole
-
-
-def kappa(ours, theirs):
-    """Two raters' verdicts on the same pairs → (share of equal ones, Cohen's κ of 1960):
-    κ = (p_o - p_e) / (1 - p_e), p_e = Σ_c p(c) q(c): two who say a, tie and b as often as these
-    would agree on p_e by chance. None where p_e is 1: both only ever said one thing.
-    """
-    n, p, q = len(ours), Counter(ours), Counter(theirs)
-    equal = sum(x == y for x, y in zip(ours, theirs, strict=True)) / n
-    chance = sum(p[c] * q[c] for c in p) / n**2
-    return equal, (equal - chance) / (1 - chance) if chance < 1 else None
 
 
 # ---------------------------------------------------------------- the ratings
@@ -245,8 +221,10 @@ class Ratings:
         for x, y in combinations(sorted(verdicts), 2):
             both = sorted(verdicts[x].keys() & verdicts[y].keys())
             if both:
-                equal, k = kappa(*([verdicts[who][p] for p in both] for who in (x, y)))
-                agreement.append({"raters": [x, y], "n": len(both), "equal": equal, "kappa": k})
+                said = [[verdicts[who][p] for p in both] for who in (x, y)]
+                equal = mean([one == other for one, other in zip(*said, strict=True)])
+                agreement.append({"raters": [x, y], "n": len(both), "equal": equal})
+                agreement[-1]["kappa"] = kappa(*said)
         return {
             "n": n,
             "win_rate": share,

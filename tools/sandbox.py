@@ -23,7 +23,6 @@ import concurrent.futures
 import contextlib
 import gzip
 import json
-import math
 import os
 import selectors
 import shlex
@@ -42,7 +41,7 @@ from tqdm import tqdm
 from common import files
 from common.run import main, opt, writing
 from data import records
-from metrics import bootstrap, mean
+from metrics import bootstrap, mean, pass_at_k
 
 INSIDE = str(Path(__file__).with_name("jail.py"))
 NOBODY = 65534
@@ -290,7 +289,7 @@ def score(o):
         **limits,
     )
     for k in sorted({1, o.k}):
-        each = [1 - math.comb(r["n"] - r["passed"], k) / math.comb(r["n"], k) for r in rows]
+        each = [pass_at_k(r["n"], r["passed"], k) for r in rows]
         result |= {f"pass@{k}": mean(each), f"pass@{k}_ci": bootstrap(each, seed=o.seed)}
         print(f"pass@{k} {mean(each):.3f} ± {result[f'pass@{k}_ci']:.3f}  (n = {len(rows)} tasks)")
     files.write_json(Path(o.out), result | dict(tasks=rows))

@@ -723,6 +723,8 @@ def choices(smollm2):
 # in the order in which they need each other
 FILES = (tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses)
 FILES += (rouge, choices)
+
+
 def made_up_pairs(n, draw, theta, phi, psi, sampled):
     """n pairs whose preferences follow tools/verdicts.py's model, exactly or drawn from it."""
     import numpy as np
