@@ -374,10 +374,8 @@ class Report:
         whole = "" if self.device.type == "cuda" else ", with Python and its libraries"
         print(f"memory: {used:.2f} GB at most{whole}")
         still = unmoved(self.models[0], self.before) if self.before else []
-        several = (
-            getattr(self.o, "steps", 2) > 1
-        )  # in the first step LoRA's A has no gradient: B is 0
-        if several and 0 < len(still) < len(self.before):  # all still: no step was left to make
+        first = getattr(self.o, "steps", 2) == 1  # of LoRA, which has no gradient for A: B is 0
+        if still and not first:
             print(
                 f"warning: {len(still)} of the adapter's tensors have not moved ({still[0]}): are"
                 " they used?"

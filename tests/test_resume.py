@@ -161,14 +161,16 @@ def test_a_second_run_is_told_so_and_touches_nothing(stage, small, tmp_path):
         time.sleep(0.002)
     first.kill(signal.SIGSTOP)  # it stands still, and is there, as long as the others ask
     before = {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
-    for changes in ({}, {"overwrite": True, "seed": 1}):
-        refused(
-            run(script(stage), out=out, **options | changes),
-            f"{out}: another run is at work in it",
-            "choose another --out",
-        )
-    assert before == {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
-    first.kill(signal.SIGCONT)
+    try:
+        for changes in ({}, {"overwrite": True, "seed": 1}):
+            refused(
+                run(script(stage), out=out, **options | changes),
+                f"{out}: another run is at work in it",
+                "choose another --out",
+            )
+        assert before == {p: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    finally:
+        first.kill(signal.SIGCONT)  # or pytest would wait for it for ever
     assert first.end().status == 0
     done(script(stage), out=tmp_path / "alone" / name, **options)
     assert contents(out) == contents(tmp_path / "alone" / name)

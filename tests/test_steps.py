@@ -377,7 +377,7 @@ def test_ppo(tmp_path, monkeypatch):
         0.9,
         0.95,
     )
-    o.lr, o.kl_coef, o.target_kl, o.horizon, o.clip, o.vf_coef = 0.01, 0.3, 1.0, 60.0, 0.1, 0.3
+    o.lr, o.kl_coef, o.target_kl, o.horizon, o.clip, o.vf_coef = 0.01, 0.3, 1.0, 60.0, 0.1, 6.0
     ppo.ppo(o)
 
     prompt = templates.render(TOK, prompts(1)[0], add_generation_prompt=True)[0]
@@ -426,7 +426,7 @@ def test_ppo(tmp_path, monkeypatch):
                 close = v + (now - v).clamp(-0.1, 0.1)
                 vf = vf + 0.5 * torch.maximum((now - ret) ** 2, (close - ret) ** 2).sum() / n
             policy.step(pg, lr)
-            critic.step(0.3 * vf, lr)
+            critic.step(6.0 * vf, lr)
             for k, x in dict(policy_loss=pg, value_loss=vf, clip_fraction=held / n).items():
                 means[k] += (x.item() if torch.is_tensor(x) else x) / 2
         k1 = d.sum().item() / 12
@@ -451,6 +451,8 @@ def test_ppo(tmp_path, monkeypatch):
     assert any(abs(error) < 0.2 for error in steered)
     assert len(said) == 3 and 6 < ended < 30 and line["kl"] > 0.01 and line["clip_fraction"] > 0
     policy.check(tmp_path / "out")
+    clipped = [max(1.0, norm) for norm in critic.norms]  # the critic is seen in the values alone
+    assert max(clipped) > 1.3 * min(clipped), clipped
 
 
 # ---------------------------------------------------------------- what is read, and in which order
