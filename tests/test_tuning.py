@@ -304,13 +304,6 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
     assert found == [bf16] and not isinstance(autocast(CPU), torch.autocast)
 
 
-def test_nothing_is_said_of_a_run_that_had_no_step_left(small, capsys):
-    """One that was stopped after its last step and goes on."""
-    model, _ = tuning.start(options(model=small["sft"]["model"], lora=2), CPU)
-    tuning.Report(options(lora=2), CPU, [model]).finish()
-    assert "warning" not in capsys.readouterr().out
-
-
 def test_learning_rates():
     assert tuning.learning_rate(options(lr=0.0), 1e-3) == 1e-3
     assert tuning.learning_rate(options(lr=0.0, lora=4), 1e-3) == tuning.LORA_LR * 1e-3
