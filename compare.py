@@ -10,11 +10,11 @@ as they were sampled (`ids`, with the hash of their `tokenizer`), and whether it
 an answer that was cut inside a character would come out different if it were encoded again.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 
 from common import tuning
+from common.files import write_jsonl
 from common.run import Run, load_function, main, opt, pick_device
 from data import records, templates
 from data.world import world
@@ -49,11 +49,6 @@ def rank(scores) -> list[int]:
 
 def world_ranks(record, index, answers, finished, seed):
     return world.Labeller(f"{seed} {index % LABELLERS}").rank(record["item"], answers, finished)
-
-
-def write_jsonl(path, rows):
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
 def prepare(o: Options, tok, room: int):

@@ -34,6 +34,12 @@ def write_json(path: Path, content: dict):
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
+def write_jsonl(path: Path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), "utf-8")
+
+
 def hub_name(name: str) -> str:
     """Our parameter's or module's name in transformers' spelling: the backbone is "model."."""
     return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name

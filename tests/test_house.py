@@ -21,9 +21,9 @@ def modules() -> dict:
 
 
 def imports(tree) -> set:
-    """What it imports at the top, as dotted names."""
+    """What it imports, within its functions too, as dotted names."""
     found = set()
-    for node in tree.body:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):

@@ -15,7 +15,6 @@ answers and their log-probabilities are kept, and the SFT model, from which KL i
 once more after all stages.
 """
 
-import json
 import math
 import random
 from dataclasses import dataclass, replace
@@ -24,13 +23,16 @@ from pathlib import Path
 import torch
 
 from common import files, tuning
+from common.files import write_jsonl
 from common.run import main, opt, pick_device
 from data import records, templates
 from data.world import world
 from metrics import bootstrap, finite, hits, kl, mean, pair_accuracy, points, ratio, win_rate
 from model import IGNORE, logprobs, nll, score
 from packing import pad
-from sampling import generate, prompt_room
+from sampling import prompt_room
+from tools import tasks
+from tools.answers import respond, show, with_interval, write_results
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
 NOT_STAGES = ("reward", "perfect")  # results.json's other entries
@@ -130,29 +132,6 @@ def answer(model, tok, prompts, o, temperature: float, seed: int):
     return respond(model, tok, ids, o, temperature, seed)
 
 
-def respond(model, tok, ids, o, temperature: float, seed: int):
-    """Prompts (lists of ids) → [(text, ids, finished)] in the same order. Prompts of similar length
-    are answered together.
-    """
-    ends = templates.end_ids(tok, model.config)
-    answers = [None] * len(ids)
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for at in range(0, len(ids), o.batch):
-        rows = by_length[at : at + o.batch]
-        sampled = generate(
-            model,
-            [ids[i] for i in rows],
-            o.max_new_tokens,
-            temperature,
-            eos_id=ends,
-            seed=seed * 100_003 + at,  # every batch draws its own numbers
-        )
-        for i, a in zip(rows, sampled, strict=True):
-            answers[i] = a
-    texts, finished = templates.read_answers(tok, answers, ends)
-    return list(zip(texts, answers, finished, strict=True))
-
-
 def rate(held, answers):
     """Records with an `item`, and their answers → the lines of an answers file."""
     lines = []
@@ -182,11 +161,6 @@ def token_logps(model, tok, held, answers, size=32):
         said = [ids for _, ids, _ in answers[i : i + size]]
         out.append(logprobs(model, asked[i : i + size], said).cpu())
     return out
-
-
-def with_interval(name: str, xs) -> dict:
-    """{name: the mean, name_ci: half the width of its interval}."""
-    return {name: mean(xs), f"{name}_ci": bootstrap(xs)}
 
 
 def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
@@ -502,38 +476,8 @@ def compare_with_sft(o, results, samples, held, device):
 
 
 # ---------------------------------------------------------------- the script
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-    )
-
-
-def write_results(path, results):
-    """{stage: {figure: value}} as JSON. ValueError, and the old file stays, where a figure is NaN
-    or infinite.
-    """
-    for stage, figures in results.items():
-        for name, value in figures.items() if isinstance(figures, dict) else ():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{path}: {stage}'s {name} would be {value}: not written")
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def show(stage, figures):
-    """Prints a stage's figures on one line, each with its interval if it has one."""
-    words = []
-    for name, value in figures.items():
-        if isinstance(value, float) and not name.endswith("_ci"):
-            interval = f"±{figures[name + '_ci']:.3f}" if name + "_ci" in figures else ""
-            words.append(f"{name} {value:.3f}{interval}")
-    print(f"{stage:7s} " + "  ".join(words), flush=True)
-
-
 def evaluate(o: Options):
     if o.task:
-        from tools import tasks  # it needs this module
-
         return tasks.evaluate(o)
     device = pick_device(o.device)
     if not stage_folders(o):

@@ -36,7 +36,7 @@ from data import records, templates
 from metrics import points
 from model import logprobs
 from tools import endpoint
-from tools.evals import show
+from tools.answers import show
 from tools.verdicts import add_difficulty, annotations, figures
 
 RUBRIC = "The better answer is right, complete, courteous and no longer than it needs to be."

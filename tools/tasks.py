@@ -31,13 +31,13 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from common import tuning
+from common import files, tuning
 from common.run import autocast, code, file_of, fingerprint, is_function, load_function, pick_device
 from data import benchmarks, records, templates
 from metrics import bootstrap, mean, paired_bootstrap, sign_test
 from model import logprobs
 from sampling import prompt_room
-from tools import evals
+from tools.answers import respond, show, write_results
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 DECIDE = "n seed shots samples temperature max_new_tokens batch chat quant keep_base unconfined"
@@ -112,7 +112,7 @@ def answers(model, tok, items, o, at):
     asked = [item["messages"] for item in items]
     ids = [templates.render(tok, m, add_generation_prompt=True)[0] for m in asked]
     fit = [i for i in range(len(ids)) if len(ids[i]) <= room]
-    found = evals.respond(model, tok, [ids[i] for i in fit], o, 0.0, o.seed)
+    found = respond(model, tok, [ids[i] for i in fit], o, 0.0, o.seed)
     for i, (text, _, finished) in zip(fit, found, strict=True):
         lines[i] = {"prompt": asked[i], "answer": text, "finished": finished}
     return lines
@@ -169,7 +169,7 @@ def programs(model, tok, items, o, at):
     fit = [i for i in range(len(ids)) if len(ids[i]) <= room]
     temperature = o.temperature if o.samples > 1 else 0.0
     asked = [ids[i] for i in fit for _ in range(o.samples)]
-    found = evals.respond(model, tok, asked, o, temperature, o.seed + at)
+    found = respond(model, tok, asked, o, temperature, o.seed + at)
     both = []
     for n, (said, _, _) in enumerate(found):
         both.append(benchmarks.program(items[fit[n // o.samples]], said, o.chat))
@@ -213,7 +213,7 @@ def lines_of(o, kind, items, folder, path, device):
         return lines
     lines = lines[: len(lines) // o.batch * o.batch]
     path.parent.mkdir(parents=True, exist_ok=True)
-    evals.write_jsonl(path, lines)
+    files.write_jsonl(path, lines)
     keep = o.keep_base and (not o.against or (Path(folder) / "adapter").is_dir())
     model, tok = tuning.read(replace(o, keep_base=keep), folder, device)
     bar = tqdm(total=len(items), initial=len(lines), unit="record", dynamic_ncols=True)
@@ -288,13 +288,13 @@ def evaluate(o):
             raise ValueError(f"{folder}: its context is too short for all {len(lines)} records")
         none = lines.count(None)
         result[side] = {"folder": folder, "n": len(lines) - none, "too_long": none} | found
-        evals.show(folder, result[side])
+        show(folder, result[side])
         names.append(name)
         every.append(lines)
     if o.against:
         result["difference"] = difference(kind, *every, o.seed)
-        evals.show("difference", result["difference"])
+        show("difference", result["difference"])
     path = home / f"{'.against.'.join(names)}.json"
-    evals.write_results(path, result)
+    write_results(path, result)
     print(f"{path}; the answers lie beside it", file=sys.stderr)
     return result

@@ -29,7 +29,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from data import records
 from metrics import bootstrap, mean
-from tools.evals import with_interval
+from tools.answers import with_interval
 
 STRENGTHS = np.logspace(-4, 4, 10)  # C: the weight of the data against the penalty
 FOLDS = 5
