@@ -270,7 +270,7 @@ def test_the_best_of_several_references_counts(monkeypatch):
     said = [{"prompt": [], "answer": "two", "finished": True}]
     monkeypatch.setattr(tasks, "answers", lambda *_: [dict(x) for x in said])
     (line,) = tasks.references(
-        None, None, [{"references": ["one", "two three", "The two!"]}], None, 0
+        None, None, [{"references": ["two three", "The two!", "one"]}], None, 0
     )
     assert line["exact_match"] == line["token_f1"] == 1.0 and line["rouge1"] == 2 / 3
 
