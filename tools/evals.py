@@ -1,5 +1,6 @@
-"""How good a checkpoint is: gold score, win rates, KL to the SFT model; without a gold rater,
-held-out loss and preference accuracy.
+"""How good a checkpoint is: gold score, win rates and KL to the SFT model, or --task.
+
+Where the records have no gold rater: held-out loss and preference accuracy.
 
     python -m tools.evals --out OUT        evaluates the base and every stage's folder in OUT
     python -m tools.evals --task FILE --model DIR        a benchmark: tools/tasks.py
