@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := all
 .PHONY: all quick real world sft comparisons reward ppo dpo simpo eval report chat \
-        base smollm2 results controls test test-first test-second parity browser lint golden \
+        base smollm2 results controls experiments test test-first test-second parity browser lint golden \
         mutants bugs bench clean help
 
 # ---------------------------------------------------------------- the whole runs
@@ -132,6 +132,15 @@ results: $(READY) ## RESULTS.md's tables, from SEEDS runs
 
 controls: eval ## what the results could be mistaken for: OUT/controls.json
 	$(PY) -m tools.controls --out $(OUT) --base $(MODEL) $(COMMON) $(READ)
+
+# What is claimed, and whether it held: each a table and a picture in RESULTS.md
+CLAIMS = $(patsubst %.py,%,$(filter-out experiments/lab.py,$(wildcard experiments/*.py)))
+experiments: $(CLAIMS) ## every claim tried, on SEEDS chains; experiments/NAME tries one
+
+experiments/%: $(READY)
+	for s in $$(seq 0 $$(($(SEEDS) - 1))); do \
+	  $(MAKE) ppo dpo simpo OUT=$(OUT)/seed$$s SEED=$$s || exit 1; done
+	$(PY) -m experiments.$* --out $(OUT) --seeds $(SEEDS) --device $(DEVICE) $(EXPERIMENT_ARGS)
 
 # ---------------------------------------------------------------- checks
 TOOLS     = $(shell grep -E '^(pytest|ruff)==' requirements-dev.txt)

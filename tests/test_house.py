@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["sft", "compare", "reward", "ppo", "dpo", "pretrain"]
 LESSONS = [*STAGES, "model", "packing", "sampling", "lora", "quant", "paged", "adapters", "metrics"]
-FOLDERS = ("common", "data", "data/world", "tools")
+FOLDERS = ("common", "data", "data/world", "tools", "experiments")
 
 
 def modules() -> dict:
@@ -31,6 +31,7 @@ def imports(tree) -> set:
     return found
 
 
+ABOVE = ("tools", "experiments")  # they may import stages, and more than the five packages
 TREES = modules()
 OURS = {name: imports(tree) & TREES.keys() - {name} for name, tree in TREES.items()}
 
@@ -41,9 +42,10 @@ def test_the_root_holds_the_lessons_and_nothing_else():
 
 def test_no_stage_imports_a_stage_and_nothing_below_imports_tools():
     for name, needs in OURS.items():
-        if not name.startswith("tools"):
+        if not name.startswith(ABOVE):
             assert not needs & set(STAGES), f"{name} imports a stage"
             assert not any(n.startswith("tools") for n in needs), f"{name} imports a tool"
+        assert name.startswith("experiments") or not any(n.startswith("exper") for n in needs), name
 
 
 def test_imports_form_no_circle():
@@ -59,7 +61,7 @@ def test_imports_form_no_circle():
 def test_only_the_five_packages_are_imported_at_run_time():
     allowed = {"torch", "numpy", "tiktoken", "tqdm", "safetensors"} | {"common", "data", *LESSONS}
     for name, tree in TREES.items():
-        if not name.startswith("tools"):
+        if not name.startswith(ABOVE):
             foreign = {n.split(".")[0] for n in imports(tree)} - allowed - sys.stdlib_module_names
             assert not foreign, f"{name} imports {foreign}"
 

@@ -1007,8 +1007,8 @@ def test_a_full_disk(o, whole, tmp_path, monkeypatch):
 
 
 def test_a_control_of_a_run_without_a_record_is_refused(tmp_path):
-    """tools/controls.py reads a finished run's options from its record."""
-    from tools import controls
+    """A control runs a stage again with the options of its record."""
+    from tools import runs
 
     for text, said in (
         (None, "has no run.json"),
@@ -1018,4 +1018,4 @@ def test_a_control_of_a_run_without_a_record_is_refused(tmp_path):
         if text is not None:
             (tmp_path / "run.json").write_text(text)
         with pytest.raises((ValueError, FileNotFoundError), match=said):
-            controls.again("sft.py", tmp_path, tmp_path / "out", False)
+            runs.run("sft.py", tmp_path / "out", of=tmp_path)

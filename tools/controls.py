@@ -16,17 +16,16 @@ The runs it needs take the options of OUT's own runs (their run.json) with one t
 
 import math
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import tuning
-from common.run import main, opt, pick_device, read_record
+from common.run import main, opt, pick_device
 from data import records
 from data.world import world
 from metrics import kl
 from tools import evals
+from tools.runs import run
 
 
 @dataclass
@@ -39,24 +38,6 @@ class Options(tuning.Reading):
     seed: int = opt(0, "seed of the answers and of the shuffled labels")
     device: str = opt("auto", "cpu, cuda or auto")
     overwrite: bool = opt(False, "run the controls' own stages anew")
-
-
-def again(script: str, of: Path, out: Path, overwrite: bool, **changes):
-    """Runs a stage with the options of the finished run `of`, except for the changes → its folder.
-    ValueError where it fails.
-    """
-    if (record := read_record(of)) is None:
-        raise FileNotFoundError(
-            f"{of}: has no run.json; a stage's finished run was expected, as make eval leaves it"
-        )
-    options = record["options"] | changes | {"out": str(out), "overwrite": overwrite}
-    words = [script]
-    for k, v in options.items():
-        if v is not False and v != "":
-            words += [f"--{k.replace('_', '-')}", *([] if v is True else [str(v)])]
-    if subprocess.run([sys.executable, *words]).returncode:
-        raise ValueError(f"{script} into {out} failed")
-    return out
 
 
 def shuffled_labels(comparisons: Path, path: Path, seed: int):
@@ -120,13 +101,18 @@ def best_of(k, answers, tok, reward, held):
 
 def changed_runs(o, out: Path, mine: Path):
     """The stages run with one thing changed → {control: folder}."""
+
+    def again(script, of, name, **changes):
+        run(script, mine / name, of=out / of, overwrite=o.overwrite, **changes)
+        return mine / name
+
     labels = shuffled_labels(out / "comparisons.jsonl", mine / "shuffled.jsonl", o.seed)
-    blind = again("reward.py", out / "reward", mine / "reward_shuffled", o.overwrite, data=labels)
+    blind = again("reward.py", "reward", "reward_shuffled", data=labels)
     good = good_answers(out / "world" / "sft.jsonl", mine / "good.jsonl")
     return {
-        "shuffled": again("ppo.py", out / "ppo", mine / "ppo_shuffled", o.overwrite, reward=blind),
-        "good_answers": again("sft.py", out / "sft", mine / "sft_good", o.overwrite, data=good),
-        "dpo_nll": again("dpo.py", out / "dpo", mine / "dpo_nll", o.overwrite, nll=0.5),
+        "shuffled": again("ppo.py", "ppo", "ppo_shuffled", reward=blind),
+        "good_answers": again("sft.py", "sft", "sft_good", data=good),
+        "dpo_nll": again("dpo.py", "dpo", "dpo_nll", nll=0.5),
     }
 
 

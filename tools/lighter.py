@@ -19,10 +19,6 @@ between the marks <!-- lighter --> and <!-- qlora --> of --results.
 
 import json
 import random
-import re
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,11 +32,12 @@ from common import tuning
 from common.run import main, opt, pick_device
 from data import records
 from data.world import corpus
-from metrics import bootstrap, hits, mean, ratio
+from metrics import hits, mean
 from model import IGNORE, nll
 from packing import pad
 from tools.evals import answer_logps, held_out_losses
 from tools.results import put, table
+from tools.runs import cell, check_marks, difference, figure, kept, run
 
 WAYS = {
     "full": {},
@@ -87,40 +84,6 @@ class Options:
 
 
 # ---------------------------------------------------------------- runs
-def call(script: str, **options) -> str:
-    """Runs a stage → what it printed."""
-    words = []
-    for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    p = subprocess.run([sys.executable, script, *words], stdout=subprocess.PIPE, text=True)
-    if p.returncode:
-        raise ValueError(f"{script} into {options['out']} failed; its error stands above")
-    return p.stdout
-
-
-def run(script: str, out: Path, **options) -> dict:
-    """A stage's run → its cost, also kept beside it: {"minutes" (None where it was resumed), "gb",
-    "trained", "share" in %}.
-    """
-    note = out.with_suffix(".json")
-    finished = (out / "config.json").exists()
-    resumed = (out / "state" / "state.safetensors").exists()
-    start = time.time()
-    printed = call(script, out=out, **options)
-    minutes = (time.time() - start) / 60
-    if not finished:
-        trained, share = re.search(r"trained: ([\d,]+) parameters, ([\d.]+)%", printed).groups()
-        gb = re.search(r"memory: ([\d.]+) GB at most", printed)[1]
-        cost = {
-            "minutes": None if resumed else minutes,
-            "gb": float(gb),
-            "trained": int(trained.replace(",", "")),
-            "share": float(share),
-        }
-        note.write_text(json.dumps(cost) + "\n")
-    return json.loads(note.read_text()) if note.exists() else {}
-
-
 def tune(o, way: str, seed: int) -> tuple[Path, dict]:
     """One SFT run → its folder and its cost."""
     out, options = Path(o.out) / f"{way}-{seed}", dict(WAYS[way])
@@ -168,15 +131,6 @@ def prefer(o, way: str, seed: int) -> tuple[Path, dict]:
 
 
 # ---------------------------------------------------------------- what is measured: [(sum, count)]
-def kept(file: Path, compute):
-    """compute(), kept in a file, so that a second start computes nothing twice. A run's file lies
-    in its folder, and goes with it.
-    """
-    if not file.exists():
-        file.write_text(json.dumps(compute()))
-    return json.loads(file.read_text())
-
-
 def other_texts(n: int) -> dict:
     """n documents of each kind of text that nothing was tuned on, always the same."""
     pages = random.Random(0).sample(sorted(topics), min(n, len(topics)))
@@ -231,37 +185,6 @@ def accuracies(path, sft, pairs, device) -> list:
 
 
 # ---------------------------------------------------------------- figures
-def figure(seeds: list) -> dict:
-    """[(sum, count)] of the same items from each seed → the mean over all that was counted, its
-    interval over items, and each seed's mean.
-    """
-    items = [(mean([total for total, _ in item]), item[0][1]) for item in zip(*seeds, strict=True)]
-    return {
-        "mean": ratio(items),
-        "ci": bootstrap(items, ratio),
-        "seeds": [ratio(s) for s in seeds],
-        "items": len(items),
-    }
-
-
-def difference(ours: list, theirs: list) -> dict:
-    """The figure of ours minus theirs, item by item."""
-    return figure(
-        [
-            [(a - b, n) for (a, n), (b, _) in zip(x, y, strict=True)]
-            for x, y in zip(ours, theirs, strict=True)
-        ]
-    )
-
-
-def cell(f, scale=1.0, digits=3, sign="") -> str:
-    text = f"{f['mean'] * scale:{sign}.{digits}f} ± {f['ci'] * scale:.{digits}f}"
-    if len(f["seeds"]) == 1:
-        return text
-    low, high = min(f["seeds"]) * scale, max(f["seeds"]) * scale
-    return f"{text} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
-
-
 def cost(runs, key, form) -> str:
     known = [r[key] for r in runs if r.get(key) is not None]
     return form.format(mean(known)) if known else "–"
@@ -299,17 +222,6 @@ def qlora_table(result) -> str:
 
 
 # ---------------------------------------------------------------- the script
-def check_marks(page: Path, names):
-    """ValueError where the page lacks a table's two marks."""
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    for name in names:
-        if f"<!-- {name} -->\n" not in text or f"<!-- /{name} -->" not in text:
-            raise ValueError(
-                f"{page}: the marks <!-- {name} --> and <!-- /{name} --> were expected, for"
-                " a table to go between"
-            )
-
-
 def held_out(o, both: bool) -> tuple[list, list]:
     """The held-out conversations, and the held-out pairs where both LoRA and QLoRA run. ValueError
     where a file has none.

@@ -1,0 +1,107 @@
+"""What the experiments share: the seeds' finished runs, a checkpoint's answers and their gold, and
+where figures, table and picture go.
+
+    make experiments/NAME        OUT/experiments/NAME.json, docs/experiments/NAME.png, RESULTS.md
+
+Each experiment starts from the chains in OUT/seed0, OUT/seed1, … and keeps what it trains and
+measures in OUT/experiments/NAME, so that the same command goes on after an interruption.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common import tuning
+from common.run import opt, pick_device
+from data import records
+from metrics import kl
+from tools import evals
+from tools.report import light
+from tools.results import put, table
+from tools.runs import check_marks, kept
+
+
+@dataclass
+class Options(tuning.Reading):
+    out: str = opt("out", "folder of seed0, seed1, …, each with a finished chain")
+    seeds: int = opt(3, "how many of them", at_least=1)
+    n: int = opt(500, "how many held-out prompts", at_least=2)
+    max_new_tokens: int = opt(64, "longest answer in tokens", at_least=1)
+    batch: int = opt(128, "answers sampled together", at_least=1)
+    device: str = opt("auto", "cpu, cuda or auto")
+    results: str = opt("RESULTS.md", "file with the marks that the table goes between")
+    pictures: str = opt("docs/experiments", "folder of the pictures")
+
+
+def chain(o, seed: int) -> Path:
+    """The folder of a seed's chain. FileNotFoundError where it has not finished."""
+    folder = Path(o.out) / f"seed{seed}"
+    for stage in ("sft", "reward", "ppo", "dpo", "simpo"):
+        if not (folder / stage / "config.json").exists():
+            raise FileNotFoundError(
+                f"{folder / stage}: no finished stage; make ppo dpo simpo OUT={folder} SEED={seed}"
+            )
+    return folder
+
+
+def place(o, name: str, seed: int) -> Path:
+    """The folder of an experiment's runs with one seed."""
+    folder = Path(o.out) / "experiments" / name / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def held_out(o, seed: int) -> list[dict]:
+    """The first n held-out prompts of a seed's world, each with its `item` for the gold rater."""
+    return records.conversations(chain(o, seed) / "world" / "heldout.jsonl", "prompt")[: o.n]
+
+
+def measure(o, folder: Path, seed: int, keep_in: Path, reference: Path | None = None) -> dict:
+    """A checkpoint's answers to the held-out prompts at temperature 1, kept in a file: {"lines":
+    what evals.rate() says of each, "kl": nats an answer from `reference`, by the policy's own
+    samples; None without one}.
+    """
+
+    def compute():
+        held, device = held_out(o, seed), pick_device(o.device)
+        model, tok = evals.read(o, folder.name, folder, device)
+        answers = evals.answer(model, tok, [r["messages"] for r in held], o, 1.0, seed)
+        found = {"lines": evals.rate(held, answers), "kl": None}
+        if reference is not None:
+            ours = evals.token_logps(model, tok, held, answers)
+            model, tok = evals.read(o, reference.name, reference, device)
+            found["kl"] = kl(ours, evals.token_logps(model, tok, held, answers))
+        return found
+
+    return kept(keep_in / f"{folder.name}-{o.n}.json", compute)
+
+
+def items(lines: list[dict], key: str) -> list[tuple]:
+    """A figure of every line as [(value, 1)], for runs.figure() and runs.difference()."""
+    return [(float(line[key]), 1) for line in lines]
+
+
+def begin(o, *names: str):
+    """Before anything runs: the pages have the marks that the tables go between."""
+    check_marks(Path(o.results), names)
+    Path(o.out, "experiments").mkdir(parents=True, exist_ok=True)
+    Path(o.pictures).mkdir(parents=True, exist_ok=True)
+
+
+def publish(o, name: str, figures: dict, head: list, rows: list, note: str, picture=None):
+    """Writes an experiment's figures, table and picture. note: the line under the table, with n and
+    seeds.
+    """
+    command = shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    result = {"command": command, "options": asdict(o), **figures}
+    file = Path(o.out) / "experiments" / f"{name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    text = f"{table(head, rows)}\n\n{note}"
+    if picture is not None:
+        path = Path(o.pictures) / f"{name}.png"
+        picture.savefig(path, dpi=110, facecolor=light("page"), metadata={"Software": None})
+        text += f"\n\n![{name}]({path.as_posix()})"
+    print(text)
+    put(Path(o.results), name, text)
