@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from stages import refused, run
-from tiny import folder, user, write
+from tiny import chat_tokenizer, folder, lm, user, write
 
 import metrics
 from common import hub
@@ -304,23 +304,45 @@ def test_a_reader_s_function_scores_answers(models, tmp_path):
     assert evals.evaluate(o)["model"]["score"] == 2 and answers(tmp_path)[3]["score"] == 3
 
 
-def test_code_runs_after_it_is_allowed_and_apart(models, tmp_path, monkeypatch):
-    task = write(tmp_path / "t.jsonl", [HUMAN_EVAL | {"task_id": f"x/{i}"} for i in range(3)])
-    with pytest.raises(ValueError, match="--allow-code-execution lets it"):
-        evals.evaluate(options(tmp_path, models, task))
+def sandbox(monkeypatch, passes):
+    """A sandbox that runs nothing: program i passes where passes(i) → the list that gets (program,
+    tests) of each."""
     seen = []
 
     def check(pairs, confined):
         for i, pair in enumerate(pairs):
             seen.append(pair)
-            yield types.SimpleNamespace(
-                passed=i % 12 < 3, status="passed" if i % 12 < 3 else "failed", output=""
-            )
+            status = "passed" if passes(i) else "failed"
+            yield types.SimpleNamespace(passed=passes(i), status=status, output="")
 
-    monkeypatch.setitem(sys.modules, "tools.sandbox", types.SimpleNamespace(check=check))
-    monkeypatch.setattr(
-        sys.modules["tools"], "sandbox", types.SimpleNamespace(check=check), raising=False
-    )
+    fake = types.SimpleNamespace(check=check)
+    monkeypatch.setitem(sys.modules, "tools.sandbox", fake)
+    monkeypatch.setattr(sys.modules["tools"], "sandbox", fake, raising=False)
+    return seen
+
+
+def test_any_special_token_ends_a_program(monkeypatch):
+    """A base model need not end its text as a chat's answer ends."""
+    tok, model = chat_tokenizer(), lm()
+
+    def generate(model, prompts, *_, eos_id, **__):
+        said = tok.encode("    return x") + [tok.special["<|im_start|>"]] + tok.encode("user")
+        end = next((i + 1 for i, token in enumerate(said) if token in eos_id), len(said))
+        return [said[:end] for _ in prompts]
+
+    monkeypatch.setattr("tools.answers.generate", generate)
+    seen, o = sandbox(monkeypatch, bool), evals.Options(samples=1, max_new_tokens=20)
+    (line,) = tasks.programs(model, tok, [benchmarks.code_item(HUMAN_EVAL)], o, 0)
+    assert line["answers"] == ["    return x"] and "user" not in seen[0][0]
+    (line,) = tasks.answers(model, tok, [{"messages": user("hi")}], o, 0)
+    assert line["answer"] == "    return xuser"  # a chat's answer ends at its own token
+
+
+def test_code_runs_after_it_is_allowed_and_apart(models, tmp_path, monkeypatch):
+    task = write(tmp_path / "t.jsonl", [HUMAN_EVAL | {"task_id": f"x/{i}"} for i in range(3)])
+    with pytest.raises(ValueError, match="--allow-code-execution lets it"):
+        evals.evaluate(options(tmp_path, models, task))
+    seen = sandbox(monkeypatch, lambda i: i % 12 < 3)
     o = options(tmp_path, models, task, allow_code_execution=True, samples=12)
     result = evals.evaluate(o)["model"]
     assert result["pass@1"] == pytest.approx(3 / 12)
