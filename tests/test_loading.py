@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import random
+import re
 import weakref
 from argparse import Namespace
 from dataclasses import replace
@@ -24,7 +25,7 @@ from common.run import pick_device
 from data import templates, tokenizer
 from model import scalar_model
 from sampling import decode, generate
-from tools import chat, controls, evals
+from tools import chat, controls, evals, tasks
 
 GOLDEN, CPU = Path(__file__).parent / "golden", pick_device("cpu")
 
@@ -418,6 +419,29 @@ def argument(**changes):
     return Namespace(**o | changes)
 
 
+def test_a_task_reads_what_was_trained(chain, small):
+    """--keep-base: the choices of the merged model, which 4 bits would round again; --against the
+    base, which has no adapter: read plainly."""
+    rows = [dict(query=f"{i} and {i} is", choices=["two", "many"], gold=i % 2) for i in range(4)]
+    task, base = tiny.write(chain / "task.jsonl", rows), small["sft"]["model"]
+
+    def logprobs(**way):
+        o = evals.Options(
+            task=task, model=str(chain / "sft"), out=str(chain), device="cpu", against=base, **way
+        )
+        evals.evaluate(o)
+        found = []
+        for folder in (o.model, base):
+            name = re.sub("[^A-Za-z0-9]+", "-", folder).strip("-")
+            (file,) = chain.glob(f"tasks/task/{name}.{tasks.key(o, folder)}.jsonl")
+            found.append([json.loads(x)["logprobs"] for x in file.read_text().splitlines()])
+        return torch.tensor(found)
+
+    merged, kept, again = logprobs(), logprobs(**KEEP), logprobs(quant="nf4")
+    assert (kept - merged)[0].abs().max() < 1e-4 < (again - merged)[0].abs().max()
+    assert torch.equal(kept[1], again[1]) and (kept - merged)[1].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("way", ({}, dict(quant="nf4"), KEEP))
 def test_evaluation_and_controls_hold_one_model_at_a_time(way, chain, small, monkeypatch):
     """Whatever the way in which it is read; the base has no adapter, with --keep-base either."""
@@ -436,7 +460,7 @@ def test_evaluation_and_controls_hold_one_model_at_a_time(way, chain, small, mon
         evals.Options(out=str(chain), base=base, n=4, max_new_tokens=6, device="cpu", **way)
     )
     results = json.loads((chain / "results.json").read_text())
-    assert list(results) == ["perfect", "base", "sft", "dpo", "reward"]
+    assert list(results) == ["perfect", "base", "sft", "dpo", "reward", "measures"]
     assert results["sft"]["kl_vs_sft"] == 0 != results["dpo"]["kl_vs_sft"]
     assert most == [0] * 5
     most.clear()
