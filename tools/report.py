@@ -135,7 +135,7 @@ REWARD = [
 ]
 ORDER = [
     ("differently", "Ordered otherwise than gold", True, "of those told apart; 50 % is guessing"),
-    ("untold", "Not told apart", True, "two scores alike"),
+    ("untold", "Not told apart", True, "the same score for both"),
     ("pairs", "Pairs", None, "that gold tells apart"),
     ("n", "Prompts", None, "held out"),
 ]
