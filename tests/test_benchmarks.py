@@ -12,7 +12,8 @@ from stages import refused, run
 from tiny import chat_tokenizer, folder, lm, user, write
 
 import metrics
-from common import hub
+import sft
+from common import hub, tuning
 from data import benchmarks
 from metrics import mean
 from model import nll
@@ -378,6 +379,33 @@ def test_a_4_bit_model_is_another(models, tmp_path):
     one, two = sorted((tmp_path / "out" / "tasks" / "t").glob("*.jsonl"))
     a, b = (json.loads(f.read_text().split("\n")[0])["logprobs"] for f in (one, two))
     assert a != b and a == pytest.approx(b, rel=0.3)
+
+
+def test_an_adapter_is_read_on_its_base(tmp_path):
+    """--keep-base: the choices of the merged model, which 4 bits would round again; --against the
+    base, which has no adapter: read plainly."""
+    base, own = folder(tmp_path / "base", 1, hidden_size=64, intermediate_size=64), tmp_path / "own"
+    o, cpu = sft.Options(model=base, lora=4, quant="nf4"), torch.device("cpu")
+    model, tok = tuning.start(o, cpu)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1) if p.requires_grad else p
+    tuning.save(o, own, model, tok)
+    task = write(tmp_path / "t.jsonl", arithmetic(8))
+
+    def logprobs(**way):
+        o = options(tmp_path, [str(own)], task, against=base, **way)
+        evals.evaluate(o)
+        names = ("own", tasks.key(o, str(own))), ("base", tasks.key(o, base))
+        files = [*(tmp_path / "out" / "tasks" / "t").glob("*.jsonl")]
+        (a,), (b,) = ([f for f in files if f.name.endswith(f"{n}.{k}.jsonl")] for n, k in names)
+        return [torch.tensor([json.loads(x)["logprobs"] for x in f.open()]) for f in (a, b)]
+
+    merged, _ = logprobs()
+    kept, plain = logprobs(quant="nf4", keep_base=True)
+    again, same = logprobs(quant="nf4")
+    assert (kept - merged).abs().max() < 1e-3 < 1e-2 < (again - merged).abs().max()
+    assert torch.equal(plain, same) and (kept - plain).abs().max() > 0.1
 
 
 def test_bad_input_is_one_line(models, tmp_path):

@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import random
-import re
 import weakref
 from argparse import Namespace
 from dataclasses import replace
@@ -25,7 +24,7 @@ from common.run import pick_device
 from data import templates, tokenizer
 from model import scalar_model
 from sampling import decode, generate
-from tools import chat, controls, evals, tasks
+from tools import chat, controls, evals
 
 GOLDEN, CPU = Path(__file__).parent / "golden", pick_device("cpu")
 
@@ -417,29 +416,6 @@ def argument(**changes):
         seed=0,
     )
     return Namespace(**o | changes)
-
-
-def test_a_task_reads_what_was_trained(chain, small):
-    """--keep-base: the choices of the merged model, which 4 bits would round again; --against the
-    base, which has no adapter: read plainly."""
-    rows = [dict(query=f"{i} and {i} is", choices=["two", "many"], gold=i % 2) for i in range(4)]
-    task, base = tiny.write(chain / "task.jsonl", rows), small["sft"]["model"]
-
-    def logprobs(**way):
-        o = evals.Options(
-            task=task, model=str(chain / "sft"), out=str(chain), device="cpu", against=base, **way
-        )
-        evals.evaluate(o)
-        found = []
-        for folder in (o.model, base):
-            name = re.sub("[^A-Za-z0-9]+", "-", folder).strip("-")
-            (file,) = chain.glob(f"tasks/task/{name}.{tasks.key(o, folder)}.jsonl")
-            found.append([json.loads(x)["logprobs"] for x in file.read_text().splitlines()])
-        return torch.tensor(found)
-
-    merged, kept, again = logprobs(), logprobs(**KEEP), logprobs(quant="nf4")
-    assert (kept - merged)[0].abs().max() < 1e-4 < (again - merged)[0].abs().max()
-    assert torch.equal(kept[1], again[1]) and (kept - merged)[1].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("way", ({}, dict(quant="nf4"), KEEP))
