@@ -156,7 +156,7 @@ test-first:
 test-second:
 	$(PY) -m pytest $(SECOND)
 
-parity: .venv-peers/ready smollm2 ## compare with transformers, tokenizers, TRL, PEFT, bitsandbytes
+parity: .venv-peers/ready smollm2 ## compare with transformers, TRL, PEFT, bitsandbytes, lm-eval, …
 	$(PEERS) -m pytest tests/parity
 
 browser: .venv-peers/ready ## the rating page in headless Chromium, with Debian's chromium-driver
@@ -179,7 +179,7 @@ mutants: $(READY) ## put known bugs back, one at a time: each must fail a test; 
 bugs: $(READY) ## docs/bugs.md from tests/mutants/bugs.py, without running a test
 	$(PY) tests/mutants/run.py --book
 
-bench: .venv-peers/ready sft smollm2 ## speed and memory beside the peers
+bench: .venv-peers/ready sft smollm2 ## speed and memory beside the peers; tools.bench has more
 	$(PEERS) -m tools.bench sampling --model $(OUT)/sft --data $(WORLD)/heldout.jsonl
 	for task in sft lora qlora dequantise memory; do \
 	  $(PEERS) -m tools.bench $$task --data $(WORLD)/sft.jsonl || exit 1; done

@@ -109,9 +109,13 @@ def preferences(path):
 
 def answers(path) -> dict:
     """An answers file, as tools/evals.py writes it → {(prompt, how often it came before): the
-    record, its "prompt" as messages}: two files of the same prompts match by these keys."""
-    found = {}
+    record, its "prompt" as messages}: two files of the same prompts match by these keys. null,
+    which stands for a prompt beyond the model's context, is left out and counted."""
+    found, nulls = {}, 0
     for line, record in _read(path):
+        if record is None:
+            nulls += 1
+            continue
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"a JSON object was expected (got {_short(record)})")
@@ -122,6 +126,7 @@ def answers(path) -> dict:
         while (key, times) in found:
             times += 1
         found[key, times] = record | {"prompt": prompt, "answer": answer}
+    report(path, len(found), {"null (beyond the model's context)": nulls}, "answers")
     return found
 
 

@@ -9,10 +9,11 @@ import types
 import pytest
 import torch
 from stages import refused, run
-from tiny import folder, user, write
+from tiny import chat_tokenizer, folder, lm, user, write
 
 import metrics
-from common import hub
+import sft
+from common import hub, tuning
 from data import benchmarks
 from metrics import mean
 from model import nll
@@ -304,23 +305,45 @@ def test_a_reader_s_function_scores_answers(models, tmp_path):
     assert evals.evaluate(o)["model"]["score"] == 2 and answers(tmp_path)[3]["score"] == 3
 
 
-def test_code_runs_after_it_is_allowed_and_apart(models, tmp_path, monkeypatch):
-    task = write(tmp_path / "t.jsonl", [HUMAN_EVAL | {"task_id": f"x/{i}"} for i in range(3)])
-    with pytest.raises(ValueError, match="--allow-code-execution lets it"):
-        evals.evaluate(options(tmp_path, models, task))
+def sandbox(monkeypatch, passes):
+    """A sandbox that runs nothing: program i passes where passes(i) → the list that gets (program,
+    tests) of each."""
     seen = []
 
     def check(pairs, confined):
         for i, pair in enumerate(pairs):
             seen.append(pair)
-            yield types.SimpleNamespace(
-                passed=i % 12 < 3, status="passed" if i % 12 < 3 else "failed", output=""
-            )
+            status = "passed" if passes(i) else "failed"
+            yield types.SimpleNamespace(passed=passes(i), status=status, output="")
 
-    monkeypatch.setitem(sys.modules, "tools.sandbox", types.SimpleNamespace(check=check))
-    monkeypatch.setattr(
-        sys.modules["tools"], "sandbox", types.SimpleNamespace(check=check), raising=False
-    )
+    fake = types.SimpleNamespace(check=check)
+    monkeypatch.setitem(sys.modules, "tools.sandbox", fake)
+    monkeypatch.setattr(sys.modules["tools"], "sandbox", fake, raising=False)
+    return seen
+
+
+def test_any_special_token_ends_a_program(monkeypatch):
+    """A base model need not end its text as a chat's answer ends."""
+    tok, model = chat_tokenizer(), lm()
+
+    def generate(model, prompts, *_, eos_id, **__):
+        said = tok.encode("    return x") + [tok.special["<|im_start|>"]] + tok.encode("user")
+        end = next((i + 1 for i, token in enumerate(said) if token in eos_id), len(said))
+        return [said[:end] for _ in prompts]
+
+    monkeypatch.setattr("tools.answers.generate", generate)
+    seen, o = sandbox(monkeypatch, bool), evals.Options(samples=1, max_new_tokens=20)
+    (line,) = tasks.programs(model, tok, [benchmarks.code_item(HUMAN_EVAL)], o, 0)
+    assert line["answers"] == ["    return x"] and "user" not in seen[0][0]
+    (line,) = tasks.answers(model, tok, [{"messages": user("hi")}], o, 0)
+    assert line["answer"] == "    return xuser"  # a chat's answer ends at its own token
+
+
+def test_code_runs_after_it_is_allowed_and_apart(models, tmp_path, monkeypatch):
+    task = write(tmp_path / "t.jsonl", [HUMAN_EVAL | {"task_id": f"x/{i}"} for i in range(3)])
+    with pytest.raises(ValueError, match="--allow-code-execution lets it"):
+        evals.evaluate(options(tmp_path, models, task))
+    seen = sandbox(monkeypatch, lambda i: i % 12 < 3)
     o = options(tmp_path, models, task, allow_code_execution=True, samples=12)
     result = evals.evaluate(o)["model"]
     assert result["pass@1"] == pytest.approx(3 / 12)
@@ -356,6 +379,33 @@ def test_a_4_bit_model_is_another(models, tmp_path):
     one, two = sorted((tmp_path / "out" / "tasks" / "t").glob("*.jsonl"))
     a, b = (json.loads(f.read_text().split("\n")[0])["logprobs"] for f in (one, two))
     assert a != b and a == pytest.approx(b, rel=0.3)
+
+
+def test_an_adapter_is_read_on_its_base(tmp_path):
+    """--keep-base: the choices of the merged model, which 4 bits would round again; --against the
+    base, which has no adapter: read plainly."""
+    base, own = folder(tmp_path / "base", 1, hidden_size=64, intermediate_size=64), tmp_path / "own"
+    o, cpu = sft.Options(model=base, lora=4, quant="nf4"), torch.device("cpu")
+    model, tok = tuning.start(o, cpu)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1) if p.requires_grad else p
+    tuning.save(o, own, model, tok)
+    task = write(tmp_path / "t.jsonl", arithmetic(8))
+
+    def logprobs(**way):
+        o = options(tmp_path, [str(own)], task, against=base, **way)
+        evals.evaluate(o)
+        names = ("own", tasks.key(o, str(own))), ("base", tasks.key(o, base))
+        files = [*(tmp_path / "out" / "tasks" / "t").glob("*.jsonl")]
+        (a,), (b,) = ([f for f in files if f.name.endswith(f"{n}.{k}.jsonl")] for n, k in names)
+        return [torch.tensor([json.loads(x)["logprobs"] for x in f.open()]) for f in (a, b)]
+
+    merged, _ = logprobs()
+    kept, plain = logprobs(quant="nf4", keep_base=True)
+    again, same = logprobs(quant="nf4")
+    assert (kept - merged).abs().max() < 1e-3 < 1e-2 < (again - merged).abs().max()
+    assert torch.equal(plain, same) and (kept - plain).abs().max() > 0.1
 
 
 def test_bad_input_is_one_line(models, tmp_path):

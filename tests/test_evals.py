@@ -20,6 +20,7 @@ from model import scalar_model
 from sampling import generate
 from tools import evals, report
 from tools import results as tables
+from tools.answers import order_counts
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,8 @@ CPU = torch.device("cpu")
 # ---------------------------------------------------------------- a stage's figures
 def test_stage_figures():
     def line(gold, right, text="a b c", finished=True):
-        return {"gold": gold, "right": right, "answer": text, "finished": finished}
+        measures = {"rougeL": gold / 2, "exact_match": 0.0, "token_f1": 1.0}
+        return {"gold": gold, "right": right, "answer": text, "finished": finished} | measures
 
     ours, theirs = (
         [line(1.5, True), line(0.5, False, "a", False)],
@@ -43,6 +45,7 @@ def test_stage_figures():
     )
     assert (f["finished"], f["mean_length"], f["kl_vs_sft"], f["gain_vs_sft"]) == (0.5, 2, 3.0, 0.5)
     assert (f["win_vs_sft"], f["win_vs_sft_decided"]) == (0.75, 1.0)
+    assert (f["rougeL"], f["exact_match"], f["token_f1"]) == (0.5, 0, 1)
     assert all(
         k + "_ci" in f
         for k in (
@@ -56,6 +59,42 @@ def test_stage_figures():
     )
     alone = evals.stage_figures(ours, theirs)
     assert not any("vs_sft" in k for k in alone)
+
+
+def test_pairs_of_answers_in_two_orders():
+    # the first beats the others by both; xs ties the middle two, ys the 2nd and 4th
+    assert order_counts([3, 1, 1, 2], [5, 1, 2, 1]) == (3, 1, 1, 1)
+    assert order_counts([0, 0, 0], [1, 1, 2]) == (0, 0, 2, 0)
+    assert order_counts([1, 1, 2], [0, 0, 0]) == (0, 0, 0, 2)
+
+
+def test_measures_beside_gold_leave_out_the_base_and_what_gold_ties():
+    def lines(golds, f1s):
+        return [
+            dict(gold=g, rougeL=-g, exact_match=0, token_f1=f)
+            for g, f in zip(golds, f1s, strict=True)
+        ]
+
+    every = dict(base=lines([9, 9], [0, 9]), sft=lines([0.3, 1], [1, 1]))
+    assert evals.measures(every) == {}
+    found = evals.measures(
+        every | dict(dpo=lines([0.1 + 0.2, 2], [0, 0]), own=lines([1, 3], [1, 1]))
+    )
+    assert {name: (f["differently"], f["untold"]) for name, f in found.items()} == {
+        "rougeL": (1, 0),
+        "exact_match": (0, 1),
+        # dpo-own holds, sft-own ties; dpo-own holds, sft-own ties, sft-dpo is turned round
+        "token_f1": (1 / 3, 2 / 5),
+    }
+    assert all((f["n"], f["pairs"]) == (2, 5) and "untold_ci" in f for f in found.values())
+
+
+def test_answers_are_measured_beside_the_perfect_one():
+    held = world.records(0, {"sft": 1, "prompts": 1, "heldout": 5})["heldout"]
+    lines = evals.rate(held, [(r["reference"], [], True) for r in held])
+    assert all(x["rougeL"] == x["exact_match"] == x["token_f1"] == 1 for x in lines)
+    (line,) = evals.rate(held[:1], [("x " + held[0]["reference"], [], True)])
+    assert 0 < line["rougeL"] < 1 and line["exact_match"] == 0
 
 
 # ---------------------------------------------------------------- models

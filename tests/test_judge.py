@@ -229,6 +229,16 @@ def test_gold_and_ties(tmp_path, fake):
     assert read[0]["finished"] == [True, True]
 
 
+def test_null_answers_are_left_out_and_counted(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", [dict(prompt=user("p"), answer="a1"), None])
+    b = write(tmp_path / "b.jsonl", [None, dict(prompt=user("p"), answer="b1")])
+    (pair,) = judge.read_pairs(judge.Options(a=a, b=b))
+    assert (pair["a"], pair["b"]) == ("a1", "b1")
+    said = capsys.readouterr().err.splitlines()
+    null = "1 answers used, dropped 1 null (beyond the model's context)"
+    assert said == [f"{a}: {null}", f"{b}: {null}"]
+
+
 def test_answers_are_matched_by_prompt_and_turn(tmp_path):
     rows = [dict(prompt=user(q), answer=f"{q} {i}") for i, q in enumerate(["p", "q", "p", "r"])]
     a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[2::-1])

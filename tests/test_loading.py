@@ -436,7 +436,7 @@ def test_evaluation_and_controls_hold_one_model_at_a_time(way, chain, small, mon
         evals.Options(out=str(chain), base=base, n=4, max_new_tokens=6, device="cpu", **way)
     )
     results = json.loads((chain / "results.json").read_text())
-    assert list(results) == ["perfect", "base", "sft", "dpo", "reward"]
+    assert list(results) == ["perfect", "base", "sft", "dpo", "reward", "measures"]
     assert results["sft"]["kl_vs_sft"] == 0 != results["dpo"]["kl_vs_sft"]
     assert most == [0] * 5
     most.clear()

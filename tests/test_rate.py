@@ -67,6 +67,15 @@ def test_answers_are_matched_by_prompt_also_where_one_comes_twice(tmp_path, caps
     )
 
 
+def test_null_answers_are_left_out_and_counted(tmp_path, capsys):
+    a = tiny.write(tmp_path / "a", [None, {"prompt": user("x"), "answer": "a1"}, None])
+    found = read_pairs(a, answers(tmp_path / "b", [("x", "b1"), ("y", "b2")]))
+    assert [p["responses"] for p in found.values()] == [["a1", "b1"]]
+    said = capsys.readouterr().err
+    assert f"{a}: 1 answers used, dropped 2 null (beyond the model's context)\n" in said
+    assert "1 pairs used, dropped 1 in one file only" in said
+
+
 def test_pairs_and_rankings_are_read_too(tmp_path):
     row = {"prompt": user("x"), "responses": ["good", "bad", "mid"], "ranks": [0, 2, 1]}
     found = read_pairs(pairs=tiny.write(tmp_path / "r", [row]))
@@ -80,7 +89,8 @@ def test_pairs_and_rankings_are_read_too(tmp_path):
         ('{"prompt": "x", "answer": 3}', ":1: answer: a string was expected (got 3)"),
         ('{"answer": "x"}', ":1: prompt: a string or a list of messages was expected"),
         ("[1]", ":1: a JSON object was expected (got 1)"),
-        ("", "no usable pairs in it"),
+        ("", "no usable answers in it"),
+        ("null", "no usable answers in it (dropped: 1 null (beyond the model's context))"),
     ],
 )
 def test_a_file_without_answers_is_named(tmp_path, text, said):

@@ -319,9 +319,15 @@ def a_run(out, stages=("base", "sft", "ppo", "dpo", "simpo")):
                 gold=1.25,
                 right=True,
                 reasons=reasons,
+                rougeL=0.5,
+                exact_match=0.0,
+                token_f1=0.25,
             )
             for p in prompts
         ]
+        # what DPO says of prompt 7 is better by gold, worse by ROUGE-L
+        if stage == "dpo":
+            lines[7] |= dict(gold=1.75, rougeL=0.125, answer="another truth")
         for greedy in ("", ".greedy"):
             write(out / "answers" / f"{stage}{greedy}.jsonl", lines)
         if stage != "base":
@@ -333,6 +339,8 @@ def a_run(out, stages=("base", "sft", "ppo", "dpo", "simpo")):
             (out / stage / "run.json").write_text(
                 json.dumps({"options": {"lr": 0.0003, "model": "/somewhere", "overwrite": False}})
             )
+    order = dict(n=30, pairs=1002, differently=0.31, differently_ci=0.02, untold=0.06)
+    results["measures"] = {"rougeL": order, "token_f1": order | dict(differently=0.27)}
     results["reward"] = dict(
         pair_accuracy=0.7, labeller_gold_accuracy=0.75, labeller_agreement=float("nan"), pairs=1234
     )
@@ -370,6 +378,10 @@ def test_report_of_a_whole_run_stands_alone_and_escapes_what_it_quotes(tmp_path)
         "✓ 1.25",
         "50%",
         "rude",
+        "ROUGE-L",
+        "31 %±2 %",
+        "27 %",
+        "1,002",
         *report.TITLE.values(),
         *KINDS,
     ):
@@ -378,6 +390,18 @@ def test_report_of_a_whole_run_stands_alone_and_escapes_what_it_quotes(tmp_path)
     assert page.tags.count("svg") == 3 + 1 + 2 + 9 + 5 + 5
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert text == made(tmp_path)  # the same results, the same bytes
+
+
+def test_report_shows_where_a_measure_and_gold_part(tmp_path):
+    text = made(a_run(tmp_path))
+    shown = text[text.index("Where ROUGE-L errs most") : text.index("The same prompts, answered")]
+    page = Page(
+        "<details>" + shown[shown.index("<div") : shown.rindex("</details>")] + "</details>"
+    )
+    assert page.text.count("Prompt") == 1 and "Prompt 7 " in page.text
+    assert "✓ 1.75DPO" in page.text and "another truth" in page.text
+    assert "ROUGE-L 0.12" in page.text and "ROUGE-L 0.50" in page.text
+    assert "Where Token F1 errs most" not in text and "base" not in page.text.lower()
 
 
 def test_pictures_follow_the_page_from_light_to_dark(tmp_path):

@@ -9,8 +9,9 @@ A stage is any folder of OUT that holds a finished language model: sft, ppo, dpo
 them your own by name. OUT/reward, the reward model, is evaluated as one.
 
 Every answer is kept: OUT/answers/STAGE.jsonl (temperature 1) and STAGE.greedy.jsonl, one {prompt,
-answer, finished, gold, right, reasons} per line. OUT/results.json has the figures; where a figure
-is a mean over prompts, FIGURE_ci is half the width of its 95 % interval. Two checkpoints are
+answer, finished, gold, right, reasons} per line, and what ROUGE-L, exact match and token F1 say of
+it beside the perfect answer. OUT/results.json has the figures; where a figure is a mean over
+prompts, FIGURE_ci is half the width of its 95 % interval. Two checkpoints are
 compared on the same prompts (metrics.py says why). One model at a time is in memory: each stage's
 answers and their log-probabilities are kept, and the SFT model, from which KL is measured, is read
 once more after all stages.
@@ -33,10 +34,11 @@ from model import IGNORE, logprobs, nll, score
 from packing import pad
 from sampling import prompt_room
 from tools import tasks
-from tools.answers import respond, show, with_interval, write_results
+from tools.answers import beside, order_counts, respond, show, with_interval, write_results
 
 STAGES = ("base", "sft", "ppo", "dpo", "simpo")
-NOT_STAGES = ("reward", "perfect")  # results.json's other entries
+NOT_STAGES = ("reward", "perfect", "measures")  # results.json's other entries
+MEASURES = ("rougeL", "exact_match", "token_f1")  # which see a reference instead of the rubric
 
 
 @dataclass
@@ -138,16 +140,10 @@ def rate(held, answers):
     lines = []
     for r, (text, _, finished) in zip(held, answers, strict=True):
         score, reasons = world.gold(r["item"], text, finished)
-        lines.append(
-            {
-                "prompt": r["messages"],
-                "answer": text,
-                "finished": finished,
-                "gold": score,
-                "right": reasons["right"],
-                "reasons": reasons,
-            }
-        )
+        line = {"prompt": r["messages"], "answer": text, "finished": finished, "gold": score}
+        found = beside(text, [r["reference"]])
+        lines.append(line | {"right": reasons["right"], "reasons": reasons})
+        lines[-1] |= {name: found[name] for name in MEASURES}
     return lines
 
 
@@ -174,6 +170,8 @@ def stage_figures(sampled, greedy, sampled_sft=None, kls=None):
     out |= with_interval("gold_greedy", [a["gold"] for a in greedy])
     out["right_sampled"] = mean([a["right"] for a in sampled])
     out |= with_interval("right_greedy", [float(a["right"]) for a in greedy])
+    for name in MEASURES:
+        out |= with_interval(name, [a[name] for a in sampled])
     out["finished"] = mean([a["finished"] for a in sampled])
     out["mean_length"] = mean([len(a["answer"].split()) for a in sampled])
     if sampled_sft:
@@ -421,6 +419,27 @@ def stage_answers(o, stage, path, held, device):
     return rate(held, sampled), rate(held, greedy), (sampled, logps, tok.hash)
 
 
+def measures(every) -> dict:
+    """{stage: lines} → {measure: what it makes of gold's order, over the pairs of two stages'
+    answers to one prompt that gold tells apart}. The base's answers, which all of them put last,
+    are left out.
+
+    untold        the share of the pairs that the measure cannot tell apart
+    differently   of the others, the share that it orders otherwise than gold; ½ is guessing
+    """
+    rows, out = [*zip(*(lines for s, lines in every.items() if s != "base"), strict=True)], {}
+    for name in MEASURES if rows and len(rows[0]) > 1 else ():
+        counts = []
+        for row in rows:  # 0.1 + 0.2 ties with 0.3
+            counts.append(order_counts([a[name] for a in row], [round(a["gold"], 9) for a in row]))
+        out[name] = {"n": len(rows), "pairs": sum(c + d + m for c, d, m, _ in counts)}
+        shares = {"differently": [(d, c + d) for c, d, _, _ in counts]}
+        shares["untold"] = [(m, c + d + m) for c, d, m, _ in counts]
+        for share, parts in shares.items():
+            out[name] |= {share: ratio(parts), f"{share}_ci": bootstrap(parts, ratio)}
+    return out
+
+
 def right_by_kind(held, lines) -> dict:
     """{kind of instruction: the share of its answers that are right}."""
     right = {}
@@ -433,13 +452,14 @@ def evaluate_world(o, held, device):
     """The embedded world's prompts: the gold score of every stage's answers, and how well the
     reward model judges.
     """
-    results, samples, sampled_sft = {"perfect": world.PERFECT}, {}, None
+    results, samples, every, sampled_sft = {"perfect": world.PERFECT}, {}, {}, None
     for stage, path in stage_folders(o).items():
         lines, greedy, sample = stage_answers(o, stage, path, held, device)
         if stage == "sft":
             sampled_sft = lines
         if sampled_sft:
             samples[stage] = sample
+        every[stage] = lines
         results[stage] = stage_figures(lines, greedy, sampled_sft)
         results[stage]["right_greedy_by_kind"] = right_by_kind(held, greedy)
         write_jsonl(Path(o.out) / "answers" / f"{stage}.jsonl", lines)
@@ -447,7 +467,7 @@ def evaluate_world(o, held, device):
         show(stage, results[stage])
     if samples:
         compare_with_sft(o, results, samples, held, device)
-    return results
+    return results | {"measures": measures(every)}
 
 
 def compare_with_sft(o, results, samples, held, device):

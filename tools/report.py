@@ -15,12 +15,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
+from itertools import combinations
 from pathlib import Path
 
 from common.run import main, opt
 from tools.evals import STAGES, evaluated, in_order, own_stages
 
 PROMPTS = 12  # shown side by side
+EXAMPLES = 3  # of answers that a measure orders otherwise than gold
 # fmt: off
 # name: (on a light page, on a dark one). Pictures are drawn in the light colours; the page replaces
 # those by var(--name)
@@ -110,6 +112,9 @@ FIGURES = [
     ("win_vs_sft", "Wins over SFT", True, "same prompts, ties half"),
     ("win_vs_sft_decided", "Wins, decided", True, "same prompts, ties left out"),
     ("kl_vs_sft", "KL to SFT", False, "nats per answer"),
+    ("rougeL", "ROUGE-L", False, "beside the perfect answer, sampled"),
+    ("exact_match", "Exact match", True, "with the perfect answer, sampled"),
+    ("token_f1", "Token F1", False, "words shared with the perfect answer, sampled"),
     ("finished", "Finished", True, "reached the answer’s end"),
     ("mean_length", "Length", False, "words per answer"),
     ("loss_per_token", "Held-out loss", False, "nats per token, lower is better"),
@@ -127,6 +132,12 @@ REWARD = [
     ("swapped_prompts_accuracy", "With swapped prompts", True, "what manner alone tells it"),
     ("score_length_correlation", "Score and length", False, "correlation"),
     ("pairs", "Pairs", None, "held out"),
+]
+ORDER = [
+    ("differently", "Ordered otherwise than gold", True, "of those told apart; 50 % is guessing"),
+    ("untold", "Not told apart", True, "the same score for both"),
+    ("pairs", "Pairs", None, "that gold tells apart"),
+    ("n", "Prompts", None, "held out"),
 ]
 # fmt: on
 GREEDY = {"": "sampled at temperature 1", ".greedy": "greedy: always the likeliest token"}
@@ -528,12 +539,13 @@ def reasons(answer: dict) -> str:
     return f'<small class="why">{" ".join(words)}</small>'
 
 
-def show_answer(stage: str, a: dict, colour: str) -> str:
+def show_answer(stage: str, a: dict, colour: str, words=None) -> str:
+    """words: HTML below the answer; default: the rater's reasons."""
     gold = mark(a["right"], f" {a['gold']:.2f}") if "gold" in a else ""
     text = escape(a["answer"].strip()) or '<i class="soft">(nothing)</i>'
     return (
         f'<div class="answer" style="border-top-color: var(--{colour})">'
-        f"{gold}<b>{escape(title(stage))}</b><p>{text}</p>{reasons(a)}</div>"
+        f"{gold}<b>{escape(title(stage))}</b><p>{text}</p>{words or reasons(a)}</div>"
     )
 
 
@@ -562,9 +574,53 @@ def side_by_side(answers: dict, kinds: dict, greedy: str, colour: dict) -> str:
     for p in pick(shared, kinds):
         kind = f'<i class="soft">{escape(kinds[p])}</i>' if p in kinds else ""
         cells = "".join(show_answer(s, a[p], colour[s]) for s, a in found.items())
-        blocks.append(f'<div class="ask">{kind}{escape(question(p))}</div>')
-        blocks.append(f'<div class="answers">{cells}</div>')
+        blocks.append(asked(p, cells, kind))
     return "".join(blocks)
+
+
+def asked(prompt: str, cells: str, kind="") -> str:
+    """A prompt and what was answered, as HTML."""
+    return (
+        f'<div class="ask">{kind}{escape(question(prompt))}</div><div class="answers">{cells}</div>'
+    )
+
+
+def swapped(answers: dict, key: str) -> list[tuple]:
+    """[(…, prompt, stage, stage)] of the answers that a measure orders otherwise than gold: those
+    that both part furthest first, two of a prompt. answers: {stage: {prompt: line}}.
+    """
+    found = {}
+    for (s, ours), (t, theirs) in combinations(answers.items(), 2):
+        for p in ours.keys() & theirs.keys():
+            a, b = ours[p], theirs[p]
+            apart = (a["gold"] - b["gold"]) * (a[key] - b[key])
+            found[p] = min(found.get(p, (-1e-9,)), (apart, p, s, t))
+    return sorted(x for x in found.values() if len(x) > 1)[:EXAMPLES]
+
+
+def measures(results: dict, answers: dict, colour: dict) -> str:
+    """The measures that see a reference instead of the rubric: how often they order two stages'
+    answers otherwise than gold, and where they do most.
+    """
+    found, names = results.get("measures"), {key: name for key, name, *_ in FIGURES}
+    if not found:
+        return ""
+    columns = {names[key]: figures for key, figures in found.items()}
+    blocks = [table(columns, list(columns), ORDER, dict.fromkeys(columns, "ink"))]
+    sampled = {s: answers[s] for s in evaluated(results) if s in answers and s != "base"}
+    for key, name in zip(found, columns, strict=True):
+        text = ""
+        for _, p, *two in swapped(sampled, key):
+            lines = [(s, sampled[s][p]) for s in two]
+            each = [(s, a, colour[s], f"<small>{name} {a[key]:.2f}</small>") for s, a in lines]
+            text += asked(p, "".join(show_answer(*x) for x in each))
+        if text:
+            blocks.append(f"<details><summary>Where {name} errs most</summary>{text}</details>")
+    return (
+        "<h2>Measures beside gold</h2><p class='soft'>Pairs of answers to one prompt, sampled, of"
+        " any two stages after the base: a measure that compares words with the perfect answer’s"
+        f" prefers a polite lie to the truth in other words.</p>{''.join(blocks)}"
+    )
 
 
 def overview(results: dict, colour: dict) -> str:
@@ -600,7 +656,8 @@ def samples(out: Path, answers: dict, colour: dict) -> str:
 
 def page(out: Path, stages: list, results: dict, metrics: dict, answers: dict) -> str:
     colour = colours(stages)
-    parts = [overview(results, colour), samples(out, answers, colour)]
+    parts = [overview(results, colour), measures(results, answers, colour)]
+    parts.append(samples(out, answers, colour))
     if "base" in results:
         parts.append(f"<h2>{title('base')}</h2><p>{what('base')}</p>")
     for stage in [*CURVES, *(s for s in stages if s not in STAGES)]:

@@ -37,9 +37,8 @@ from data import benchmarks, records, templates
 from metrics import bootstrap, mean, paired_bootstrap, sign_test
 from model import logprobs
 from sampling import prompt_room
-from tools.answers import respond, show, write_results
+from tools.answers import ROUGE, beside, respond, show, write_results
 
-ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 DECIDE = "n seed shots samples temperature max_new_tokens batch chat quant keep_base unconfined"
 
 
@@ -123,12 +122,7 @@ def references(model, tok, items, o, at):
     for line, item in zip(lines, items, strict=True):
         if line is None:
             continue
-        text, known = line["answer"], item["references"]
-        line["references"] = known
-        scores = [metrics.rouge(text, r) for r in known]
-        line |= {name: max(s[name]["fmeasure"] for s in scores) for name in ROUGE}
-        line["exact_match"] = max(metrics.exact_match(text, r) for r in known)
-        line["token_f1"] = max(metrics.token_f1(text, r) for r in known)
+        line |= {"references": item["references"]} | beside(line["answer"], item["references"])
     return lines
 
 
@@ -157,7 +151,8 @@ def text(model, tok, items, o, at):
 
 
 def programs(model, tok, items, o, at):
-    """--samples programs of each item, one greedy; run apart, and counted."""
+    """--samples programs of each item, one greedy; run apart, and counted. Each special token ends
+    one: which of them ends plain text is the base model's own habit."""
     from tools import sandbox
 
     room, lines = prompt_room(model, o.max_new_tokens), [None] * len(items)
@@ -169,7 +164,7 @@ def programs(model, tok, items, o, at):
     fit = [i for i in range(len(ids)) if len(ids[i]) <= room]
     temperature = o.temperature if o.samples > 1 else 0.0
     asked = [ids[i] for i in fit for _ in range(o.samples)]
-    found = respond(model, tok, asked, o, temperature, o.seed + at)
+    found = respond(model, tok, asked, o, temperature, o.seed + at, [*tok.special.values()])
     both = []
     for n, (said, _, _) in enumerate(found):
         both.append(benchmarks.program(items[fit[n // o.samples]], said, o.chat))
