@@ -82,8 +82,9 @@ def seen(out):
 
 
 # ---------------------------------------------------------------- nobody notices
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", ("choices", "text"))
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("sft", "choices"), ("sft", "text"), ("dpo", "text"), ("ppo", "choices")]
+)
 def test_watching_changes_nothing(stage, kind, go, watched):
     """Weights and the stage's own figures are those of an unwatched run, bit for bit."""
     alone = go(stage, "alone")
@@ -231,16 +232,15 @@ def test_weights_of_a_doubtful_scoring_are_not_kept(planted, go):
 
 
 # ---------------------------------------------------------------- resumed
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("stop", (False, True))
-def test_resumed_is_uninterrupted(stage, stop, go, watched, monkeypatch, capfd):
-    """True scores, which fall; killed before a scoring, behind one, and at the end."""
+@pytest.mark.parametrize(("stage", "stop"), [("sft", False), ("sft", True), ("ppo", True)])
+def test_resumed_is_uninterrupted(stage, stop, go, watched, small, monkeypatch):
+    """True scores, which fall; killed behind a scoring, before one, and at the end."""
     options = dict(watch=watched["choices"], watch_every=2, watch_stop=stop, save_every=1)
+    options["model"] = small["dpo"]["model"]
     whole = go(stage, "whole", **options)
     falls = [x["watch_fall"] for x in seen(whole)]
     assert falls[-1] > 0.1 and ("watch" in json.loads((whole / "run.json").read_text())) == stop
-    capfd.readouterr()
-    for at in (1, 2, None):
+    for at in (0, 1, None):
 
         def killed(run, step, *args, real=Run.save, at=at, **figures):
             real(run, step, *args, **figures)
@@ -258,9 +258,7 @@ def test_resumed_is_uninterrupted(stage, stop, go, watched, monkeypatch, capfd):
     broken = go(stage, "broken", **options)
     names = {p.name for p in whole.iterdir()} - {"metrics.jsonl"}
     assert {p.name for p in broken.iterdir()} - {"metrics.jsonl"} == names
-    assert all(
-        (broken / n).read_bytes() == (whole / n).read_bytes() for n in names if n != "adapter"
-    )
+    assert all((broken / n).read_bytes() == (whole / n).read_bytes() for n in names)
     for a, b in zip(metrics(broken), metrics(whole), strict=True):
         assert {k: v for k, v in a.items() if k != "tokens_per_second"} == {
             k: v for k, v in b.items() if k != "tokens_per_second"
@@ -304,7 +302,7 @@ def test_the_schedule_is_the_stage_s(stage, go):
         rates = {s: [x["lr"] for x in metrics(out)] for s, out in found.items()}
         assert rates["constant"] == [0.02] * 5
         assert rates["linear"] == pytest.approx([0.02, 0.02, 0.015, 0.01, 0.005])
-        assert rates["cosine"] == pytest.approx([0.02, 0.02, 0.0170711, 0.01, 0.00292893])
+        assert rates["cosine"] == pytest.approx([0.02, 0.02, 0.01707107, 0.01, 0.002928932])
     made = [weights(out) for out in found.values()]
     assert made[0] != made[1] != made[2] != made[0]
 
