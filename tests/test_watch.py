@@ -125,7 +125,9 @@ def test_dropout_is_off_in_a_scoring_and_on_behind_it(go, watched, small):
 def test_figures_are_evals_own(kind, go, watched, tmp_path):
     """At the start on --model, at the end on OUT."""
     out = go("sft", "sft", watch=watched[kind])
-    start = json.loads((out / "run.json").read_text())["options"]["model"]
+    record = json.loads((out / "run.json").read_text())
+    assert watched[kind] in record["inputs"]
+    start = record["options"]["model"]
     for folder, line in ((start, seen(out)[0]), (str(out), seen(out)[-1])):
         o = evals.Options(out=str(tmp_path), task=watched[kind], model=folder, device="cpu")
         theirs = evals.evaluate(o)["model"]

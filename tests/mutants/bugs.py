@@ -1228,8 +1228,8 @@ BUGS = [
      'path.read_text("utf-8").rpartition("\\n")[0] if path.exists() else ""',
      'path.read_text("utf-8") if path.exists() else ""'),
     (0, "perplexity per byte counts characters", "common/watch.py", "benchmarks",
-     '"bytes": len(item["text"].encode())',
-     '"bytes": len(item["text"])'),
+     'bytes=len(x["text"].encode())',
+     'bytes=len(x["text"])'),
 
     # ---- the sandbox
     (0, "the program keeps the verdict's pipe", "tools/jail.py", "sandbox",
