@@ -28,13 +28,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
+from common.watch import Watch, Watching
 from data import records, templates
 from model import logprobs
 from packing import distinct
 
 
 @dataclass
-class Options(tuning.Tuning):
+class Options(Watching, tuning.Tuning):
     model: str = opt("out/sft", "the policy's start and the reference")
     data: str = opt("out/comparisons.jsonl", "rankings or preference pairs")
     out: str = opt("out/dpo", "folder for the checkpoint")
@@ -53,7 +54,7 @@ class Options(tuning.Tuning):
     )
     nll: float = opt(0.0, "weight of the chosen answers' NLL per token", at_least=0)
     lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
-    warmup: int = opt(10, "steps of warmup, then linear decay to 0", at_least=0, below="steps")
+    warmup: int = opt(10, "steps of warmup, then --schedule", at_least=0, below="steps")
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)
@@ -192,8 +193,8 @@ def dpo(o: Options):
     report = tuning.Report(o, device, [policy])
     run.resume(policy=policy, optimizer=optimizer)
 
-    for step in run.steps(o.steps):
-        lr = lr_at(step, o.steps, peak, o.warmup)
+    for step in Watch(o, run, policy, tok).steps(o.steps):
+        lr = lr_at(step, o.steps, peak, o.warmup, o.schedule)
         set_lr(optimizer, lr)
         batch = records.batch(order, step, o.batch, o.seed)  # the same whatever --steps
         count = sum(len(data[i]) for i in batch)  # of the whole step: the loss's denominator

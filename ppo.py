@@ -47,6 +47,7 @@ from common.run import (
     pick_device,
     set_lr,
 )
+from common.watch import Watch, Watching
 from data import records, templates
 from data.world import world
 from model import answer_mask, logprobs, scalar_model, score, share, values
@@ -56,7 +57,7 @@ RATIO_BOUND = 1e-3  # |ρ - 1| before an update: rounding reaches 6e-5, a temper
 
 
 @dataclass
-class Options(tuning.Tuning):
+class Options(Watching, tuning.Tuning):
     model: str = opt("out/sft", "the policy's start and the reference")
     reward: str = opt("out/reward", "reward model's folder, or FILE.py:function")
     raw_reward: bool = opt(False, "do not divide the function's scores by their running deviation")
@@ -67,7 +68,7 @@ class Options(tuning.Tuning):
     minibatch: int = opt(32, "answers per update", at_least=1)
     epochs: int = opt(2, "passes over a round's answers", at_least=1)
     lr: float = opt(0.0, "peak learning rate; 0: 2e-4, five times that for LoRA", at_least=0)
-    warmup: int = opt(2, "rounds of warmup, then linear decay to 0", at_least=0, below="iterations")
+    warmup: int = opt(2, "rounds of warmup, then --schedule", at_least=0, below="iterations")
     kl_coef: float = opt(0.2, "β: cost per nat of KL, in deviations of the reward", at_least=0)
     target_kl: float = opt(0.0, "nats per answer that β steers to; 0: β is fixed", at_least=0)
     horizon: float = opt(2000.0, "answers over which β adapts", needs="target_kl", above=0)
@@ -82,6 +83,7 @@ class Options(tuning.Tuning):
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(5, "iterations between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
+    watch_every: int = opt(5, "rounds between scorings", needs="watch", at_least=1)
 
 
 # ---------------------------------------------------------------- estimators and losses, all (N,A)
@@ -347,9 +349,9 @@ def ppo(o: Options):
     saved = run.resume(policy=policy, critic=critic, optimizer=optimizer)
     beta, seen[:] = saved.get("beta", o.kl_coef), saved.get("seen", seen)
 
-    for it in run.steps(o.iterations, "iteration"):
+    for it in Watch(o, run, policy, tok).steps(o.iterations, "iteration"):
         start = time.time()
-        set_lr(optimizer, lr_at(it, o.iterations, peak, o.warmup))
+        set_lr(optimizer, lr_at(it, o.iterations, peak, o.warmup, o.schedule))
         # 1 answers, 2 rewards, 3 credit. Different rounds and runs never share a seed: the factors
         # are primes, larger than the number of rounds in a run and of epochs in a round
         batch = records.batch(prompts, it, o.batch, o.seed)

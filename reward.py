@@ -40,7 +40,7 @@ class Options(tuning.Tuning):
     batch: int = opt(8, "prompts per step, each with all its answers", at_least=1)
     length: int = opt(256, "longest prompt and answer in tokens; others are left out", at_least=2)
     lr: float = opt(0.0, "peak learning rate; 0: 1e-3, five times that for LoRA", at_least=0)
-    warmup: int = opt(10, "steps of warmup, then linear decay to 0", at_least=0, below="steps")
+    warmup: int = opt(10, "steps of warmup, then --schedule", at_least=0, below="steps")
     seed: int = opt(0, "seed of the head and of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     save_every: int = opt(50, "steps between saved states", at_least=1)
@@ -168,7 +168,7 @@ def reward(o: Options):
     run.resume(model=model, optimizer=optimizer)
 
     for step in run.steps(o.steps):
-        lr = lr_at(step, o.steps, peak, o.warmup)
+        lr = lr_at(step, o.steps, peak, o.warmup, o.schedule)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
         tokens = sum(len(prompt) + sum(map(len, answers)) for prompt, answers, _ in batch)

@@ -20,13 +20,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
+from common.watch import Watch, Watching
 from data import records, templates
 from model import IGNORE, nll
 from packing import SHORTEST, lay_out
 
 
 @dataclass
-class Options(tuning.Tuning):
+class Options(Watching, tuning.Tuning):
     adapter: str = opt("none", "a lighter adapter than LoRA", choices=("none", *tuning.KINDS))
     virtual_tokens: int = opt(20, "in prompt or prefix", needs="adapter prompt prefix", at_least=1)
     model: str = opt("data/base", "checkpoint folder to start from")
@@ -42,7 +43,7 @@ class Options(tuning.Tuning):
         " adapters.LEARNING_RATE for the others",
         at_least=0,
     )
-    warmup: int = opt(20, "steps of warmup, then linear decay to 0", at_least=0, below="steps")
+    warmup: int = opt(20, "steps of warmup, then --schedule", at_least=0, below="steps")
     weight_decay: float = opt(
         0.0, "AdamW's decay of matrices", needs="adapter none prompt prefix", at_least=0
     )
@@ -128,8 +129,8 @@ def sft(o: Options):
     report = tuning.Report(o, device, [model])
     run.resume(model=model, optimizer=optimizer)
 
-    for step in run.steps(o.steps):
-        lr = lr_at(step, o.steps, peak, o.warmup)
+    for step in Watch(o, run, model, tok).steps(o.steps):
+        lr = lr_at(step, o.steps, peak, o.warmup, o.schedule)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
         targets = count_targets(batch)  # of the whole step: the loss's denominator

@@ -195,14 +195,18 @@ def make_room(optimizer, **sizes: int):
         optimizer.make_room(**sizes)
 
 
+SCHEDULES = ("linear", "cosine", "constant")
+
+
 def lr_at(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "linear") -> float:
     """Learning rate at a step (0-based): linear warmup to `peak`, then down to 0 at `total` along a
-    line ("linear") or half a cosine ("cosine").
+    line ("linear") or half a cosine ("cosine"), or `peak` to the end ("constant").
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    return peak * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+    wave = 0.5 - 0.5 * math.cos(math.pi * left)
+    return peak * {"linear": left, "cosine": wave, "constant": 1.0}[schedule]
 
 
 def set_lr(optimizer, lr: float):
@@ -422,10 +426,10 @@ CHECKPOINT = (
     "tokenizer_config.json",
     "config.json",
 )
-LOCK, SAVED = "run.lock", "state.safetensors"
+LOCK, SAVED, WATCHED = "run.lock", "state.safetensors", "watch.safetensors"
 TEMPORARY = ".tmp"  # safetensors writes into a file of such a name first, a killed run leaves it
 # all names that a run uses in OUT/state, beside temporary ones
-STATE = {LOCK, SAVED, "aside.safetensors", "metrics.jsonl", "result"}
+STATE = {LOCK, SAVED, WATCHED, "aside.safetensors", "metrics.jsonl", "result"}
 
 
 @contextlib.contextmanager
@@ -478,6 +482,8 @@ class Run:
         hashes = code(script) | {str(p): fingerprint(p) for p in inputs} | (made or {})
         self.identity = {"options": known, "inputs": hashes}
         self.tracked, self.extra = {}, {}
+        self.beside = {}  # figures for the next line of the log
+        self.remarks = {}  # what run.json says beside options, inputs and files
         self.start, self.begun = 0, False
         self.lock = None
         self._claim(options.overwrite)
@@ -640,6 +646,7 @@ class Run:
         beside the bar. Raises ValueError for a figure that is not finite.
         """
         figures = {k: v.item() if torch.is_tensor(v) else v for k, v in figures.items()}
+        figures, self.beside = figures | self.beside, {}
         if bad := [k for k, v in figures.items() if not math.isfinite(v)]:
             raise ValueError(
                 f"step {step}: {bad[0]} is {figures[bad[0]]}; nothing saved is lost, a lower --lr"
@@ -661,10 +668,14 @@ class Run:
         for name, thing in self.tracked.items():
             tensors |= {f"{name}/{k}": v.contiguous() for k, v in _tensors(thing).items()}
         tensors["note"] = torch.frombuffer(bytearray(note.encode()), dtype=torch.uint8)
+        self.put(SAVED, tensors)
+
+    def put(self, name: str, tensors: dict):
+        """Writes tensors into OUT/state/name, whole or not at all."""
         aside = self.state / "aside.safetensors"
         with writing(self.state):
             save_file(tensors, aside)
-            os.replace(aside, self.saved)
+            os.replace(aside, self.state / name)
 
     def finish(self, write):
         """write(path) writes the result (a folder, or a file where OUT is one) aside; then it is
@@ -680,7 +691,8 @@ class Run:
             files = {str(p.relative_to(aside)): sha256(p) for p in written}
             if self.home != self.out:
                 files = {"result": files[self.out.name]}  # OUT may be renamed one day
-            record = json.dumps(self.identity | {"files": files}, indent=1) + "\n"
+            record = self.identity | {"files": files} | self.remarks
+            record = json.dumps(record, indent=1) + "\n"
             (aside / "run.json").write_text(record)
             log = self.state / "metrics.jsonl"
             if log.stat().st_size:

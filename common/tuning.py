@@ -27,7 +27,7 @@ import torch
 import adapters
 import lora
 from common import hub, memory, peft
-from common.run import has_bf16, load_function, opt
+from common.run import SCHEDULES, has_bf16, load_function, opt
 from data.tokenizer import Tokenizer
 from metrics import deviation, running
 from model import scalar_model, share
@@ -60,6 +60,11 @@ class Tuning:
     )
     keep_base: bool = opt(
         False, "train --model's own adapter further, on its base, not a merged copy of the two"
+    )
+    schedule: str = opt(
+        "linear",
+        "learning rate after --warmup: down to 0 along a line or half a cosine, or constant",
+        choices=SCHEDULES,
     )
 
 
@@ -129,9 +134,10 @@ def expect_lora(path):
 
 
 def inputs(o) -> list[str]:
-    """The folders from which a run reads its model."""
+    """The folders from which a run reads its model, and the benchmark that it watches."""
     check(o)
-    return [o.model, *([base_of(o.model)] if o.keep_base else [])]
+    watched = getattr(o, "watch", "")
+    return [o.model, *([base_of(o.model)] if o.keep_base else []), *([watched] if watched else [])]
 
 
 def start(o, device):

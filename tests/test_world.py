@@ -437,7 +437,8 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
         return {p.name: p.read_text() for p in sorted(out.iterdir())}
 
     first = made()
-    assert list(first) == ["heldout.jsonl", "prompts.jsonl", "run.json", "sft.jsonl"]
+    names = ["heldout.jsonl", "prompts.jsonl", "run.json", "sft.jsonl", "watch.jsonl"]
+    assert list(first) == names
     assert json.loads(first["run.json"])["options"] == {"seed": 0}
     for argv, status, said in (
         ([], 0, "finished already"),
@@ -484,7 +485,10 @@ def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
         "heldout.jsonl",
         "prompts.jsonl",
         "sft.jsonl",
+        "watch.jsonl",
     ]
+    watched = written[0].pop("watch.jsonl")
+    assert watched.startswith(b'{"key": "')
     first_lines = b"".join(text.splitlines(keepends=True)[0] for text in written[0].values())
     assert (
         hashlib.sha256(first_lines).hexdigest()

@@ -31,11 +31,10 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from common import files, tuning
+from common import files, tuning, watch
 from common.run import autocast, code, file_of, fingerprint, is_function, load_function, pick_device
 from data import benchmarks, records, templates
 from metrics import bootstrap, mean, paired_bootstrap, sign_test
-from model import logprobs
 from sampling import prompt_room
 from tools.answers import ROUGE, beside, respond, show, write_results
 
@@ -89,20 +88,8 @@ def choices(model, tok, items, o, at):
     def answer_ids(tok, query, choice):
         return templates.answer_ids(tok, [{"role": "user", "content": query}], choice)
 
-    encode, lines = answer_ids if o.chat else metrics.choice_ids, [None] * len(items)
-
-    def length(item):
-        asked = [item["query"]] if isinstance(item["query"], str) else item["query"]
-        return max(sum(map(len, encode(tok, q, c))) for q in asked for c in item["choices"])
-
-    fit = [i for i, item in enumerate(items) if length(item) <= model.context]
-    found = metrics.multiple_choice(model, tok, [items[i] for i in fit], encode)
-    for i, line in zip(fit, found, strict=True):
-        lines[i] = line = items[i] | line
-        line["predicted"] = line["choices"][line["choice"]]
-        line["acc"] = float(line["choice"] == line["gold"])
-        line["acc_norm"] = float(line["choice_norm"] == line["gold"])
-    return lines
+    encode = answer_ids if o.chat else metrics.choice_ids
+    return watch.choices(model, tok, items, encode)
 
 
 def answers(model, tok, items, o, at):
@@ -138,16 +125,7 @@ def scores(model, tok, items, o, at):
 
 
 def text(model, tok, items, o, at):
-    """Each window of a text begins anew, so the first tokens of each are guessed with little."""
-    begin = [tok.eos_id if tok.bos_id is None else tok.bos_id]
-    lines = []
-    for item in items:
-        ids, width = tok.encode(item["text"]), model.context - 1
-        parts = [ids[i : i + width] for i in range(0, len(ids), width)]
-        nll = -sum(logprobs(model, [begin], [part]).double().sum().item() for part in parts)
-        metrics.finite([nll], "log-probabilities")
-        lines.append({"nll": nll, "tokens": len(ids), "bytes": len(item["text"].encode())})
-    return lines
+    return watch.text(model, tok, items)
 
 
 def programs(model, tok, items, o, at):

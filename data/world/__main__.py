@@ -1,4 +1,5 @@
-"""Writes the embedded world's records: demonstrations, prompts, held-out prompts.
+"""Writes the embedded world's records: demonstrations, prompts, held-out prompts, and the
+benchmark that is watched (watch.py).
 
 python -m data.world --out out/world --seed 0
 """
@@ -8,28 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.run import Run, main, opt
+from data.world import watch
 from data.world.world import SIZES, records
 
 
 @dataclass
 class Options:
-    out: str = opt("out/world", "folder for sft.jsonl, prompts.jsonl and heldout.jsonl")
+    out: str = opt(
+        "out/world", "folder for sft.jsonl, prompts.jsonl, heldout.jsonl and watch.jsonl"
+    )
     seed: int = opt(0, "seed of the items and the demonstrators", at_least=0, below=2**32)
     overwrite: bool = opt(False, "replace another seed's files")
 
 
 def make(o: Options):
-    """Writes OUT's three files, all or none, as a run like a stage's: it returns at once where they
+    """Writes OUT's four files, all or none, as a run like a stage's: it returns at once where they
     are there for this seed, and refuses to replace another seed's without --overwrite.
     """
 
     def write(folder):
-        for name, made in records(o.seed, SIZES).items():
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made)
+        made = records(o.seed, SIZES)
+        made["watch"] = watch.records(made["heldout"])
+        for name, lines in made.items():
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-            print(f"{Path(o.out) / name}.jsonl: {len(made)} records")
+            print(f"{Path(o.out) / name}.jsonl: {len(lines)} records")
 
-    Run(o, __file__, [], writes=[f"{name}.jsonl" for name in SIZES]).finish(write)
+    Run(o, __file__, [], writes=[f"{name}.jsonl" for name in (*SIZES, "watch")]).finish(write)
 
 
 if __name__ == "__main__":
