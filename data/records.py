@@ -7,6 +7,8 @@
                    {"instruction", "input", "chosen", "rejected"}
     ranking        {"prompt", "responses": [K], "ranks": [K]}
                    0 the best, ties allowed, -1: that answer is absent
+    text           {"text"}
+                   a document, for replay; or a .txt file, which is one
 
 A file holds one JSON object per line, or one JSON array. A prompt or an answer is a string or a
 list of messages. What cannot be read raises a ValueError "file:line: field: what was expected (got
