@@ -105,8 +105,9 @@ def sft(o: Options):
     model.train()  # turns on the dropout of an adapter that is trained further
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
-    data = prepare(o.data, tok, min(o.length, model.context))
-    old = forget.examples(o.replay, tok, min(o.length, model.context)) if o.replay else []
+    length = min(o.length, model.context)
+    data = prepare(o.data, tok, length)
+    old = forget.examples(o.replay, tok, length) if o.replay else []
     replay = forget.replay(data, old, o.replay_ratio, o.batch, o.seed)
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed) + replay(0), tok)

@@ -466,7 +466,7 @@ def _kind(record):
         return "preference pair"
     if record.keys() & {"messages", "instruction", "prompt", "completion"}:
         return "conversation"
-    if "text" in record:
+    if "text" in record and "conversations" not in record:
         return "text"
     raise ValueError(
         "messages, instruction, prompt, chosen or responses was expected among the fields "
