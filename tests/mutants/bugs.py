@@ -1483,7 +1483,7 @@ BUGS = [
     (0, "a model has no ancestors", "common/run.py", "forget",
      'found.append(record["inputs"][path])',
      "break"),
-    (0, "EWC: the gradients are clipped before the penalty's", "sft.py", "forget",
+    (0, "EWC: λ is not passed on", "sft.py", "forget",
      "        penalty = forget.ewc(held, o.ewc_lambda)\n",
      "        penalty = forget.ewc(held, 0.0)\n"),
     (0, "replay: a share of the new targets, not of all", "forget.py", "forget",
