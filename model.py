@@ -19,9 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from packing import Rows, by_segments, pack_answers, visible
-
-IGNORE = -100  # the label of a token that is read but not trained on
+from packing import IGNORE, Rows, by_segments, pack_answers, visible
 
 
 @dataclass
@@ -336,11 +334,17 @@ def nll(model, tokens, labels, segments):
     stands on its own token. The only shift by one is here; targets are found on the host, before
     anything moves to the device.
     """
+    logits, targets, places = predicted(model, tokens, labels, segments)
+    found = F.cross_entropy(logits, targets, reduction="none")
+    return found.new_zeros(labels.shape).index_put(places, found)
+
+
+def predicted(model, tokens, labels, segments):
+    """What nll() reads → logits (M,V), each from before its target; the M targets (M,); and their
+    places, rows and columns (M,) of labels. Arguments as in nll()."""
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     h = model.packed(by_segments(tokens, segments))
-    target = labels[row, column + 1].to(h.device)
+    targets = labels[row, column + 1].to(h.device)
     row, column = row.to(h.device), column.to(h.device)
-    logits = wide(model.lm_head(h[row, column]))
-    found = F.cross_entropy(logits, target, reduction="none")
-    return found.new_zeros(labels.shape).index_put((row, column + 1), found)
+    return wide(model.lm_head(h[row, column])), targets, (row, column + 1)

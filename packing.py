@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+IGNORE = -100  # the label of a token that is read but not trained on
 SHORTEST = 128  # rows are at least this wide where there is enough to fill them: fewer of them
 GROUP = 16  # answers behind one prompt: their attention grows with the square of their number
 
@@ -76,6 +77,34 @@ def lay_out(examples, width: int):
             at, segment = at + len(ids), segment + 1
     columns = (torch.tensor(x).view(height, width) for x in (tokens, positions, segments, prefixes))
     return Rows(*columns), starts
+
+
+def pack(examples, width: int):
+    """[(ids, labels), …] laid end to end in rows of `width` → tokens, labels, segments (R,W) on the
+    host: padding has label -100 and segment -1.
+    """
+    rows, starts = lay_out([[ids] for ids, _ in examples], width)
+    labels = torch.full((rows.tokens.numel(),), IGNORE)
+    for (_, mine), (start,) in zip(examples, starts, strict=True):
+        labels[start : start + len(mine)] = torch.tensor(mine)
+    return rows.tokens, labels.view_as(rows.tokens), rows.segments
+
+
+def count_targets(examples) -> int:
+    """How many tokens of [(ids, labels), …] are predicted and trained: never a first one."""
+    return sum(label != IGNORE for _, labels in examples for label in labels[1:])
+
+
+def usable(examples, length: int):
+    """Those of [(ids, labels), …] that have a target and at most `length` tokens, and {reason: how
+    many were dropped}."""
+    short = [e for e in examples if len(e[0]) <= length]
+    kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
+    dropped = {
+        f"longer than {length} tokens": len(examples) - len(short),
+        "without a target": len(short) - len(kept),
+    }
+    return kept, dropped
 
 
 def pack_answers(prompts, answers, width=None):

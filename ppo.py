@@ -33,6 +33,7 @@ import torch
 from torch.nn import ModuleList
 from torch.nn.utils import clip_grad_norm_
 
+import forget
 from common import tuning
 from common.run import (
     Run,
@@ -76,6 +77,8 @@ class Options(Watching, tuning.Tuning):
     lam: float = opt(0.95, "GAE's λ", at_least=0, at_most=1)
     clip: float = opt(0.2, "ε of the ratio, and of the values", above=0)
     vf_coef: float = opt(0.1, "weight of the value loss", at_least=0)
+    ptx: str = opt("", "chats or plain text whose loss is mixed in: PPO-ptx (forget.py)")
+    ptx_coef: float = opt(27.8, "γ: weight of that loss", needs="ptx", at_least=0)
     no_end_score: float = opt(-1.0, "score of an answer without an end, in deviations")
     temperature: float = opt(1.0, "temperature of π, in rollouts and log-probabilities", above=0)
     max_new_tokens: int = opt(64, "tokens per answer", at_least=1)
@@ -233,8 +236,8 @@ def minibatches(r: Rollout, epochs: int, size: int, seed: int):
 
 
 # ---------------------------------------------------------------- step 4: the update
-def update(policy, critic, optimizer, r: Rollout, memory, seed: int, o) -> dict:
-    """Epochs of minibatches over a rollout → what the log says of them."""
+def update(policy, critic, optimizer, r: Rollout, memory, seed: int, o, texts=()) -> dict:
+    """Epochs of minibatches over a rollout → what the log says of them. texts: of --ptx."""
     losses, width = [], r.mask.shape[1]
     for rows in minibatches(r, o.epochs, o.minibatch, seed):
         sizes = sizes_of(rows)
@@ -249,11 +252,15 @@ def update(policy, critic, optimizer, r: Rollout, memory, seed: int, o) -> dict:
         pg, clipped = policy_loss(new, rows.old, rows.advantages, rows.mask, o.clip)
         vf = value_loss(v, rows.values, rows.returns, rows.mask, o.clip)
         (pg + o.vf_coef * vf).backward()
+        figures = dict(policy_loss=pg.detach(), value_loss=vf.detach(), clip_fraction=clipped)
+        if texts:  # PPO-ptx: as many examples as answers, and γ times their gradient
+            some = records.batch(texts, len(losses), o.minibatch, seed)
+            figures["ptx_loss"] = forget.mix_in(policy, some, o.ptx_coef, optimizer)
         clip_grad_norm_(policy.parameters(), 1.0)
         clip_grad_norm_(critic.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(dict(policy_loss=pg.detach(), value_loss=vf.detach(), clip_fraction=clipped))
+        losses.append(figures)
     means = {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
     return means | dict(ratio_error=ratio_error)
 
@@ -332,7 +339,7 @@ def ppo(o: Options):
     if o.target_kl and not o.kl_coef:
         raise ValueError("--target-kl multiplies β, and --kl-coef 0 stays 0: give one above 0")
     device = pick_device(o.device)
-    run = Run(o, __file__, [*tuning.inputs(o), file_of(o.reward), o.data])
+    run = Run(o, __file__, [*tuning.inputs(o), file_of(o.reward), o.data, *filter(None, [o.ptx])])
     policy, tok = tuning.start(o, device)
     reference = share(policy).requires_grad_(False)  # frozen tensors are in memory once
     seen = [0, 0.0, 0.0]  # n, mean, M of a reader's own scores
@@ -343,6 +350,7 @@ def ppo(o: Options):
         critic = tuning.critic_of(o, reward_model, reference, tok)
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
     prompts = prepare(o.data, tok, room)
+    texts = forget.examples(o.ptx, tok, min(256, policy.context)) if o.ptx else []
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(ModuleList([policy, critic]), peak, eps=1e-5, paged=o.paged)
     memory = tuning.Report(o, device, [policy, critic, reference, *filter(None, [reward_model])])
@@ -365,7 +373,7 @@ def ppo(o: Options):
             warn_no_end(r, o.no_end_score)
         # 4 update
         seed = o.seed * 1009 + it
-        figures = update(policy, critic, optimizer, r, memory, seed, o)
+        figures = update(policy, critic, optimizer, r, memory, seed, o, texts)
         # 5 controller
         figures |= report(r, batch)
         beta = adapt(beta, figures["kl"].item(), o.target_kl, len(batch), o.horizon)

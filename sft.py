@@ -15,15 +15,15 @@ tests assert them:
 import codecs
 from dataclasses import dataclass
 
-import torch
 from torch.nn.utils import clip_grad_norm_
 
+import forget
 from common import tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from common.watch import Watch, Watching
 from data import records, templates
-from model import IGNORE, nll
-from packing import SHORTEST, lay_out
+from model import nll
+from packing import IGNORE, SHORTEST, count_targets, pack, usable
 
 
 @dataclass
@@ -47,6 +47,12 @@ class Options(Watching, tuning.Tuning):
     weight_decay: float = opt(
         0.0, "AdamW's decay of matrices", needs="adapter none prompt prefix", at_least=0
     )
+    replay: str = opt("", "chats or plain text of an old task, mixed in (forget.py)")
+    replay_ratio: float = opt(
+        0.05, "its share of all target tokens", needs="replay", above=0, below=1
+    )
+    ewc: str = opt("", "Fishers of old tasks, folders of forget.py separated by commas")
+    ewc_lambda: float = opt(10.0, "λ: strength of EWC's penalty", needs="ewc", at_least=0)
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
     seed: int = opt(0, "seed of the data's order", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -60,34 +66,12 @@ def sft_loss(model, tokens, labels, segments):
     return nll(model, tokens, labels, segments).sum()
 
 
-def pack(examples, width: int):
-    """[(ids, labels), …] laid end to end in rows of `width` → tokens, labels, segments (R,W) on the
-    host: padding has label -100 and segment -1.
-    """
-    rows, starts = lay_out([[ids] for ids, _ in examples], width)
-    labels = torch.full((rows.tokens.numel(),), IGNORE)
-    for (_, mine), (start,) in zip(examples, starts, strict=True):
-        labels[start : start + len(mine)] = torch.tensor(mine)
-    return rows.tokens, labels.view_as(rows.tokens), rows.segments
-
-
-def count_targets(examples) -> int:
-    """How many tokens of [(ids, labels), …] are predicted and trained: never a first one."""
-    return sum(label != IGNORE for _, labels in examples for label in labels[1:])
-
-
 def prepare(path, tok, length: int):
     """The training split of a file → [(ids, labels)]; conversations longer than a row, or without a
     target, are dropped and counted.
     """
     train, held = records.split(records.conversations(path))
-    examples = [templates.render(tok, c["messages"]) for c in train]
-    short = [e for e in examples if len(e[0]) <= length]
-    kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
-    dropped = {
-        f"longer than {length} tokens": len(examples) - len(short),
-        "without a target": len(short) - len(kept),
-    }
+    kept, dropped = usable([templates.render(tok, c["messages"]) for c in train], length)
     records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
 
@@ -116,14 +100,19 @@ def spelt_out(text: str) -> str:
 
 def sft(o: Options):
     device = pick_device(o.device)
-    run = None if o.show_batch else Run(o, __file__, [*tuning.inputs(o), o.data])
+    inputs = [*tuning.inputs(o), o.data, *filter(None, [o.replay, *o.ewc.split(",")])]
+    run = None if o.show_batch else Run(o, __file__, inputs)
     model, tok = tuning.start(o, device)
     model.train()  # turns on the dropout of an adapter that is trained further
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
-    data = prepare(o.data, tok, min(o.length, model.context))
+    length = min(o.length, model.context)
+    data = prepare(o.data, tok, length)
+    old = forget.examples(o.replay, tok, length) if o.replay else []
+    replay = forget.replay(data, old, o.replay_ratio, o.batch, o.seed)
     if o.show_batch:
-        return show(records.batch(data, 0, o.batch, o.seed), tok)
+        return show(records.batch(data, 0, o.batch, o.seed) + replay(0), tok)
+    held = forget.old_tasks(o, model)
     peak = tuning.learning_rate(o, 5e-4)
     optimizer = adamw(model, peak, o.weight_decay, paged=o.paged)
     report = tuning.Report(o, device, [model])
@@ -132,7 +121,7 @@ def sft(o: Options):
     for step in Watch(o, run, model, tok).steps(o.steps):
         lr = lr_at(step, o.steps, peak, o.warmup, o.schedule)
         set_lr(optimizer, lr)
-        batch = records.batch(data, step, o.batch, o.seed)
+        batch = records.batch(data, step, o.batch, o.seed) + replay(step)
         targets = count_targets(batch)  # of the whole step: the loss's denominator
         size, loss = -(-len(batch) // o.accumulate), 0.0
         for i in range(0, len(batch), size):
@@ -146,11 +135,12 @@ def sft(o: Options):
                 part_loss = sft_loss(model, tokens, labels, segments) / targets
             part_loss.backward()
             loss += part_loss.detach()
+        penalty = forget.ewc(held, o.ewc_lambda)
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         read = sum(len(ids) for ids, _ in batch)
-        run.log(step, loss=loss, lr=lr, grad_norm=norm, targets=targets, tokens=read)
+        run.log(step, loss=loss, lr=lr, grad_norm=norm, targets=targets, tokens=read, **penalty)
         run.save(step)
 
     model.config.eos_token_id = templates.end_id(tok, form)

@@ -417,6 +417,19 @@ def read_record(home) -> dict | None:
     )
 
 
+def lineage(path) -> list[str]:
+    """The fingerprints of a checkpoint and of those that it was trained from, as run.json tells."""
+    found = [fingerprint(path)]
+    while record := read_record(path):
+        path = record["options"].get("model")
+        if path not in record["inputs"]:
+            break
+        found.append(record["inputs"][path])
+        if not Path(path).is_dir() or fingerprint(path) != found[-1]:
+            break
+    return found
+
+
 # ---------------------------------------------------------------- a run
 CHECKPOINT = (
     "adapter",

@@ -7,6 +7,8 @@
                    {"instruction", "input", "chosen", "rejected"}
     ranking        {"prompt", "responses": [K], "ranks": [K]}
                    0 the best, ties allowed, -1: that answer is absent
+    text           {"text"}
+                   a document, for replay; or a .txt file, which is one
 
 A file holds one JSON object per line, or one JSON array. A prompt or an answer is a string or a
 list of messages. What cannot be read raises a ValueError "file:line: field: what was expected (got
@@ -32,6 +34,7 @@ READERS = {  # kind → who reads it
     "conversation": "sft.py, and where they end in a user's turn compare.py and ppo.py,",
     "preference pair": "reward.py and dpo.py",
     "ranking": "reward.py and dpo.py",
+    "text": "forget.py, sft.py --replay and ppo.py --ptx",
 }
 SAMPLED = ("finished", "ids", "tokenizer")  # what compare.py writes beside the answers
 EMPTY = "with an empty turn"
@@ -100,6 +103,27 @@ def conversations(path, need="answer"):
         return _keep(record, (*used, *good), messages=messages)
 
     return _convert(path, {"conversation": convert})
+
+
+def is_text(path) -> bool:
+    """Whether a file is for texts()."""
+    return Path(path).suffix.lower() == ".txt" or kind(path) == "text"
+
+
+def texts(path) -> list[str]:
+    """Plain text: records of {"text"}, each a document; a .txt file is one."""
+
+    def convert(record):
+        text = _string(record, "text")
+        return "without text" if _blank(text) else _keep(record, ("text",), text=text)
+
+    if Path(path).suffix.lower() != ".txt":
+        return [r["text"] for r in _convert(path, {"text": convert})]
+    try:
+        text = _string({"text": _decoded(Path(path))}, "text")
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    return [] if _blank(text) else [text]
 
 
 def preferences(path):
@@ -288,7 +312,7 @@ def _record_fields(record, result, kind):
     """The names of a record's fields that are neither used nor harmless; ValueError for a refused
     one.
     """
-    made = {"messages"} if kind == "conversation" else {"responses", "ranks"}
+    made = {"conversation": {"messages"}, "text": {"text"}}.get(kind, {"responses", "ranks"})
     if kind == "preference pair":
         made |= {"chosen", "rejected"}
     if kind != "conversation" and "instruction" not in record:
@@ -360,6 +384,12 @@ def _read(path):
     tolerated.
     """
     path = Path(path)
+    text = _decoded(path)
+    yield from (_array if text.lstrip()[:1] == "[" else _lines)(path, text)
+
+
+def _decoded(path):
+    """A file's text. ValueError for another format, FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     data = path.read_bytes()
@@ -368,14 +398,13 @@ def _read(path):
         if data.startswith(sign) if isinstance(sign, bytes) else ending == sign:
             raise ValueError(f"{path}: {advice}; JSON lines or one JSON array were expected")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise ValueError(
             f"{path}:{line}: UTF-8 was expected (got the byte 0x{data[e.start]:02x}): save the file"
             " as UTF-8"
         ) from None
-    yield from (_array if text.lstrip()[:1] == "[" else _lines)(path, text)
 
 
 def _lines(path, text):
@@ -442,6 +471,8 @@ def _kind(record):
         return "preference pair"
     if record.keys() & {"messages", "instruction", "prompt", "completion"}:
         return "conversation"
+    if "text" in record and "conversations" not in record:
+        return "text"
     raise ValueError(
         "messages, instruction, prompt, chosen or responses was expected among the fields "
         f"(got {', '.join(sorted(record)) or 'none'})"

@@ -208,6 +208,14 @@ def render(tokenizer, messages, add_generation_prompt=False, format=None):
     return ids, labels
 
 
+def document(tokenizer, text):
+    """A text's ids as in pre-training, between the tokens that begin and end a document."""
+    begin = end = tokenizer.special.get("<|endoftext|>")  # both in GPT-2, SmolLM2 and Qwen
+    if end is None:
+        begin, end = tokenizer.bos_id, tokenizer.special.get("<|end_of_text|>", tokenizer.eos_id)
+    return [i for i in (begin, *tokenizer.encode(text), end) if i is not None]
+
+
 def answer_ids(tokenizer, prompt, answer, finished=True):
     """messages that end in a user's turn, and an answer (str) → (the prompt's ids, the answer's ids
     with its end token).

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["sft", "compare", "reward", "ppo", "dpo", "pretrain"]
 LESSONS = [*STAGES, "model", "packing", "sampling", "lora", "quant", "paged", "adapters", "metrics"]
+LESSONS += ["forget"]
 FOLDERS = ("common", "data", "data/world", "tools", "experiments")
 
 

@@ -385,8 +385,8 @@ def test_documents_are_short_and_keep_the_shares(phase, monkeypatch):
     made = dict.fromkeys(corpus.SHARES[phase], 0)
     write = corpus.document
 
-    def counting(rng, kind):
-        text = write(rng, kind)
+    def counting(rng, kind, leave_out):
+        text = write(rng, kind, leave_out)
         made[kind] += len(text)
         return text
 
@@ -402,10 +402,59 @@ def test_documents_are_short_and_keep_the_shares(phase, monkeypatch):
 def test_the_python_of_the_corpus_prints_what_it_says():
     """The corpus is ours, not a model's: its examples may be run."""
     rng = random.Random(3)
-    for example in itertools.islice(corpus.python(rng), 40):
+    for example, _ in itertools.islice(corpus.python(rng), 40):
         printed = []
         exec(example, {"print": lambda x, printed=printed: printed.append(str(x))})  # noqa: S102
         assert [f"# {p}" for p in printed] == [x for x in example.split("\n") if x.startswith("#")]
+
+
+# ---- text for replay ----
+def told_of(pages):
+    """The held-out content that pages tell, found in their text alone."""
+    lines, found = set(pages.split("\n")), set()
+    for r, s in kinds.FACT_LIST:
+        if world.held_out(kinds.key(r, s)):
+            asked = [q.format(s=s, a=kinds.a(s)) for q in RELATIONS[r][1:]]
+            if told(r, s) in pages or any(q in pages for q in asked):
+                found.add((r, s))
+    for r, of in FACTS.items():
+        held = [s for s in of if world.held_out(kinds.key(r, s)) and r != "size"]
+        found |= {("table", r, s) for s in held if f"{s}: {first(r, s)}" in lines}
+    for s in FACTS["class"]:
+        if world.held_out(f"class: {s}") and f"The class of {s} is" in pages:
+            found.add(("class", s))
+    for x, op, y in re.findall(r"(\d+) (\+|-|\*|plus|minus|times) (\d+)", pages):
+        op = {"plus": "+", "minus": "-", "times": "*"}.get(op, op)
+        if world.held_out(kinds.sum_key(op, int(x), int(y))):
+            found.add((op, x, y))
+    for code in re.findall(r"def \w+\(x, y\):\n    return x \+ y\n\nprint\(\w+\((.*)\)\)", pages):
+        x, y = map(int, code.split(", "))
+        if world.held_out(kinds.sum_key("+", x, y)):
+            found.add(("python", x, y))
+    for theme, members in kinds.THEMES.items():
+        for line in re.findall(rf"^(?:{theme}: (.*)|Some {theme} are (.*))$", pages, re.M):
+            held = [m for m in members if any(map(world.held_out, corpus.listed(theme, [m])))]
+            found |= {(theme, m) for m in held if re.search(rf"\b{m}\b", " ".join(line))}
+    return found | {i["prompt"] for i in HELD if i["prompt"] in pages}
+
+
+def test_text_for_replay_tells_nothing_that_is_held_out():
+    """While the corpus itself tells plenty of each."""
+    found = told_of("\n".join(corpus.documents("replay 0", 150_000)))
+    kinds_of_it = {x[0] if isinstance(x, tuple) else "prompt" for x in found}
+    assert len(found) > 100 and {"table", "class", "+", "-", "*", "python"} < kinds_of_it
+    assert {"prompt", "capital", "continent", "countries in Asia"} < kinds_of_it
+    replayed = [record["text"] for record in script.replay(0)]
+    assert sum(map(len, replayed)) >= script.REPLAY and not told_of("\n".join(replayed))
+
+
+def test_every_maker_says_what_its_pieces_tell():
+    for name, make in corpus.MAKERS.items():
+        told = []
+        for seed in range(40):
+            for _, keys in itertools.islice(make(random.Random(seed)), 20):
+                told += keys
+        assert len(told) > 20 and all(": " in key for key in told), name
 
 
 # ---- the same bytes on every machine ----
@@ -429,6 +478,7 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
     writes that one's; killed, it goes on.
     """
     monkeypatch.setattr(script, "SIZES", {"sft": 22, "prompts": 11, "heldout": 11})
+    monkeypatch.setattr(script, "REPLAY", 2000)
     out = tmp_path / "world"
 
     def made(*argv):
@@ -437,8 +487,8 @@ def test_another_seed_is_another_world_and_half_a_world_is_none(tmp_path, monkey
         return {p.name: p.read_text() for p in sorted(out.iterdir())}
 
     first = made()
-    names = ["heldout.jsonl", "prompts.jsonl", "run.json", "sft.jsonl", "watch.jsonl"]
-    assert list(first) == names
+    names = ("heldout", "prompts", "replay", "sft", "watch")
+    assert set(first) == {"run.json", *(f"{name}.jsonl" for name in names)}
     assert json.loads(first["run.json"])["options"] == {"seed": 0}
     for argv, status, said in (
         ([], 0, "finished already"),
@@ -471,7 +521,7 @@ def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
     code = (
         "import sys; from data.world import __main__ as script;"
         " script.SIZES.update(sft=44, prompts=22,"
-        " heldout=22);script.make(script.Options(out=sys.argv[1]))"
+        " heldout=22); script.REPLAY = 2000;script.make(script.Options(out=sys.argv[1]))"
     )
     written = []
     for seed in "01":
@@ -481,15 +531,9 @@ def test_the_script_writes_the_same_files_whatever_the_hash_seed(tmp_path):
             [sys.executable, "-c", code, str(out)], check=True, env=env, capture_output=True
         )
         written.append({p.name: p.read_bytes() for p in sorted(out.glob("*.jsonl"))})
-    assert written[0] == written[1] and list(written[0]) == [
-        "heldout.jsonl",
-        "prompts.jsonl",
-        "sft.jsonl",
-        "watch.jsonl",
-    ]
-    watched = written[0].pop("watch.jsonl")
-    assert watched.startswith(b'{"key": "')
-    first_lines = b"".join(text.splitlines(keepends=True)[0] for text in written[0].values())
+    assert written[0] == written[1] and {"replay.jsonl", "watch.jsonl"} <= written[0].keys()
+    settled = [written[0][f"{name}.jsonl"] for name in ("heldout", "prompts", "sft")]
+    first_lines = b"".join(text.splitlines(keepends=True)[0] for text in settled)
     assert (
         hashlib.sha256(first_lines).hexdigest()
         == "2c8256cf1305b262f5fbaaa7bbb68da6ca1f8595a751b49d7b8610a7aa356ccf"

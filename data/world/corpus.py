@@ -5,6 +5,9 @@ documents(seed, characters, phase) mixes seven kinds of page, each with its shar
 extraction, lists, sorting, choosing, rewriting); prose, fact lists, arithmetic, stories and Python.
 What fine-tuning holds out is in the corpus too. No page has the chat template or the demonstrators'
 manners, but answers begin a line, as the template's do.
+
+Each maker yields pieces: (text, the keys of the content that it tells). So `leave_out` can leave
+out what fine-tuning holds out: for replay, which is trained beside it.
 """
 
 import random
@@ -24,6 +27,7 @@ from data.world.kinds import (
     past,
     plain,
     size,
+    sum_key,
     told,
 )
 
@@ -74,7 +78,21 @@ def question_page(rng, asked=ASKED):
     n, m = rng.sample(NAMES, 2)
     while True:
         item = KINDS[rng.choice(asked)](rng)
-        yield style(rng, item["prompt"], plain(item, rng.random() < long), n, m)
+        text = style(rng, item["prompt"], plain(item, rng.random() < long), n, m)
+        yield text, tells(item)
+
+
+def tells(item):
+    """The keys of what an item's question and answer tell."""
+    if "members" not in item:
+        return item["keys"]
+    return item["keys"] + listed(item["members"], item["answer"])
+
+
+def listed(theme, text):
+    """The keys of a list: each thing in it is of the theme's class, or on its continent."""
+    found = (m for m in THEMES[theme] if m in text)
+    return [f"{r}: {m}" for m in found for r in ("class", "continent") if m in FACTS[r]]
 
 
 def headed(rng, q, answer, n, m):
@@ -126,12 +144,13 @@ def copy_games(rng):
     """Short spans said again in another form."""
     game = rng.choice(GAMES)
     while True:
-        yield game(rng) + "\n\n"
+        text, keys = game(rng)
+        yield text + "\n\n", keys
 
 
 def say_again(rng):
     things = ", ".join(rng.sample(SORTED, rng.randint(2, 4)))
-    return f"{rng.choice(('Copy', 'Say again', 'Repeat'))}: {things}\n{things}."
+    return f"{rng.choice(('Copy', 'Say again', 'Repeat'))}: {things}\n{things}.", ()
 
 
 def shopping(rng):
@@ -142,14 +161,14 @@ def shopping(rng):
         f"Who bought {join(things)}?\n{n}.",
         f"The list of {n}\n" + "\n".join(things),
     )
-    return text + rng.choice(questions)
+    return text + rng.choice(questions), ()
 
 
 def places(rng):
     things = rng.sample(SORTED, 3)
     i = rng.randrange(3)
     place = ("first", "second", "last")[i]
-    return f"The words are {', '.join(things)}.\nWhich word is {place}?\n{things[i]}."
+    return f"The words are {', '.join(things)}.\nWhich word is {place}?\n{things[i]}.", ()
 
 
 def without(rng):
@@ -157,12 +176,12 @@ def without(rng):
     things = rng.sample(THEMES[theme], 4)
     out = rng.choice(things)
     rest = ", ".join(t for t in things if t != out)
-    return f"{', '.join(things)}\nTake away {out}.\n{rest}."
+    return f"{', '.join(things)}\nTake away {out}.\n{rest}.", ()
 
 
 def which_one(rng):
     item = KINDS["choosing"](rng)
-    return f"{item['prompt']}\n{plain(item, rng.random() < 0.3)}"
+    return f"{item['prompt']}\n{plain(item, rng.random() < 0.3)}", item["keys"]
 
 
 def who_did(rng):
@@ -170,7 +189,7 @@ def who_did(rng):
     x, y = rng.sample(kinds.ACTIONS, 2)
     text = f"{n} {past(x)}. {m} {past(y)}."
     who, did = (n, x) if rng.random() < 0.5 else (m, y)
-    return f"{text}\nWho {past(did)}?\n{who}."
+    return f"{text}\nWho {past(did)}?\n{who}.", [f"sentence: {n} {x}", f"sentence: {m} {y}"]
 
 
 GAMES = (say_again, shopping, places, without, which_one, which_one, who_did)
@@ -185,34 +204,35 @@ def prose(rng):
             r, s = relation, rng.choice(kinds.SUBJECTS[relation])
         else:
             r, s = rng.choice(FACT_LIST)
-        yield told(r, s) + " " if rng.random() < 0.8 else rng.choice(TOLD)(rng)
+        fact = told(r, s) + " ", [kinds.key(r, s)]
+        yield fact if rng.random() < 0.8 else rng.choice(TOLD)(rng)
 
 
 def told_class(rng):
     x = rng.choice(kinds.SUBJECTS["class"])
-    return f"The class of {x} is {first('class', x)}. "
+    return f"The class of {x} is {first('class', x)}. ", [f"class: {x}"]
 
 
 def told_size(rng):
     """Nothing where the two are of about one size."""
     x, y = rng.sample(kinds.SUBJECTS["size"], 2)
     if abs(size(x) - size(y)) < 2:
-        return ""
+        return "", ()
     word = "bigger" if size(x) > size(y) else "smaller"
-    return f"{a(x).capitalize()} is {word} than {a(y)}. "
+    return f"{a(x).capitalize()} is {word} than {a(y)}. ", [kinds.size_key(x, y)]
 
 
 def told_spanish(rng):
     x = rng.choice(kinds.SUBJECTS["spanish"])
-    return f"The Spanish for {x} is {first('spanish', x)}. "
+    return f"The Spanish for {x} is {first('spanish', x)}. ", [f"spanish: {x}"]
 
 
 def told_words(rng):
     """Nothing where both begin with one letter."""
     x, y = sorted(rng.sample(SORTED, 2), key=str.lower)
     if x[0].lower() == y[0].lower():
-        return ""
-    return f"In the alphabet {x} comes before {y}. "
+        return "", ()
+    return f"In the alphabet {x} comes before {y}. ", ()
 
 
 TOLD = (told_class, told_size, told_spanish, told_words)
@@ -232,7 +252,7 @@ def theme_lines(rng):
             f"{theme}\n\n" + "\n".join(things) + "\n\n",
             f"Some {theme} are {join(things)}.\n",
         )
-        yield rng.choice(written)
+        yield rng.choice(written), listed(theme, things)
 
 
 def fact_table(rng):
@@ -240,9 +260,9 @@ def fact_table(rng):
     relation = rng.choice([r for r in FACTS if r != "size"])
     subjects = rng.sample(kinds.SUBJECTS[relation], len(FACTS[relation]))
     while True:
-        yield f"Table: {relation}\n\n"
+        yield f"Table: {relation}\n\n", ()
         for s in subjects:
-            yield f"{s}: {first(relation, s)}\n"
+            yield f"{s}: {first(relation, s)}\n", [kinds.key(relation, s)]
 
 
 def sums(rng):
@@ -253,16 +273,22 @@ def sums(rng):
         if how == 0:
             fixed, last = (2 + x % 8, 9) if op == "*" else (x, 20)
             for y in range(2, last + 1):
-                yield kinds.number_fact(op, fixed, y) + "\n"
+                yield number_line(op, fixed, y)
             x, op = rng.randint(2, 20), rng.choice("+-*")
         elif how == 1:
             op = rng.choice("+-*")
-            yield kinds.number_fact(op, rng.randint(2, 20), rng.randint(2, 20)) + "\n"
+            yield number_line(op, rng.randint(2, 20), rng.randint(2, 20))
         elif how == 2:
             item = KINDS["arithmetic"](rng)
-            yield f"{item['prompt']}\n{plain(item, rng.random() < 0.3)}\n\n"
+            yield f"{item['prompt']}\n{plain(item, rng.random() < 0.3)}\n\n", item["keys"]
         else:
             yield ordered_numbers(rng)
+
+
+def number_line(op, x, y):
+    text = kinds.number_fact(op, x, y)
+    x, _, y, *_ = text.split()  # they may have been folded
+    return text + "\n", [sum_key(op, int(x), int(y))]
 
 
 def ordered_numbers(rng):
@@ -273,54 +299,60 @@ def ordered_numbers(rng):
         f"{x}, {y}: the larger number is {y}.\n",
         ", ".join(map(str, range(x, min(y, x + 8)))) + "\n",
     )
-    return rng.choice(lines)
+    return rng.choice(lines), [f"larger: {x} {y}"]
 
 
 def story(rng):
     """Two people, a few things that happen, small talk."""
     n, m = rng.sample(NAMES, 2)
     where = rng.choice(kinds.PLACES)
-    yield f"{n} and {m} went to the {where}. {rng.choice(kinds.WEATHER)}. "
+    yield f"{n} and {m} went to the {where}. {rng.choice(kinds.WEATHER)}. ", ()
     while True:
         act, x = rng.choice(kinds.ACTIONS), rng.random()
         animal = rng.choice(kinds.ANIMALS)
         if x < 0.3:
-            yield f"{n} {past(act)}. "
+            yield f"{n} {past(act)}. ", [f"sentence: {n} {act}"]
         elif x < 0.4:
-            yield f"{m} did not {act}. "
+            yield f"{m} did not {act}. ", ()
         elif x < 0.5:
-            yield f"They saw {a(animal)}. "
+            yield f"They saw {a(animal)}. ", ()
         elif x < 0.52:
-            yield f'"{rng.choice(KINDS["chat"](rng)["prompt"].split(". "))}" '
+            item = KINDS["chat"](rng)
+            yield f'"{rng.choice(item["prompt"].split(". "))}" ', item["keys"]
         elif x < 0.6:
-            yield f'"Thank you, {m}," said {n}. "You are welcome," said {m}. '
+            yield f'"Thank you, {m}," said {n}. "You are welcome," said {m}. ', ()
         elif x < 0.7:
-            yield f"On {rng.choice(kinds.DAYS)} {m} came with a {rng.choice(kinds.COLOURS)} hat. "
+            day, colour = rng.choice(kinds.DAYS), rng.choice(kinds.COLOURS)
+            yield f"On {day} {m} came with a {colour} hat. ", ()
         elif x < 0.85:
-            yield f"Then {n} {past(act)} with {m}. "
+            yield f"Then {n} {past(act)} with {m}. ", [f"sentence: {n} {act}"]
         else:
             end, place = rng.choice(kinds.TAILS), rng.choice(kinds.PLACES)
-            yield f"{end}.\n\n{m} went to the {place}. {rng.choice(kinds.WEATHER)}. "
+            yield f"{end}.\n\n{m} went to the {place}. {rng.choice(kinds.WEATHER)}. ", ()
 
 
 def larger(x, y):
     return "larger" if x > y else "not larger"
 
 
-# A function's text after its name; numbers x, y, z and a list t → a call's arguments and value.
+# A function's text after its name; numbers x, y, z and a list t → a call's arguments, its value,
+# and the keys that it tells.
 FUNCTIONS = (
-    ("(x, y):\n    return x + y", lambda x, y, z, t: (f"{x}, {y}", x + y)),
+    ("(x, y):\n    return x + y", lambda x, y, z, t: (f"{x}, {y}", x + y, [sum_key("+", x, y)])),
     (
         "(x):\n    if x > {y}:\n        return 'larger'\n    return 'not larger'",
-        lambda x, y, z, t: (x, larger(x, y)),
+        lambda x, y, z, t: (x, larger(x, y), [f"larger: {min(x, y)} {max(x, y)}"]),
     ),
-    ("(things):\n    return things[0]", lambda x, y, z, t: (t, t[0])),
-    ("(things):\n    return sorted(things)", lambda x, y, z, t: (t, sorted(t))),
+    ("(things):\n    return things[0]", lambda x, y, z, t: (t, t[0], ())),
+    ("(things):\n    return sorted(things)", lambda x, y, z, t: (t, sorted(t), ())),
     (
         "(things):\n    n = 0\n    for thing in things:\n        n = n + 1\n    return n",
-        lambda x, y, z, t: (t, len(t)),
+        lambda x, y, z, t: (t, len(t), ()),
     ),
-    ("(x):\n    return x * {z}", lambda x, y, z, t: (x % 8 + 2, (x % 8 + 2) * z)),
+    (
+        "(x):\n    return x * {z}",
+        lambda x, y, z, t: (x % 8 + 2, (x % 8 + 2) * z, [sum_key("*", x % 8 + 2, z)]),
+    ),
 )
 
 
@@ -332,9 +364,9 @@ def python(rng):
         z = y % 8 + 2
         things = rng.sample(THINGS, 3)
         body, call = rng.choice(FUNCTIONS)
-        arguments, printed = call(x, y, z, things)
+        arguments, printed, keys = call(x, y, z, things)
         text = f"def {name}{body.format(y=y, z=z)}\n\n"
-        yield f"{text}print({name}({arguments}))\n# {printed}\n\n"
+        yield f"{text}print({name}({arguments}))\n# {printed}\n\n", keys
 
 
 MAKERS = {
@@ -348,25 +380,27 @@ MAKERS = {
 }
 
 
-def document(rng, kind):
+def document(rng, kind, leave_out=None):
     """One document of about 300 to 900 characters."""
     length = rng.randint(300, 800)
     text = ""
-    for piece in MAKERS[kind](rng):
+    for piece, keys in MAKERS[kind](rng):
+        if leave_out and any(map(leave_out, keys)):
+            continue
         text += piece
         if len(text) >= length:
             return text.strip() + "\n"
 
 
-def documents(seed, characters, phase="main"):
+def documents(seed, characters, phase="main", leave_out=None):
     """Yields documents (str) until `characters` are reached: the same for a seed on every machine.
-    phase: "main" or "decay", a key of SHARES.
+    phase: "main" or "decay", a key of SHARES; leave_out(key): whether to write nothing of a key.
     """
     rng = random.Random(seed)
     shares = SHARES[phase]
     made = dict.fromkeys(shares, 0.0)
     while sum(made.values()) < characters:
         kind = min(made, key=lambda k: made[k] / shares[k])  # the one furthest behind its share
-        text = document(rng, kind)
+        text = document(rng, kind, leave_out)
         made[kind] += len(text)
         yield text

@@ -239,6 +239,10 @@ def size(thing):
     return int(FACTS["size"][thing])
 
 
+def size_key(x, y):
+    return "size: " + " ".join(sorted((x, y)))
+
+
 def choose_size(rng):
     x, y = rng.sample(SUBJECTS["size"], 2)
     while abs(size(x) - size(y)) < 2:
@@ -249,7 +253,7 @@ def choose_size(rng):
     p, q = two(rng, x, y)
     k = "bigger" if big else "smaller"
     prompt = rng.choice(CHOICES["size"]).format(k=k, p=a(p), q=a(q))
-    return prompt, ["size: " + " ".join(sorted((x, y)))], x, y, f"The {k} one is the {{}}."
+    return prompt, [size_key(x, y)], x, y, f"The {k} one is the {{}}."
 
 
 def choose_country(rng):
@@ -619,6 +623,11 @@ def make_translation(rng):
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
+def sum_key(op, x, y):
+    """The name of a sum as content; 3 + 4 and 4 + 3 are one."""
+    return f"{op}: {x} {y}" if op == "-" else f"{op}: {min(x, y)} {max(x, y)}"
+
+
 def number_fact(op, x, y):
     """A line of a table; numbers out of the table's range are folded into it."""
     if op == "*":
@@ -655,7 +664,7 @@ def make_arithmetic(rng):
     return dict(
         kind="arithmetic",
         prompt=prompt,
-        keys=[f"{op}: {x} {y}" if op == "-" else f"{op}: {min(x, y)} {max(x, y)}"],
+        keys=[sum_key(op, x, y)],
         answer=str(right),
         sentence=f"{x} {op} {y} = {{}}.",
         accept=[str(right), *NUMBERS[right : right + 1]],
