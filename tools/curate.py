@@ -8,26 +8,24 @@ went, and a picture. --rules names the rules to apply, so that one can ask what 
 
 format         Drops an answer that is empty, cut off, a refusal, in a script that neither its
                prompt nor its task calls for, or that repeats its prompt. Misses: a cut between two
-               sentences, or after a few words; a refusal in words of its own; other languages in
-               the same script.
+               sentences or after a few words; a refusal in words of its own.
 contamination  Drops what shares 13 words in a row with a record of EVALUATION, as GPT-3's authors
                did (Brown et al. 2020, appendix C), or asks the same prompt. Word sequences in more
                than ten of those records are boilerplate. Misses: paraphrases, translations.
-duplicates     Of records that say the same in other case, punctuation or order of sentences, the
-               best stays (by quality, else the first). Near ones share 70 % of their word 3-grams,
-               |A ∩ B| / |A ∪ B| ≥ 0.7 (Jaccard); MinHash (Broder 1997) finds the candidates: the
-               share of random orders in which A and B have the same smallest element is just that.
-               Two *short* records may differ by one word and mean different things ("capital of
-               Peru", "of Kenya"): under 40 words the prompts must be equal, and the answers then
-               differ by a word at most. Misses: paraphrases, a word changed in a short prompt.
-quality        Prefers the best scores: the mean log-likelihood of an answer's tokens under --model
+duplicates     Of records that say the same, in whatever case, punctuation and order of sentences,
+               the best stays by quality, or the first. Near ones share 70 % of their word 3-grams
+               (Jaccard); MinHash (Broder 1997) finds them, see filters.py. Two short records may
+               differ by one word and mean different things ("capital of Peru", "of Kenya"): under
+               40 words the prompts must be equal, and the answers differ by a word at most.
+               Misses: paraphrases, a word changed in a short prompt.
+quality        Prefers the best: by the mean log-likelihood of an answer's tokens under --model
                given its prompt, a reward model's score, or a function of yours. Likelihood likes
-               common, short and repeated phrases, and knows nothing of truth; a reward model has
-               the biases of its labellers.
+               common, short and repeated phrases and knows no truth; a reward model is as biased
+               as its labellers.
 diversity      Greedy k-centre (Gonzalez 1985; Sener & Savarese 2018): takes again and again the
                record farthest from all that are taken, by the cosine of mean hidden states under
-               --model; kinds, where records name one, get equal shares. Farthest are outliers, and
-               noise is one: so it chooses among the best 4 × keep by quality where that rule is on.
+               --model; kinds, where records name one, get equal shares. Noise lies farthest of all:
+               so it chooses among the best 4 × keep by quality, where that rule is on.
 """
 
 import shlex
@@ -189,71 +187,44 @@ def choose(o, found, order, model, tok):
     most = POOL if "quality" in o.rules else len(found)
     pools = [m[: most * n] for m, n in zip(kinds.values(), quota, strict=True)]
     pool = [i for p in pools for i in p]
-    x = embed([found[i] for i in pool], model, tok)
+    others = order[:: -(-len(order) // 1000)]  # some of all, for the picture
+    x = embed([found[i] for i in pool + others], model, tok)
     chosen, at = [], 0
     for members, n in zip(pools, quota, strict=True):
         if n:
             chosen += [members[i] for i in k_centre(x[at : at + len(members)], n)]
         at += len(members)
-    return chosen, (x, np.isin(pool, chosen))
+    return chosen, (x, np.isin(pool + others, chosen))
 
 
-# ---------------------------------------------------------------- what went, and why
+# ---------------------------------------------------------------- the report
 def size(record) -> int:
     return sum(len(m["content"].split()) for m in record["messages"])
 
 
-def shown(record):
-    return {k: record["messages"][i]["content"][:300] for k, i in (("prompt", -2), ("answer", -1))}
-
-
-class Report:
-    """What is left of the records, and for each reason how many went, with an example."""
-
-    def __init__(self, found):
-        self.all = self.left = found
-        self.gone = {}
-
-    def drop(self, gone):
-        """gone: {place in left: (reason, place of what it is like, or None)}"""
-        for i, (reason, twin) in gone.items():
-            entry = self.gone.setdefault(reason, {"n": 0, "example": shown(self.left[i])})
-            entry["n"] += 1
-            if twin is not None:
-                entry["example"].setdefault("like", shown(self.left[twin]))
-        self.left = [r for i, r in enumerate(self.left) if i not in gone]
-
-    def check(self, o, what):
-        if o.keep > len(self.left):
-            why = "; ".join(f"{n['n']:,} {reason}" for reason, n in self.gone.items())
-            raise ValueError(f"--keep {o.keep}: {o.data} has {len(self.left):,} {what} ({why})")
-
-
 def picture(report, kept, points, path):
-    """Lengths of all and of the kept; beside them the kept among the best, in two dimensions."""
+    """Lengths of all and of the kept; and the kept among all, in two dimensions."""
     from matplotlib.figure import Figure
 
-    axes = Figure((10, 4), layout="constrained").subplots(1, 2)
-    said = {f"all {len(report.all):,}": report.all, f"kept {len(kept):,}": kept}
-    sizes = {name: [max(1, size(r)) for r in found] for name, found in said.items()}
-    bins = np.geomspace(1, 1 + max(map(max, sizes.values())), 40)
-    for name, found in sizes.items():
-        axes[0].hist(found, bins, density=True, alpha=0.6, label=name)
-    axes[0].set(xscale="log", xlabel="words of a record", ylabel="density", title="Lengths")
-    axes[0].legend()
-    if points is None:
-        axes[1].axis("off")
-    else:
+    lengths, states = Figure((10, 4), layout="constrained").subplots(1, 2)
+    sizes = [[max(1, size(r)) for r in found] for found in (report.all, kept)]
+    bins = np.geomspace(1, 1 + max(map(max, sizes)), 40)
+    for name, found in zip(("all", "kept"), sizes, strict=True):
+        lengths.hist(found, bins, density=True, alpha=0.6, label=f"{name} {len(found):,}")
+    lengths.set(xscale="log", xlabel="words of a record", ylabel="density", title="Lengths")
+    lengths.legend()
+    states.axis("off")
+    if points:
         x, chosen = points
         flat = x @ np.linalg.svd(x.T @ x)[0][:, :2]  # the two main directions (PCA)
-        axes[1].scatter(*flat.T, s=3, color="lightgrey", label=f"{len(x):,} to choose from")
-        axes[1].scatter(*flat[chosen].T, s=5, label=f"chosen {chosen.sum():,}")
-        axes[1].set(title="Mean hidden states, two main directions", xticks=[], yticks=[])
-        axes[1].legend()
-    axes[0].figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+        states.scatter(*flat.T, s=3, color="lightgrey", label="some of those left")
+        states.scatter(*flat[chosen].T, s=5, label=f"chosen {len(kept):,}")
+        states.set_title("Mean hidden states, two main directions")
+        states.legend()
+    lengths.figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
 
 
-def inputs(o) -> list:
+def inputs(o, reads_model: bool) -> list:
     """The files that decide what is kept; ValueError for options that say nothing."""
     if wrong := set(o.rules.split(",")) - set(RULES):
         raise ValueError(f"--rules: {wrong.pop()!r}: some of {','.join(RULES)} were expected")
@@ -261,50 +232,40 @@ def inputs(o) -> list:
         raise ValueError("FILE was expected: python -m tools.curate FILE --keep N --out OUT")
     if not find_spec("matplotlib"):
         raise ValueError("the report's picture is drawn by matplotlib: pip install matplotlib")
-    own = [file_of(o.quality)] if o.quality and "quality" in o.rules else []
-    return [o.data, *filter(None, [o.against]), *own, *([o.model] if reads_model(o) else [])]
-
-
-def reads_model(o) -> bool:
-    return "diversity" in o.rules or "quality" in o.rules and not o.quality
+    scorer = file_of(o.quality) if "quality" in o.rules else ""
+    return [x for x in (o.data, o.against, scorer, o.model * reads_model) if x]
 
 
 def curate(o):
-    run = Run(o, __file__, inputs(o), file=True)
-    report = Report(records.conversations(o.data, empty=True))
+    reads_model = "diversity" in o.rules or "quality" in o.rules and not o.quality
+    run = Run(o, __file__, inputs(o, reads_model), file=True)
+    report = filters.Report(records.conversations(o.data, empty=True))
     report.check(o, "records")
-    device, rng = pick_device(o.device), np.random.default_rng(o.seed)
-    model, tok = tuning.read(o, o.model, device) if reads_model(o) else (None, None)
+    model, tok = tuning.read(o, o.model, pick_device(o.device)) if reads_model else (None, None)
     if "format" in o.rules:
         report.drop(filters.faults(report.left))
     if o.against and "contamination" in o.rules:
         report.drop(filters.leaks(report.left, o.against))
     report.check(o, "left")
-    scores = np.zeros(len(report.left))
-    if "quality" in o.rules:
-        scores = scores_of(o, report.left, model, tok)
+    rated = "quality" in o.rules
+    scores = scores_of(o, report.left, model, tok) if rated else np.zeros(len(report.left))
     if "duplicates" in o.rules:
         order = np.argsort(-scores, kind="stable").tolist()
         gone = filters.duplicates(report.left, order, o.seed)
         scores = np.delete(scores, list(gone))
         report.drop(gone)
         report.check(o, "left")
-    mixed = rng.permutation(len(scores))  # chance decides between equals
+    mixed = np.random.default_rng(o.seed).permutation(len(scores))  # chance decides between equals
     order = mixed[np.argsort(-scores[mixed], kind="stable")].tolist()
     chosen, points = choose(o, report.left, order, model, tok)
     kept = [report.left[i] for i in sorted(chosen)]
-    figures = {
-        "command": shlex.join(["python", "-m", "tools.curate", *sys.argv[1:]]),
-        "seed": o.seed,
-        "n": len(report.all),
-        "gone": report.gone,
-        "left": len(report.left),
-        "kept": len(kept),
-        **with_interval("words", [size(r) for r in kept]),
-    }
-    for name, rated in (("score_left", scores), ("score", scores[chosen])):
-        if "quality" in o.rules and np.isfinite(rated).all():
-            figures |= with_interval(name, rated.tolist())
+    command = shlex.join(["python", "-m", "tools.curate", *sys.argv[1:]])
+    figures = {"command": command, "seed": o.seed, "n": len(report.all), "gone": report.gone}
+    figures |= {"left": len(report.left), "kept": len(kept)}
+    figures |= with_interval("words", [size(r) for r in kept])
+    for name, values in (("score_left", scores), ("score", scores[chosen])):
+        if rated and np.isfinite(values).all():
+            figures |= with_interval(name, values.tolist())
 
     def write(path):
         write_jsonl(path, kept)

@@ -79,9 +79,11 @@ def jaccard(a, b) -> float:
 # ---------------------------------------------------------------- format
 CLOSED = re.compile(r"[.!?…。！？)\]}>`\"'”’»*_|]$")
 OPEN = re.compile(
-    r"(?:[,;:(\[{]|\s[-–—]"
+    r"(?:[,;:(\[{]|\s[-–—=+*/]"
     r"|[a-z] (?:the|a|an|of|to|and|or|is|are|was|were|because|than|its|their|your|my|our))$"
 )
+GOES_ON = re.compile(r"[^\W\d_]{3}[.!?]\s+\S")  # a sentence, and more: not an initial
+ONE_LINE = re.compile(r"(?:[^\W\d_]{3}|\d)[.!?]\s+\S")  # nor, on many lines, the number of a list
 TROUBLE = (
     r"(?:can['’]t|can ?not|could ?n['o’]t|won['’]t|will not|(?:am|['’]m) (?:unable|not able) to)"
 )
@@ -115,20 +117,22 @@ def scripts(text) -> Counter:
 def unmarked(answer) -> bool | None:
     """Whether a sentence on a line of its own has no mark at its end; None where it is no such
     sentence, but a title, a list, a word or two."""
+    answer = answer.strip()
     said = answer.split()
-    if len(said) < 4 or "\n" in answer.strip() or not answer.strip()[0].isupper():
+    starts = answer[:1].isupper() or answer[:1].isdigit()
+    if len(said) < 4 or "\n" in answer or not starts or not any(w[0].islower() for w in said):
         return None
-    return None if all(w[0].isupper() for w in said) else not CLOSED.search(answer.rstrip())
+    return not CLOSED.search(answer)
 
 
 def is_cut(answer, marks: bool) -> bool:
     """marks: sentences of this file end in a mark."""
-    answer = answer.rstrip()
+    answer = answer.strip()
     if OPEN.search(answer) or answer.count("```") % 2:
         return True
-    last = answer.rpartition("\n")[2]
-    goes_on = re.search(r"[^\W\d_]{3}[.!?]\s+\S", last) and not CLOSED.search(answer)
-    return bool(goes_on or marks and unmarked(answer))
+    before, _, last = answer.rpartition("\n")
+    again = GOES_ON if before else ONE_LINE
+    return bool(again.search(last) and not CLOSED.search(answer) or marks and unmarked(answer))
 
 
 def fault(record, marks: bool) -> str | None:
@@ -136,10 +140,10 @@ def fault(record, marks: bool) -> str | None:
     turns = record["messages"]
     if record.get("finished") is False:
         return "cut off"
-    for asked, m in zip(turns, turns[1:], strict=False):
+    for before, m in zip(turns, turns[1:], strict=False):
         if m["role"] != "assistant" or m.get("weight", 1) == 0:
             continue
-        prompt, answer = asked["content"], m["content"]
+        prompt, answer = before["content"], m["content"]
         if not re.search(r"\w", answer) or not prompt.strip():
             return "empty"
         if REFUSAL.match(answer):
@@ -148,8 +152,9 @@ def fault(record, marks: bool) -> str | None:
         foreign = sum(n for s, n in found.items() if not known[s])
         if foreign > max(4, found.total() / 2) and not LANGUAGES.search(prompt):
             return "in another script"
-        q, a = words(prompt), words(answer)
-        if len(q) > 3 and any(a[i : i + len(q)] == q for i in range(len(a) - len(q) + 1)):
+        asked, said = words(prompt), sentences(answer)
+        begins = (sum(said[k:], ())[: len(asked)] for k in range(len(said)))
+        if len(asked) > 3 and asked in begins:
             return "repeats its prompt"
         if is_cut(answer, marks):
             return "cut off"
@@ -284,3 +289,30 @@ def leaks(found, path) -> dict:
         elif any(not known.isdisjoint(runs(m["content"])) for m in turns):
             gone[i] = f"{RUN} words in a row of the evaluation", None
     return gone
+
+
+# ---------------------------------------------------------------- what went, and why
+def shown(record):
+    return {k: record["messages"][i]["content"][:300] for k, i in (("prompt", -2), ("answer", -1))}
+
+
+class Report:
+    """What is left of the records, and for each reason how many went, with an example."""
+
+    def __init__(self, found):
+        self.all = self.left = found
+        self.gone = {}
+
+    def drop(self, gone):
+        """gone: {place in left: (reason, place of what it is like, or None)}"""
+        for i, (reason, twin) in gone.items():
+            entry = self.gone.setdefault(reason, {"n": 0, "example": shown(self.left[i])})
+            entry["n"] += 1
+            if twin is not None:
+                entry["example"].setdefault("like", shown(self.left[twin]))
+        self.left = [r for i, r in enumerate(self.left) if i not in gone]
+
+    def check(self, o, what):
+        if o.keep > len(self.left):
+            why = "; ".join(f"{n['n']:,} {reason}" for reason, n in self.gone.items())
+            raise ValueError(f"--keep {o.keep}: {o.data} has {len(self.left):,} {what} ({why})")
