@@ -1,5 +1,6 @@
 """Curation: what is planted is found, nothing else goes; the same for a seed; the input stays."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import stages
 import tiny
+import torch
 
-from data import records, templates, tokenizer
+from common import hub, tuning
+from data import templates
 from data.world import world
+from model import nll, scalar_model, score
 from tools import curate, filters
 
 pytest.importorskip("matplotlib")
@@ -254,3 +258,192 @@ def test_boilerplate_of_an_evaluation_and_system_messages_are_no_leak(tmp_path):
     record["messages"] = system + record["messages"]
     asked = [{"messages": system + tiny.user("Who is it?"), "reference": "He."}]
     assert not filters.leaks([record], tiny.write(tmp_path / "system.jsonl", asked))
+
+
+# ---------------------------------------------------------------- quality and diversity
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tok = tiny.chat_tokenizer()
+    return tiny.folder(tmp_path_factory.mktemp("base"), tok=tok, max_position_embeddings=1024)
+
+
+def options(data, out, **more):
+    return curate.Options(data=str(data), out=str(out), **more)
+
+
+def test_scores_are_the_mean_log_probability_of_the_answer_and_the_reward(folder, tmp_path):
+    found = [*clean()[:9], talk("Say.", "x" * 2000), talk("Go.", "")]
+    model, tok = tuning.read(options("", ""), folder, torch.device("cpu"))
+    scores = curate.scores_of(options("", ""), found, model, tok)
+    for r, s in zip(found[:9], scores, strict=False):
+        ids, labels = templates.render(tok, r["messages"])
+        rows = (torch.tensor([x]) for x in (ids, labels, [0] * len(ids)))
+        true = -nll(model, *rows).sum() / sum(x != -100 for x in labels)
+        assert abs(true.item() - s) < 1e-5
+    assert scores[9] == -np.inf and np.isfinite(scores[10])  # too long; an empty one: its end
+    reward = scalar_model(model, torch.Generator().manual_seed(1))
+    hub.save(tmp_path / "reward", reward, tok)
+    rated = curate.scores_of(options("", "", quality=str(tmp_path / "reward")), found[:9], 0, 0)
+    for r, s in zip(found[:9], rated, strict=True):
+        ids = templates.answer_ids(tok, r["messages"][:1], r["messages"][1]["content"])
+        assert abs(score(reward, *([x] for x in ids)).item() - s) < 1e-5
+    tok.chat_template = None  # a base model reads plain text
+    prompt, answer = curate.ids_of(tok, found[0]["messages"])
+    turns = [m["content"] for m in found[0]["messages"]]
+    assert tok.decode(prompt + answer) == "\n".join(turns)
+
+
+def test_mean_states_are_those_of_each_text_alone(folder):
+    model, tok = tuning.read(options("", ""), folder, torch.device("cpu"))
+    ids = [curate.ids_of(tok, r["messages"]) for r in clean()[:9]]
+    with torch.no_grad():
+        found = curate.over(ids, lambda p, a: curate.mean_states(model, p, a), "")
+        for (p, a), x in zip(ids, found, strict=True):
+            tiny.close(model.hidden(torch.tensor([p + a]))[0].mean(0), torch.tensor(x))
+
+
+def unit(n, d=6, seed=0):
+    x = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def radius(x, centres):
+    return np.sqrt(2 - 2 * (x @ x[centres].T).max(1).min().clip(max=1))
+
+
+def test_k_centre_is_the_farthest_each_time_and_within_twice_the_best():
+    x = unit(12)
+    centres = curate.k_centre(x, 4)
+    for k in range(1, 4):
+        distances = np.linalg.norm(x[:, None] - x[centres[:k]], axis=2).min(1)
+        assert centres[k] == distances.argmax()
+    best = min(radius(x, list(c)) for c in itertools.combinations(range(12), 4))
+    assert radius(x, centres) <= 2 * best + 1e-6
+    assert sorted(curate.k_centre(np.repeat(x[:1], 5, 0), 5)) == list(range(5))  # all alike
+
+
+def test_kinds_get_equal_shares_and_what_small_ones_leave():
+    assert curate.shares([10, 1, 5], 9) == [4, 1, 4]
+    assert curate.shares([3, 3, 3], 7) == [3, 2, 2] and curate.shares([9], 9) == [9]
+    assert curate.kind_of(talk("a", "b", category="qa")) == "qa"
+    assert curate.kind_of(talk("a", "b", item=ITEMS[0])) == ITEMS[0]["kind"]
+    assert curate.kind_of(talk("a", "b", item=3)) == ""
+
+
+# ---------------------------------------------------------------- the tool
+def noisy(folder):
+    """A file of the clean records, an empty one, a refusal, a leak, duplicates; its evaluation."""
+    rng, found = random.Random(4), clean()
+    planted = {
+        "empty": talk("Say it.", " "),
+        "a refusal": talk("Say it now.", "I'm sorry, but I cannot help with that."),
+        "asks a prompt of the evaluation": talk("How high is the sky?", "High."),
+        "an exact duplicate": talk(*(m["content"].upper() for m in found[-3]["messages"])),
+        "a near duplicate": talk("Tell me about the mill.", changed(STORY.replace("o", "ee"), rng)),
+    }
+    data = tiny.write(folder / "noisy.jsonl", [*found, *planted.values()])
+    against = tiny.write(
+        folder / "held.jsonl", [{"prompt": "how high is the sky", "reference": "x"}]
+    )
+    return data, against, found, planted
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_noisy_file_is_curated_the_same_for_a_seed(folder, tmp_path):
+    data, against, found, planted = noisy(tmp_path)
+    before = open(data, "rb").read()
+    given = dict(keep=44, against=against, model=folder)
+    out = tmp_path / "one.jsonl"
+    said = stages.done("tools/curate.py", data=data, out=out, **given).out
+    kept, report = lines(out), json.loads((tmp_path / "one.jsonl.run/report.json").read_text())
+    assert len(kept) == 44 and all(r in found for r in kept)  # whole, with all their fields
+    assert kept == sorted(kept, key=found.index)
+    kinds = Counter(r["item"]["kind"] for r in kept if "item" in r)
+    assert len(kinds) == 11 and set(kinds.values()) <= {3, 4}
+    assert {k: v["n"] for k, v in report["gone"].items()} >= dict.fromkeys(planted, 1)
+    assert all(f"went: {reason}" in said for reason in planted)
+    twin = report["gone"]["a near duplicate"]["example"]
+    assert twin["like"]["answer"] != twin["answer"] and report["n"] == len(found) + 5
+    assert report["kept"] == 44 and report["seed"] == 0 and "tools.curate" in report["command"]
+    assert (tmp_path / "one.jsonl.run/report.png").read_bytes().startswith(b"\x89PNG")
+    assert open(data, "rb").read() == before
+
+    same = tmp_path / "two.jsonl"
+    stages.done("tools/curate.py", data=data, out=same, **given)
+    assert same.read_bytes() == out.read_bytes()
+    again = stages.done("tools/curate.py", data=data, out=out, **given)
+    assert "finished already" in again.out
+    kept = out.read_bytes()
+    refused = stages.run("tools/curate.py", data=data, out=out, **given | dict(keep=22))
+    stages.refused(refused, "finished with other settings", "keep was 44, is 22", "--overwrite")
+    assert out.read_bytes() == kept
+    stages.done("tools/curate.py", data=data, out=out, overwrite=True, **given | dict(keep=22))
+    assert len(lines(out)) == 22
+
+
+def test_each_rule_alone(folder, tmp_path):
+    data, against, found, planted = noisy(tmp_path)
+    every = [*found, *planted.values()]
+    (tmp_path / "own.py").write_text(
+        "def short(prompts, answers):\n    return [-len(a) for a in answers]\n"
+    )
+
+    def left(rules, keep=300):
+        out = tmp_path / f"{rules}.jsonl"
+        own = dict(quality=f"{tmp_path}/own.py:short", model=folder)
+        o = options(data, out, keep=keep, against=against, rules=rules, **own)
+        curate.curate(o)
+        return json.loads((tmp_path / f"{out.name}.run/report.json").read_text()), lines(out)
+
+    for rule, first, end in (("format", 0, 2), ("contamination", 2, 3), ("duplicates", 3, 5)):
+        report, _ = left(rule)
+        assert set(report["gone"]) == set(list(planted)[first:end])
+    report, kept = left("quality", 20)
+    size = [sorted(len(r["messages"][1]["content"]) for r in rows) for rows in (kept, every)]
+    assert not report["gone"] and size[0] == size[1][:20]
+    report, kept = left("diversity", 33)
+    assert not report["gone"] and len(kept) == 33
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(keep=10_000), ("--keep 10000", "has 339 records")),
+        (dict(keep=339), ("--keep 339", "left", "1 a refusal")),
+        (dict(rules="format,diversty"), ("--rules", "'diversty'", "contamination")),
+        (dict(rules=""), ("--rules", "duplicates")),
+        (dict(against="bad.jsonl"), ("bad.jsonl:1", "fields of a task were expected", "foo")),
+        (dict(against="none.jsonl"), ("none.jsonl", "no such file")),
+        (dict(against="empty.jsonl"), ("empty.jsonl", "no records")),
+        (dict(data="bad.jsonl"), ("bad.jsonl:1", "messages", "foo")),
+        (dict(data="prompts.jsonl"), ("prompts.jsonl:1", "assistant was expected")),
+        (dict(data=""), ("FILE was expected",)),
+        (dict(quality="own.py:none"), ("own.py", "no function none")),
+        (dict(quality="BASE"), ("a reward model was expected",)),
+        (dict(out="noisy.jsonl"), ("noisy.jsonl", "no run of this stage wrote")),
+    ],
+    ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
+)
+def test_bad_input_is_one_line_and_writes_nothing(options, words, folder, tmp_path):
+    data, against, *_ = noisy(tmp_path)
+    tiny.write(tmp_path / "bad.jsonl", [{"foo": 1}])
+    tiny.write(tmp_path / "empty.jsonl", [])
+    tiny.write(tmp_path / "prompts.jsonl", [{"messages": tiny.user("Go.")}])
+    (tmp_path / "own.py").write_text("def own(prompts, answers):\n    return [0] * len(answers)\n")
+    given = dict(data="noisy.jsonl", out="out.jsonl", model="BASE", keep=9) | options
+    for name in {"data", "out", "against", "quality", "model"} & given.keys():
+        value = given[name]
+        given[name] = folder if value == "BASE" else value and str(tmp_path / value)
+    before = open(data, "rb").read()
+    line = stages.refused(stages.run("tools/curate.py", **given), *words)
+    assert len(line) < 400
+    assert open(data, "rb").read() == before and not (tmp_path / "out.jsonl").exists()
+
+
+def test_without_matplotlib_it_is_asked_for_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(curate, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        curate.curate(options(tmp_path / "x.jsonl", tmp_path / "y.jsonl"))

@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import accumulate
 
 import numpy as np
 from tqdm import tqdm
@@ -152,9 +153,9 @@ def fault(record, marks: bool) -> str | None:
         foreign = sum(n for s, n in found.items() if not known[s])
         if foreign > max(4, found.total() / 2) and not LANGUAGES.search(prompt):
             return "in another script"
-        asked, said = words(prompt), sentences(answer)
-        begins = (sum(said[k:], ())[: len(asked)] for k in range(len(said)))
-        if len(asked) > 3 and asked in begins:
+        asked, a = words(prompt), words(answer)
+        starts = accumulate(map(len, sentences(answer)), initial=0)
+        if len(asked) > 3 and any(a[k : k + len(asked)] == asked for k in starts):
             return "repeats its prompt"
         if is_cut(answer, marks):
             return "cut off"
