@@ -18,7 +18,7 @@ from model import nll, scalar_model, score
 from tools import curate, filters
 
 pytest.importorskip("matplotlib")
-ITEMS = world.items(330, 5)
+ITEMS = world.items(220, 5)
 MANNERS = ("polite", "curt", "rambling", "repeated", "rude", "wrong")
 STORY = (
     "The old harbour of the town was built by fishermen who came from the north. They carried "
@@ -96,7 +96,7 @@ def twins(rng):
 
 def test_every_planted_duplicate_goes_and_the_first_stays():
     pairs = list(twins(random.Random(1)))
-    assert len(pairs) > 900
+    assert len(pairs) > 600
     for at in range(0, len(pairs), 7):  # several twins of one record beside each other, and others
         some = pairs[at : at + 7]
         found = [r for pair in some for r in pair]
@@ -159,7 +159,7 @@ def test_every_planted_cut_of_the_worlds_sentences_is_found():
     """Wherever it is cut, where four words are left, not all of them names or numbers."""
     rng, found = random.Random(2), clean()
     planted = {}
-    for i in rng.sample(range(len(found)), 80):
+    for i in rng.sample(range(len(found)), 40):
         prompt, answer = (m["content"] for m in found[i]["messages"])
         said = answer.split(" ")
         if len(said) > 4 and "\n" not in answer:
@@ -169,7 +169,7 @@ def test_every_planted_cut_of_the_worlds_sentences_is_found():
             if not (cut.endswith((".", "!", "?")) or names):
                 planted[i] = "cut off"
                 found[i] = talk(prompt, cut)
-    assert len(planted) > 30 and reasons(filters.faults(found)) == planted
+    assert len(planted) > 15 and reasons(filters.faults(found)) == planted
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def options(data, out, **more):
 
 
 def test_scores_are_the_mean_log_probability_of_the_answer_and_the_reward(folder, tmp_path):
-    found = [*clean()[:9], talk("Say.", "x" * 2000), talk("Go.", "")]
+    found = [*clean()[:9], talk("Say.", "x " * 600), talk("Go.", "")]
     model, tok = tuning.read(options("", ""), folder, torch.device("cpu"))
     scores = curate.scores_of(options("", ""), found, model, tok)
     for r, s in zip(found[:9], scores, strict=False):
@@ -334,6 +334,7 @@ def test_kinds_get_equal_shares_and_what_small_ones_leave():
 def noisy(folder):
     """A file of the clean records, an empty one, a refusal, a leak, duplicates; its evaluation."""
     rng, found = random.Random(4), clean()
+    found = found[:66] + found[-4:]
     planted = {
         "empty": talk("Say it.", " "),
         "a refusal": talk("Say it now.", "I'm sorry, but I cannot help with that."),
@@ -355,19 +356,20 @@ def lines(path):
 def test_a_noisy_file_is_curated_the_same_for_a_seed(folder, tmp_path):
     data, against, found, planted = noisy(tmp_path)
     before = open(data, "rb").read()
-    given = dict(keep=44, against=against, model=folder)
+    every = [*found, *planted.values()]
+    given = dict(keep=24, against=against, model=folder)
     out = tmp_path / "one.jsonl"
     said = stages.done("tools/curate.py", data=data, out=out, **given).out
     kept, report = lines(out), json.loads((tmp_path / "one.jsonl.run/report.json").read_text())
-    assert len(kept) == 44 and all(r in found for r in kept)  # whole, with all their fields
-    assert kept == sorted(kept, key=found.index)
-    kinds = Counter(r["item"]["kind"] for r in kept if "item" in r)
-    assert len(kinds) == 11 and set(kinds.values()) <= {3, 4}
-    assert {k: v["n"] for k, v in report["gone"].items()} >= dict.fromkeys(planted, 1)
+    assert kept == sorted(kept, key=every.index)  # whole, with all their fields
+    kinds = Counter(r["item"]["kind"] if "item" in r else "" for r in kept)
+    assert len(kinds) == 12 and set(kinds.values()) == {2}
+    assert planted.keys() <= report["gone"].keys() and report["gone"]["empty"]["n"] == 1
     assert all(f"went: {reason}" in said for reason in planted)
     twin = report["gone"]["a near duplicate"]["example"]
-    assert twin["like"]["answer"] != twin["answer"] and report["n"] == len(found) + 5
-    assert report["kept"] == 44 and report["seed"] == 0 and "tools.curate" in report["command"]
+    assert twin["like"]["answer"] != twin["answer"]
+    assert report["n"] == len(found) + 5
+    assert report["kept"] == 24 and report["seed"] == 0 and "tools.curate" in report["command"]
     assert (tmp_path / "one.jsonl.run/report.png").read_bytes().startswith(b"\x89PNG")
     assert open(data, "rb").read() == before
 
@@ -377,11 +379,12 @@ def test_a_noisy_file_is_curated_the_same_for_a_seed(folder, tmp_path):
     again = stages.done("tools/curate.py", data=data, out=out, **given)
     assert "finished already" in again.out
     kept = out.read_bytes()
-    refused = stages.run("tools/curate.py", data=data, out=out, **given | dict(keep=22))
-    stages.refused(refused, "finished with other settings", "keep was 44, is 22", "--overwrite")
+    given |= dict(rules="format", keep=9)
+    refused = stages.run("tools/curate.py", data=data, out=out, **given)
+    stages.refused(refused, "finished with other settings", "keep was 24, is 9", "--overwrite")
     assert out.read_bytes() == kept
-    stages.done("tools/curate.py", data=data, out=out, overwrite=True, **given | dict(keep=22))
-    assert len(lines(out)) == 22
+    stages.done("tools/curate.py", data=data, out=out, overwrite=True, **given)
+    assert len(lines(out)) == 9
 
 
 def test_each_rule_alone(folder, tmp_path):
@@ -391,7 +394,7 @@ def test_each_rule_alone(folder, tmp_path):
         "def short(prompts, answers):\n    return [-len(a) for a in answers]\n"
     )
 
-    def left(rules, keep=300):
+    def left(rules, keep=60):
         out = tmp_path / f"{rules}.jsonl"
         own = dict(quality=f"{tmp_path}/own.py:short", model=folder)
         o = options(data, out, keep=keep, against=against, rules=rules, **own)
@@ -404,15 +407,15 @@ def test_each_rule_alone(folder, tmp_path):
     report, kept = left("quality", 20)
     size = [sorted(len(r["messages"][1]["content"]) for r in rows) for rows in (kept, every)]
     assert not report["gone"] and size[0] == size[1][:20]
-    report, kept = left("diversity", 33)
-    assert not report["gone"] and len(kept) == 33
+    report, kept = left("diversity", 9)
+    assert not report["gone"] and len(kept) == 9
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(keep=10_000), ("--keep 10000", "has 339 records")),
-        (dict(keep=339), ("--keep 339", "left", "1 a refusal")),
+        (dict(keep=10_000), ("--keep 10000", "has 75 records")),
+        (dict(keep=75), ("--keep 75", "has 73 left", "1 a refusal")),
         (dict(rules="format,diversty"), ("--rules", "'diversty'", "contamination")),
         (dict(rules=""), ("--rules", "duplicates")),
         (dict(against="bad.jsonl"), ("bad.jsonl:1", "fields of a task were expected", "foo")),
