@@ -81,11 +81,12 @@ HARMLESS = {  # where a record is from, what it is about; at the end this projec
 }
 
 
-def conversations(path, need="answer"):
+def conversations(path, need="answer", empty=False):
     """→ [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a
     user's (need "prompt").
 
     need "turns": as "answer", but the answers are not learnt, so labels and weights do not matter.
+    empty: those with an empty turn too, for a caller that counts them itself.
     """
     last = {"answer": "assistant", "turns": "assistant", "prompt": "user"}[need]
 
@@ -95,7 +96,7 @@ def conversations(path, need="answer"):
             advice = f": {WRITES}" if need == "prompt" else ""
             got = messages[-1]["role"]
             raise ValueError(f"messages: {last} was expected as the last turn (got {got}){advice}")
-        if _empty_turn(messages):
+        if _empty_turn(messages) and not empty:
             return EMPTY
         if need == "answer" and any(record.get(k) in (0,) for k in LABELS):  # false is 0
             return UNWANTED

@@ -73,6 +73,24 @@ def test_eleven_kinds_in_turn_with_several_wordings():
     )
 
 
+@pytest.mark.parametrize("split", world.MOST)
+def test_more_items_than_there_are_prompts_are_refused_at_once(split):
+    with pytest.raises(ValueError, match=f"at most {world.MOST[split]:,} have different prompts"):
+        world.items(world.MOST[split] + 1, 0, split)
+
+
+def test_the_smallest_kinds_have_the_prompts_that_the_most_items_need():
+    """Heldout alone: the training prompts' count takes 20 seconds."""
+    per_kind = world.MOST["heldout"] / len(KINDS)
+    for kind in ("open", "chat"):
+        rng, found = random.Random(0), set()
+        for _ in range(12_000):
+            item = KINDS[kind](rng)
+            if world.held_out(item["keys"][0]):
+                found.add(item["prompt"])
+        assert len(found) > per_kind
+
+
 def test_held_out_content_is_in_no_training_prompt():
     asked = {k for i in TRAIN for k in i["keys"]}
     for kind in KINDS:

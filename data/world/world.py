@@ -15,6 +15,9 @@ from functools import lru_cache
 from data.world.kinds import KINDS, NUMBERS, POOLS, THEMES, plain
 
 HELD_OUT = 15  # per cent of the content
+# items there are with different prompts, the kinds in turn: 11 times what the smallest kind has,
+# less a little, since the last of its prompts is drawn once in a very long time
+MOST = {"train": 21_000, "heldout": 3_600}
 
 
 @lru_cache(None)
@@ -27,7 +30,10 @@ def items(n, seed, split="train"):
     """n items with different prompts, the kinds in turn.
 
     "train": none of an item's keys is held out; "heldout": its first key is, the one asked for.
+    ValueError for more than there are (MOST).
     """
+    if n > MOST[split]:
+        raise ValueError(f"{n:,} {split} items: at most {MOST[split]:,} have different prompts")
     rng = random.Random(f"{split} {seed}")
     makers = list(KINDS.values())
     found, seen = [], set()
