@@ -1,5 +1,5 @@
-"""Writes the embedded world's records: demonstrations, prompts, held-out prompts, the benchmark that
-is watched (watch.py), text for replay.
+"""Writes the embedded world's records: demonstrations, prompts, held-out prompts, the benchmark
+that is watched (watch.py), and text for replay.
 
 python -m data.world --out out/world --seed 0
 """

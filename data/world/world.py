@@ -2,7 +2,7 @@
 
 They serve the instructions of kinds.py.
 
-    python -m data.world --out DIR [--seed 0]        writes DIR/{sft,prompts,heldout,replay}.jsonl
+    python -m data.world --out DIR [--seed 0]        writes DIR/{sft,prompts,heldout,…}.jsonl
 """
 
 import hashlib
