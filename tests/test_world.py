@@ -84,7 +84,7 @@ def test_the_smallest_kinds_have_the_prompts_that_the_most_items_need():
     per_kind = world.MOST["heldout"] / len(KINDS)
     for kind in ("open", "chat"):
         rng, found = random.Random(0), set()
-        for _ in range(12_000):
+        for _ in range(24_000):
             item = KINDS[kind](rng)
             if world.held_out(item["keys"][0]):
                 found.add(item["prompt"])
