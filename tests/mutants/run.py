@@ -21,6 +21,7 @@ import sys
 import tempfile
 import tokenize
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -34,6 +35,7 @@ processes = multiprocessing.get_context("forkserver")
 
 
 # ---------------------------------------------------------------- a place in a file
+@lru_cache
 def tokens(text: str) -> list:
     """Its tokens without layout: [(word, start, end)], offsets into the text."""
     starts = [0]
