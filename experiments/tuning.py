@@ -33,7 +33,7 @@ from common import files, tuning
 from common.run import main, opt, pick_device
 from data import benchmarks, records, templates
 from experiments import lab
-from metrics import choice_ids, mean, multiple_choice
+from metrics import mean, multiple_choice
 from tools.report import light, new_figure
 from tools.results import table
 from tools.runs import cell, difference, figure, kept, run
@@ -41,7 +41,6 @@ from tools.runs import cell, difference, figure, kept, run
 WAYS = {"full": {}, "lora": dict(lora=16), "qlora": dict(lora=16, quant="nf4")}
 RATES = {"full": (5e-5, 2e-4), "lora": (3e-4, 1.5e-3)}
 NAMES = {
-    "plain": "before, as plain text",
     "before": "before",
     "before4": "before, in 4 bits",
     "full": "every weight",
@@ -60,8 +59,8 @@ class Options(lab.Options):
     steps: int = opt(32, "optimizer steps", at_least=1)
     batch: int = opt(8, "questions per step", at_least=2)
     characters: int = opt(130, "longest question with its longest choice", at_least=1)
-    n: int = opt(200, "questions of each benchmark that are measured", at_least=2)
-    choosing: int = opt(60, "of each benchmark, that choose the learning rate", at_least=1)
+    n: int = opt(100, "questions of each benchmark that are measured", at_least=2)
+    choosing: int = opt(40, "of each benchmark, that choose the learning rate", at_least=1)
 
 
 # ---------------------------------------------------------------- the questions
@@ -106,7 +105,7 @@ def read(o) -> dict:
 # ---------------------------------------------------------------- runs and what is measured
 def tune(o, folder: Path, data: Path, way: str, lr: float, seed: int) -> tuple[Path, dict]:
     """One SFT run → its folder and its cost."""
-    out = folder / f"{way}-{lr:g}"
+    out = folder / f"{way}-{round(lr * 1e6)}e-6"  # no dot: the cost lies beside it
     given = dict(model=o.model, data=data, steps=o.steps, batch=o.batch, lr=lr, seed=seed)
     return out, run("sft.py", out, warmup=o.steps // 10, device=o.device, **given, **WAYS[way])
 
@@ -140,7 +139,7 @@ def load(o, folder, way: str):
     return tuning.read(how, folder, pick_device(o.device))
 
 
-def lines(model, tok, items: list, encode=encode) -> list[dict]:
+def lines(model, tok, items: list) -> list[dict]:
     """What a model makes of each question: {"acc", "acc_norm", "right", "nats"}."""
     out = []
     for x, f in zip(items, multiple_choice(model, tok, items, encode), strict=True):
@@ -165,14 +164,20 @@ def choosing_loss(o, folder: Path, way: str, cut: dict) -> float:
 
 
 def measured(o, keep_in: Path, folder, way: str, cut: dict) -> dict:
-    """{benchmark: lines, "both": those of all}; each is kept."""
+    """{benchmark: lines, "both": those of all}; each hundred questions are kept, so that a larger
+    --n measures only what is new.
+    """
+    found = {name: [] for name in cut}
+    for at in range(0, o.n, 100):
+        here = slice(at, min(at + 100, o.n))
 
-    def compute():
-        model, tok = load(o, folder, way)
-        form = choice_ids if way == "plain" else encode
-        return {name: lines(model, tok, some["measure"], form) for name, some in cut.items()}
+        def compute(here=here):
+            model, tok = load(o, folder, way)
+            return {name: lines(model, tok, x["measure"][here]) for name, x in cut.items()}
 
-    found = kept(keep_in / f"{way}-{o.n}-{o.characters}.json", compute)
+        name = f"{way}-{o.characters}-{here.start}-{here.stop}.json"
+        for benchmark, some in kept(keep_in / name, compute).items():
+            found[benchmark] += some
     return found | {"both": [line for some in found.values() for line in some]}
 
 
@@ -247,10 +252,9 @@ def tune_and_compare(o: Options):
     cut = read(o)
     runs, losses = tune_all(o, cut)
     home, figures = lab.place(o, "tuning", 0), {}
-    found = {
-        w: [measured(o, home, o.model, w, cut)] * o.seeds for w in ("plain", "before", "before4")
-    }
-    found |= {way: [measured(o, f, f, way, cut) for f, _ in each] for way, each in runs.items()}
+    found = {way: [measured(o, f, f, way, cut) for f, _ in each] for way, each in runs.items()}
+    for way in ("before", "before4"):
+        found[way] = [measured(o, home, o.model, way, cut)] * o.seeds
     for name in (*cut, "both"):
         some = {way: [s[name] for s in seeds] for way, seeds in found.items()}
         figures[name] = {w: compared(some[w], some["before"], some["full"]) for w in NAMES}
