@@ -1623,6 +1623,20 @@ BUGS = [
     (0, "curation: k-centre takes the nearest", "tools/curate.py", "curate",
      "np.maximum(closest, x @ x[i], out=closest)",
      "np.minimum(closest, x @ x[i], out=closest)"),
+    # ---- the experiment on benchmarks' questions
+    (0, "QLoRA is measured merged, on a base in full precision", "experiments/tuning.py",
+     "exp_EXPC", "keep_base=way == \"qlora\"", "keep_base=False"),
+    (0, "questions that were trained on are measured", "experiments/tuning.py", "exp_EXPC",
+     "\"measure\": rest[:half][: o.n]", "\"measure\": rest[half:][: o.n]"),
+    (0, "the same question is trained on and measured", "experiments/tuning.py", "exp_EXPC",
+     "once.setdefault(\" \".join(x[\"query\"].split()), x)", "once.setdefault(x[\"query\"], x)"),
+    (0, "choices are scored after another text than was trained", "experiments/tuning.py",
+     "exp_EXPC", "return templates.answer_ids(tok, asked(query), choice)",
+     "return templates.answer_ids(tok, asked(query)[1:], choice)"),
+    (0, "the worse learning rate is taken", "experiments/tuning.py", "exp_EXPC",
+     "lr = min(rates, key=rates.get)", "lr = max(rates, key=rates.get)"),
+    (0, "a claim holds by its mean, whatever the interval", "experiments/tuning.py", "exp_EXPC",
+     "f[\"mean\"] - f[\"ci\"], f[\"mean\"] + f[\"ci\"]", "f[\"mean\"], f[\"mean\"]"),
 ]
 
 # fmt: on
