@@ -25,8 +25,8 @@ def test_pooled_weighs_every_item_alike_and_keeps_each_seed():
 
 # ---------------------------------------------------------------- rouge
 def test_pairs_of_answers_are_counted_by_how_two_scores_order_them():
-    # 0-1 alike, 0-2 y tied, 1-2 x tied; 0-3 and 2-3 differently, 1-3 differently
-    assert rouge.order_counts([0, 1, 1, 2], [2, 3, 2, 1]) == (1, 3, 1, 1)
+    # 0-1 alike, 0-3 differently; the others' x are equal; 0-2: so are the y
+    assert rouge.order_counts([0, 1, 1, 1], [2, 3, 2, 1]) == (1, 1, 3, 1)
     assert rouge.order_counts([1, 1], [5, 5]) == (0, 0, 0, 0)
 
 
