@@ -45,7 +45,7 @@ WAYS = {"once": ("one order", "base"), "points": ("both orders", "sft"),
 
 @dataclass
 class Options(lab.Options):
-    n: int = opt(80, "pairs, the kinds in turn", at_least=2 * len(KINDS))
+    n: int = opt(55, "pairs, the kinds in turn", at_least=2 * len(KINDS))
     judge: str = opt("smollm2", "checkpoint folder of the judge")
 
 
@@ -95,7 +95,7 @@ def judged(o, seed: int) -> list[dict]:
     pairs = tool.rate(planted(o, seed), asking)
     reward, tok = evals.read(o, "reward", chain / "reward", pick_device(o.device))
     asked, answers = [p["prompt"] for p in pairs] * 2, [p[x] for x in "ab" for p in pairs]
-    scores = evals.score_texts(reward, tok, asked, answers)
+    scores = [round(x, 4) for x in evals.score_texts(reward, tok, asked, answers)]
     for pair, a, b in zip(pairs, scores[: len(pairs)], scores[len(pairs) :], strict=True):
         pair["once"] = pair["won"][pair["second"]]
         pair["reward"] = points([a], [b])[0]
