@@ -29,7 +29,7 @@ from tools import evals
 from tools.report import light, new_figure
 from tools.runs import cell, kept, run
 
-STEPS = (10, 20, 40, 80, 160)
+STEPS = (10, 20, 40, 80, 160, 320)
 BATCH, WARMUP = 16, 5
 CURVES = {  # figure: label, colour
     "train": ("training loss", "sft"),
@@ -86,13 +86,15 @@ def draw(o, points: dict, whole: dict):
     fig, (ax,) = new_figure(7, 3.8)
     right = ax.twinx()
     right.spines[:].set_visible(False)
+    right.tick_params(colors=light("soft"), labelsize=9, length=0)
     passes = [steps * BATCH / o.records for steps in STEPS]
     for key, (label, colour) in CURVES.items():
         axes = right if key == "gold" else ax
         ys, cis = ([points[s][key][part] for s in STEPS] for part in ("mean", "ci"))
         axes.errorbar(passes, ys, cis, color=light(colour), marker="o", capsize=3)
-        axes.annotate(label, (passes[-1], ys[-1]), (6, 0), color=light(colour), va="center",
-                      textcoords="offset points", annotation_clip=False)  # fmt: skip
+        raised = 6 if key == "gold" else 0  # above the chain's line
+        axes.annotate(label, (passes[-1], ys[-1]), (6, raised), textcoords="offset points",
+                      color=light(colour), va="center", annotation_clip=False)  # fmt: skip
     right.axhline(whole["gold"]["mean"], color=light("good"), linestyle=":", linewidth=1)
     ax.set(xscale="log", ylim=(0, None), xlabel=f"passes over {o.records} demonstrations")
     ax.set_ylabel("nats a token")

@@ -125,10 +125,11 @@ def draw(found: dict):
             share, ci = 100 * f[key]["mean"], 100 * f[key]["ci"]
             ax.errorbar(f["flops"], share, ci, marker="o", color=light(colour), capsize=3,
                         markerfacecolor=fill, markersize=8)  # fmt: skip
-        ax.annotate(title, (f["flops"], 100 * f["right"]["mean"]), (9, -3), color=light(colour),
-                    textcoords="offset points", fontsize=9)  # fmt: skip
+        aside = (-9, "right") if name == "sft" else (9, "left")  # DPO stands close to it
+        ax.annotate(title, (f["flops"], 100 * f["right"]["mean"]), (aside[0], -3), fontsize=9,
+                    ha=aside[1], color=light(colour), textcoords="offset points")  # fmt: skip
     ax.set(xscale="log", xlabel="FLOPs of an answer", ylabel="right (full), named (hollow), %")
-    ax.set(ylim=(0, 105), xlim=(5e7, 1e12))
+    ax.set(ylim=(0, 105), xlim=(3e7, 1e12))
     return figure
 
 
