@@ -95,7 +95,9 @@ def draw(o, points: dict, whole: dict):
         raised = 6 if key == "gold" else 0  # above the chain's line
         axes.annotate(label, (passes[-1], ys[-1]), (6, raised), textcoords="offset points",
                       color=light(colour), va="center", annotation_clip=False)  # fmt: skip
-    right.axhline(whole["gold"]["mean"], color=light("good"), linestyle=":", linewidth=1)
+    goal = whole["gold"]["mean"]
+    right.axhline(goal, color=light("good"), linestyle=":", linewidth=1)
+    right.text(passes[0], goal - 0.08, "gold of the chain's SFT", color=light("good"), fontsize=9)
     ax.set(xscale="log", ylim=(0, None), xlabel=f"passes over {o.records} demonstrations")
     ax.set_ylabel("nats a token")
     right.set(ylim=(0, world.PERFECT), ylabel=f"gold ({world.PERFECT:g}: perfect)")
