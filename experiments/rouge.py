@@ -31,6 +31,7 @@ from common.run import main
 from data.world import world
 from experiments import lab
 from metrics import exact_match, mean, points, rouge, token_f1
+from tools.answers import order_counts
 from tools.report import TITLE, light, new_figure
 from tools.runs import cell
 
@@ -48,18 +49,6 @@ MORE = 0.02  # of it
 
 
 # ---------------------------------------------------------------- two scores of the same answers
-def order_counts(xs, ys) -> tuple:
-    """Scores of the answers to one prompt → how many pairs both put in one order, how many in
-    different ones, how many are equal for xs alone, and for ys alone: (C, D, M, G).
-    """
-    c = d = m = g = 0
-    for i, j in combinations(range(len(xs)), 2):
-        x, y = np.sign(xs[i] - xs[j]), np.sign(ys[i] - ys[j])
-        c, d = c + (x * y > 0), d + (x * y < 0)
-        m, g = m + (x == 0 != y), g + (y == 0 != x)
-    return int(c), int(d), int(m), int(g)
-
-
 def tau(counts) -> float:
     """Kendall's τ_b; 0 where one of the scores never differs. counts: one order_counts a prompt."""
     c, d, m, g = map(sum, zip(*counts, strict=True))
