@@ -4,6 +4,7 @@ figures over seeds.
 
 import json
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -40,14 +41,23 @@ def call(script: str, **options) -> str:
     return p.stdout
 
 
+def computed() -> float:
+    """The processors' minutes that this process's children have taken: a busy machine stretches the
+    clock's, and hardly these.
+    """
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) / 60
+
+
 def run(script: str, out: Path, of: Path | None = None, **options) -> dict:
     """A stage's run, with the options of the finished run `of` but for these → its cost, also kept
-    beside it: {"minutes" (None where it was resumed), "gb", "trained", "share" in %}.
+    beside it: {"minutes" of the clock and "core_minutes" of the processors (None where it was
+    resumed), "gb", "trained", "share" in %}.
     """
     note = out.with_suffix(".json")
     finished = (out / "config.json").exists()
     resumed = (out / "state" / "state.safetensors").exists()
-    start = time.time()
+    start, before = time.time(), computed()
     if of is not None:
         options = options_of(of) | {"overwrite": False} | options
     printed = call(script, **options | {"out": out})
@@ -57,6 +67,7 @@ def run(script: str, out: Path, of: Path | None = None, **options) -> dict:
         gb = re.search(r"memory: ([\d.]+) GB at most", printed)[1]
         cost = {
             "minutes": None if resumed else minutes,
+            "core_minutes": None if resumed else computed() - before,
             "gb": float(gb),
             "trained": int(trained.replace(",", "")),
             "share": float(share),

@@ -1,0 +1,244 @@
+"""The KL penalty: too small, and PPO learns to please the reward model instead of the gold rater;
+too large, and it learns nothing.
+
+    python -m experiments.kl --out out
+
+The deep dive's claim, of the coefficient β of ppo.py's penalty. One seed: PPO with each β of
+COEFS, all else as in the chain, and once without a penalty for LONG rounds, whose log shows reward,
+gold and KL of every round. They are drawn over d = √KL, KL = E_π[log π - log π_sft] per answer, as
+Gao, Schulman & Hilton 2022 ("Scaling laws for reward model overoptimization") have it, with their
+forms of the gold that is gained over SFT, fitted by least squares:
+
+    PPO          R(d) = d (α - β log d)        highest at d = exp(α/β - 1)
+    best of n    R(d) = d (α - β d)            highest at d = α / 2β;  KL ≤ log n - (n-1)/n
+
+Best of n is exact for SAMPLES drawn answers: an answer with i answers below it is the best of n
+drawn without replacement with probability C(i, n-1) / C(SAMPLES, n). Its KL is an upper bound,
+reached where no two answers are alike (Beirami et al. 2024).
+
+Rounds of the log are 128 training prompts, each compared with SFT on such prompts; the rows of the
+table are held-out prompts. What this cannot show: how the curve moves with a larger reward model,
+which is what the paper's forms are for.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from common.run import main, opt, pick_device
+from data import records
+from data.world import world
+from experiments import lab
+from metrics import mean
+from tools import evals
+from tools.report import light, new_figure, smooth
+from tools.runs import cell, difference, figure, kept, run
+
+COEFS = (0.05, 0.2, 0.5, 5.0)
+ROUNDS, LONG = 20, 40
+SAMPLES = 64  # answers to a prompt, for best of n
+NS = (1, 2, 4, 8, 16, 32, 64)
+SHOWN = ("best of 4", "best of 16", "best of 64")
+
+
+@dataclass
+class Options(lab.Options):
+    best_of: int = opt(200, "how many of the prompts are answered 64 times", at_least=2)
+
+
+# ---------------------------------------------------------------- forms
+def best_of(scores: list, values: list, n: int) -> float:
+    """The expected value of the answer with the highest score among n, drawn without replacement
+    from these; of equal scores each is as likely."""
+    count, total = len(scores), 0.0
+    order = enumerate(sorted(range(count), key=scores.__getitem__))
+    for _, same in groupby(order, key=lambda place: scores[place[1]]):
+        below, which = zip(*same, strict=True)
+        chance = sum(math.comb(i, n - 1) for i in below) / math.comb(count, n)
+        total += chance * mean([values[j] for j in which])
+    return total
+
+
+def bend(form: str, d):
+    """What β multiplies, d log d or d², of an array d ≥ 0."""
+    return d**2 if form == "best of n" else d * np.log(np.maximum(d, 1e-12))
+
+
+def fit(form: str, d, gained) -> dict:
+    """α and β of R(d) = αd - β bend(d), by least squares; the residuals' deviation; and where R is
+    highest, None where it never falls."""
+    d = np.asarray(d)
+    basis = np.stack((d, -bend(form, d)), 1)
+    (alpha, beta), *_ = np.linalg.lstsq(basis, np.asarray(gained), rcond=None)
+    off = float(np.std(basis @ (alpha, beta) - gained))
+    peak = None
+    if beta > 0:
+        peak = float(alpha / (2 * beta) if form == "best of n" else np.exp(alpha / beta - 1))
+    return {"alpha": float(alpha), "beta": float(beta), "off": off, "peak": peak}
+
+
+# ---------------------------------------------------------------- runs
+def tuned(o, coef: float, rounds=ROUNDS) -> tuple[Path, dict]:
+    """PPO with a coefficient → its folder and its cost; the chain's own run has no cost."""
+    chain = lab.chain(o, 0)
+    if (coef, rounds) == (0.2, ROUNDS):
+        return chain / "ppo", {}
+    folder = lab.place(o, "kl", 0) / f"ppo-{coef:g}-{rounds}"
+    return folder, run("ppo.py", folder, of=chain / "ppo", kl_coef=coef, iterations=rounds)
+
+
+def measured(o, folder: Path, held=None) -> dict:
+    chain, keep_in = lab.chain(o, 0), lab.place(o, "kl/training" if held else "kl", 0)
+    return lab.measure(o, folder, 0, keep_in, chain / "sft", chain / "reward", held)
+
+
+def sampled(o) -> list:
+    """SAMPLES answers of the SFT model to each prompt → [(scores, golds)], one for each prompt."""
+    chain, held = lab.chain(o, 0), lab.held_out(o, 0)[: o.best_of]
+
+    def compute():
+        asked = [r for r in held for _ in range(SAMPLES)]
+        model, tok = evals.read(o, "sft", chain / "sft", pick_device(o.device))
+        answers = evals.answer(model, tok, [r["messages"] for r in asked], o, 1.0, 16)
+        scores = lab.proxy(o, chain / "reward", asked, answers)
+        golds = [line["gold"] for line in evals.rate(asked, answers)]
+        starts = range(0, len(asked), SAMPLES)
+        return [(scores[i : i + SAMPLES], golds[i : i + SAMPLES]) for i in starts]
+
+    return kept(lab.place(o, "kl", 0) / f"best-of-{len(held)}.json", compute)
+
+
+def trajectory(o, folder: Path) -> dict:
+    """A run's log round by round: d, and what proxy and gold have gained over the SFT model's on
+    training prompts."""
+    chain = lab.chain(o, 0)
+    prompts = records.conversations(chain / "world" / "prompts.jsonl", "prompt")
+    start = measured(o, chain / "sft", records.split(prompts)[0][: o.n])
+    proxy, gold = mean(start["scores"]), mean([line["gold"] for line in start["lines"]])
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "d": [math.sqrt(max(r["kl"], 0.0)) for r in log],
+        "proxy": [r["reward"] - proxy for r in log],
+        "gold": [r["gold"] - gold for r in log],
+    }
+
+
+# ---------------------------------------------------------------- table and picture
+def row_of(name: str, found: dict, sft: dict) -> dict:
+    """A checkpoint's figures."""
+    golds, base = lab.items(found["lines"], "gold"), lab.items(sft["lines"], "gold")
+    scores = [(x, 1) for x in found["scores"]]
+    kls = figure([[(x, 1) for x in found["kl"]]])
+    return {
+        "name": name,
+        "kl": kls,
+        "d": math.sqrt(max(kls["mean"], 0.0)),
+        "proxy": figure([scores]),
+        "gold": figure([golds]),
+        "gained": difference([golds], [base]),
+        "proxy_gained": difference([scores], [[(x, 1) for x in sft["scores"]]]),
+        "right": mean([line["right"] for line in found["lines"]]),
+        "words": mean([len(line["answer"].split()) for line in found["lines"]]),
+    }
+
+
+def best_row(n: int, answers: list) -> dict:
+    """Best of n: its figures over what one answer gets."""
+    once = [(mean(scores), mean(golds)) for scores, golds in answers]
+    proxy = [(best_of(scores, scores, n), 1) for scores, _ in answers]
+    gold = [(best_of(scores, golds, n), 1) for scores, golds in answers]
+    nats = math.log(n) - (n - 1) / n
+    return {
+        "name": f"best of {n}",
+        "kl": nats,
+        "d": math.sqrt(nats),
+        "proxy": figure([proxy]),
+        "gold": figure([gold]),
+        "gained": difference([gold], [[(g, 1) for _, g in once]]),
+        "proxy_gained": difference([proxy], [[(p, 1) for p, _ in once]]),
+    }
+
+
+def words(row: dict, left: float) -> list[str]:
+    """A row of the table. left: the gold that SFT left to a perfect answer."""
+    nats = cell(row["kl"], digits=2) if isinstance(row["kl"], dict) else f"≤ {row['kl']:.2f}"
+    figures = [cell(row["proxy"], digits=2), cell(row["gold"], digits=2)]
+    figures.append(cell(row["gained"], 100 / left, 1))
+    more = [f"{100 * row['right']:.1f}", f"{row['words']:.1f}"] if "right" in row else ["–", "–"]
+    return [row["name"], nats, f"{row['d']:.2f}", *figures, *more]
+
+
+def note(o, fits: dict, log: dict) -> str:
+    """The line under the table: n, the fits, and the long run's highest gold."""
+    said = []
+    for form, f in fits.items():
+        bend = "d" if form == "best of n" else "log d"
+        peak = "never highest" if f["peak"] is None else f"highest at d = {f['peak']:.2f}"
+        said.append(
+            f"{form}: d ({f['alpha']:.3f} - {f['beta']:.3f} {bend}), off by {f['off']:.3f}, {peak}"
+        )
+    gold = smooth(log["gold"], 9)
+    at = max(range(len(gold)), key=gold.__getitem__)
+    return (
+        f"One seed; {o.n} held-out prompts, {o.best_of} for best of n. Fits of the gold gained:"
+        f" {'; '.join(said)}. Without a penalty, means of nine rounds: the most gold in round"
+        f" {at + 1}, {gold[at]:+.2f} at d = {smooth(log['d'], 9)[at]:.2f}; at the end"
+        f" {gold[-1]:+.2f} at d = {smooth(log['d'], 9)[-1]:.2f}."
+    )
+
+
+def picture(runs: list, best: list, log: dict, fits: dict):
+    """Proxy and gold over √KL: the long run as a line, each β and best of n as marks."""
+    drawn, axes = new_figure(10.0, 4.2, 2)
+    for ax, key, text in zip(
+        axes, ("proxy", "gold"), ("proxy: the reward model's score", "gold score"), strict=True
+    ):
+        gained = "gained" if key == "gold" else "proxy_gained"
+        ax.plot(log["d"], log[key], ".", color=light("ppo"), alpha=0.25, markersize=5)
+        ax.plot(smooth(log["d"], 9), smooth(log[key], 9), color=light("ppo"), linewidth=1.8)
+        ax.annotate("no penalty,\nround by round", (log["d"][-1], smooth(log[key], 9)[-1]))
+        for rows, colour, mark in ((runs, "sft", "o"), (best, "dpo", "^")):
+            d, y = [r["d"] for r in rows], [r[gained]["mean"] for r in rows]
+            ax.plot(d, y, mark, color=light(colour), markersize=6)
+            for r in rows:
+                at = (r["d"], r[gained]["mean"])
+                ax.annotate(r["name"], at, (5, -10), textcoords="offset points", fontsize=8)
+        ax.set_title(f"{text}, gained over SFT", fontsize=11, color=light("ink"))
+        ax.set_xlabel("√KL from SFT, KL in nats an answer", fontsize=9, color=light("soft"))
+    far = np.linspace(0, max(log["d"]), 100)
+    for form, at in fits.items():
+        ends = far if form == "PPO" else far[far <= max(r["d"] for r in best)]
+        curve = at["alpha"] * ends - at["beta"] * bend(form, ends)
+        axes[1].plot(ends, curve, "--", color=light("soft"), linewidth=1.0)
+    return drawn
+
+
+def kl(o: Options):
+    lab.begin(o, "kl")
+    long, _ = tuned(o, 0.0, LONG)
+    folders = {f"β = {coef:g}": tuned(o, coef)[0] for coef in COEFS}
+    folders[f"β = 0, {LONG} rounds"] = long
+    sft = measured(o, lab.chain(o, 0) / "sft")
+    runs = [row_of("SFT", sft, sft)]
+    runs += [row_of(name, measured(o, folder), sft) for name, folder in folders.items()]
+    answers, log = sampled(o), trajectory(o, long)
+    best = [best_row(n, answers) for n in NS]
+    fits = {
+        "PPO": fit("PPO", log["d"], log["gold"]),
+        "best of n": fit("best of n", [b["d"] for b in best], [b["gained"]["mean"] for b in best]),
+    }
+    head = ["", "KL", "√KL", "proxy, deviations", "gold, sampled", "share gained %"]
+    head += ["right, sampled %", "words"]
+    left = world.PERFECT - mean([line["gold"] for line in sft["lines"]])
+    rows = [words(row, left) for row in runs + [b for b in best if b["name"] in SHOWN]]
+    result = {"runs": runs, "best": best, "fits": fits, "log": log}
+    drawn = picture(runs, best, log, fits)
+    lab.publish(o, "kl", result, head, rows, note(o, fits, log), drawn)
+
+
+if __name__ == "__main__":
+    main(kl, Options, __doc__)
