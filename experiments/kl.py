@@ -181,39 +181,63 @@ def note(o, fits: dict, log: dict) -> str:
         said.append(
             f"{form}: d ({f['alpha']:.3f} - {f['beta']:.3f} {bend}), off by {f['off']:.3f}, {peak}"
         )
-    gold = smooth(log["gold"], 9)
+    gold = smooth(log["gold"], 5)
     at = max(range(len(gold)), key=gold.__getitem__)
     return (
         f"One seed; {o.n} held-out prompts, {o.best_of} for best of n. Fits of the gold gained:"
-        f" {'; '.join(said)}. Without a penalty, means of nine rounds: the most gold in round"
-        f" {at + 1}, {gold[at]:+.2f} at d = {smooth(log['d'], 9)[at]:.2f}; at the end"
-        f" {gold[-1]:+.2f} at d = {smooth(log['d'], 9)[-1]:.2f}."
+        f" {'; '.join(said)}. Without a penalty, means of five rounds: the most gold in round"
+        f" {at + 1}, {gold[at]:+.2f} at d = {smooth(log['d'], 5)[at]:.2f}; at the end"
+        f" {gold[-1]:+.2f} at d = {smooth(log['d'], 5)[-1]:.2f}."
     )
 
 
+def marks(ax, rows: list, key: str, sign: str, colour: str, named: bool, below=-11):
+    """Runs as marks over d, with their names where there is room."""
+    ax.plot([r["d"] for r in rows], [r[key]["mean"] for r in rows], sign, color=light(colour))
+    for r in rows if named else []:
+        at, style = (r["d"], r[key]["mean"]), dict(fontsize=8, color=light(colour))
+        ax.annotate(r["name"], at, (4, below), textcoords="offset points", **style)
+
+
 def picture(runs: list, best: list, log: dict, fits: dict):
-    """Proxy and gold over √KL: the long run as a line, each β and best of n as marks."""
-    drawn, axes = new_figure(10.0, 4.2, 2)
-    for ax, key, text in zip(
-        axes, ("proxy", "gold"), ("proxy: the reward model's score", "gold score"), strict=True
-    ):
+    """What is gained over √KL: proxy and gold along the long run, and gold close to SFT."""
+    drawn, axes = new_figure(12.0, 3.9, 3)
+    titles = ("proxy, deviations", "gold", "gold, close to SFT")
+    d, near = np.array(smooth(log["d"], 5)), max(r["d"] for r in best) * 1.25
+    for ax, key, title in zip(axes, ("proxy", "gold", "gold"), titles, strict=True):
+        close, line = title == titles[2], smooth(log[key], 5)
         gained = "gained" if key == "gold" else "proxy_gained"
-        ax.plot(log["d"], log[key], ".", color=light("ppo"), alpha=0.25, markersize=5)
-        ax.plot(smooth(log["d"], 9), smooth(log[key], 9), color=light("ppo"), linewidth=1.8)
-        ax.annotate("no penalty,\nround by round", (log["d"][-1], smooth(log[key], 9)[-1]))
-        for rows, colour, mark in ((runs, "sft", "o"), (best, "dpo", "^")):
-            d, y = [r["d"] for r in rows], [r[gained]["mean"] for r in rows]
-            ax.plot(d, y, mark, color=light(colour), markersize=6)
-            for r in rows:
-                at = (r["d"], r[gained]["mean"])
-                ax.annotate(r["name"], at, (5, -10), textcoords="offset points", fontsize=8)
-        ax.set_title(f"{text}, gained over SFT", fontsize=11, color=light("ink"))
+        ax.plot(log["d"], log[key], ".", color=light("ppo"), alpha=0.3)
+        ax.plot(d, line, color=light("ppo"), linewidth=1.8)
+        marks(ax, [r for r in runs if not close or r["d"] <= near], gained, "o", "sft", close)
+        marks(ax, best, gained, "^", "dpo", close, 6)
+        if key == "gold" and not close:
+            top = int(np.argmax(line))
+            words = f"highest at KL {d[top] ** 2:.1f}"
+            ax.annotate(
+                words,
+                (d[top], line[top]),
+                (20, 12),
+                textcoords="offset points",
+                fontsize=9,
+                fontweight="bold",
+                arrowprops=dict(arrowstyle="-"),
+            )
+        for form, at in fits.items() if key == "gold" else []:
+            x = np.linspace(0, max(d) if form == "PPO" else near, 200)
+            y = at["alpha"] * x - at["beta"] * bend(form, x)
+            ax.plot(x, y, "--", color=light("ppo" if form == "PPO" else "dpo"), linewidth=0.9)
+        ax.set_title(f"{title}, gained over SFT", fontsize=11, color=light("ink"))
         ax.set_xlabel("√KL from SFT, KL in nats an answer", fontsize=9, color=light("soft"))
-    far = np.linspace(0, max(log["d"]), 100)
-    for form, at in fits.items():
-        ends = far if form == "PPO" else far[far <= max(r["d"] for r in best)]
-        curve = at["alpha"] * ends - at["beta"] * bend(form, ends)
-        axes[1].plot(ends, curve, "--", color=light("soft"), linewidth=1.0)
+    axes[2].set_xlim(-0.05, near)
+    axes[0].annotate(
+        "PPO without a penalty,\nround by round",
+        (d[-1], smooth(log["proxy"], 5)[-1]),
+        (-130, -60),
+        textcoords="offset points",
+        fontsize=9,
+        color=light("ppo"),
+    )
     return drawn
 
 
