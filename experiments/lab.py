@@ -18,7 +18,7 @@ import torch
 from common import tuning
 from common.run import opt, pick_device
 from data import records
-from metrics import kl
+from metrics import bootstrap, kl, mean
 from tools import evals
 from tools.report import light
 from tools.results import put, table
@@ -124,6 +124,19 @@ def judged(o, policy: Path, rewards: dict, seed: int, keep_in: Path, k=4, prompt
 def items(lines: list[dict], key: str) -> list[tuple]:
     """A figure of every line as [(value, 1)], for runs.figure() and runs.difference()."""
     return [(float(line[key]), 1) for line in lines]
+
+
+def pooled(seeds: list, statistic=mean) -> dict:
+    """A statistic of all seeds' items together, its interval over items, and each seed's own, as
+    runs.cell() shows it. For items that are not the same from seed to seed.
+    """
+    every = [item for items in seeds for item in items]
+    return {
+        "mean": statistic(every),
+        "ci": bootstrap(every, statistic),
+        "seeds": [statistic(items) for items in seeds],
+        "items": len(every),
+    }
 
 
 def begin(o, *names: str):
