@@ -25,6 +25,7 @@ from common.run import main
 from data import records
 from data.world import world
 from experiments import lab
+from metrics import ratio
 from tools.report import light, new_figure
 from tools.runs import call, cell, difference, figure, options_of, run
 
@@ -133,7 +134,7 @@ def second_round(o: lab.Options):
     lab.begin(o, "second_round")
     found, pairs = zip(*(measured(o, seed) for seed in range(o.seeds)), strict=True)
     rows = figures(found)
-    judges = {name: figure([[tuple(x) for x in p[name]] for p in pairs]) for name in pairs[0]}
+    judges = {name: lab.pooled([p[name] for p in pairs], ratio) for name in pairs[0]}
     lines = [[seed[name]["lines"] for seed in found] for name in ("again", "old", "dpo")]
     ours, old, dpo = ([lab.items(x, "gold") for x in some] for some in lines)
     gaps = {"to_old": difference(ours, old), "to_dpo": difference(ours, dpo)}

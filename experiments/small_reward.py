@@ -19,6 +19,7 @@ from common import hub
 from common.run import main
 from experiments import kl, lab
 from experiments.second_round import shares
+from metrics import ratio
 from tools.lighter import cost
 from tools.report import light, new_figure
 from tools.runs import cell, difference, figure, run
@@ -71,9 +72,7 @@ def figures(found: list) -> dict:
     for name in NAMES:
         lines = [seed[name]["lines"] for seed in found]
         pairs = {
-            f"pairs_{policy}": figure(
-                [[tuple(x) for x in s["judged"][policy][name]] for s in found]
-            )
+            f"pairs_{policy}": lab.pooled([s["judged"][policy][name] for s in found], ratio)
             for policy in ("sft", "ppo")
         }
         rows[name] = pairs | {

@@ -5,8 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import tiny
+import torch
 
-from experiments import kl, methods
+from common import hub
+from data.world import world
+from experiments import kl, lab, methods, second_round, small_reward
+from metrics import ratio
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -70,3 +75,45 @@ def test_best_of_ns_kl_at_the_known_points():
     assert kl.best_row(1, answers)["kl"] == 0
     assert kl.best_row(2, answers)["kl"] == pytest.approx(math.log(2) - 0.5)
     assert kl.best_row(2, answers)["gained"]["mean"] == pytest.approx(0.5)
+
+
+def test_the_share_gained_is_of_what_each_seed_left():
+    """Two seeds: SFT leaves 0.8 and 1.3 of gold, the policy gains 0.4 and 0.13 of it."""
+
+    def seed(sft, ours):
+        return {n: {"lines": [{"gold": g}] * 3} for n, g in (("sft", sft), ("ppo", ours))}
+
+    found = [seed(world.PERFECT - 0.8, world.PERFECT - 0.4), seed(world.PERFECT - 1.3, 0.63)]
+    share = second_round.shares(found, "ppo")
+    assert share["seeds"] == pytest.approx([0.5, 0.1]) and share["mean"] == pytest.approx(0.3)
+
+
+def test_a_cut_model_is_the_first_layers(tmp_path):
+    tiny.folder(tmp_path / "whole", num_hidden_layers=3)
+    small_reward.cut(tmp_path / "whole", tmp_path / "cut", 2)
+    (whole, _), (cut, tok) = hub.load(tmp_path / "whole"), hub.load(tmp_path / "cut")
+    assert len(cut.layers) == cut.config.num_hidden_layers == 2 and tok is not None
+    kept = cut.state_dict()
+    assert all(torch.equal(whole.state_dict()[name], kept[name]) for name in kept)
+
+
+def test_what_ppo_maximises_and_who_judges_it(tmp_path, monkeypatch):
+    """Scores in the reward model's deviations, -1 without an end; pairs in gold order."""
+    scores = [3.0, 1.0, 2.0, 5.0]
+    config = hub.read_config(tiny.folder(tmp_path / "lm") and tmp_path / "lm")
+    config.reward_mean, config.reward_std = 1.0, 2.0
+    model = type("Model", (), {"config": config})()
+    monkeypatch.setattr(lab.tuning, "read", lambda *_, **__: (model, None))
+    monkeypatch.setattr(lab.evals, "read", lambda *_: (model, None))
+    monkeypatch.setattr(lab.evals, "score_texts", lambda *_: scores)
+    answers = [("a", [1], True), ("b", [1], False), ("c", [1], True), ("d", [1], True)]
+    o, held = lab.Options(device="cpu"), [{"messages": [], "item": None}] * 2
+    assert lab.proxy(o, tmp_path, held * 2, answers) == [1.0, -1.0, 0.5, 2.0]
+
+    gold = torch.tensor([[1.0, 0.0], [0.5, 0.2]])  # the second prompt's pair is in the wrong order
+    monkeypatch.setattr(lab, "held_out", lambda *_: held)
+    monkeypatch.setattr(lab.evals, "answer", lambda *_: answers)
+    monkeypatch.setattr(lab.evals, "rubric", lambda *_: (gold, None, None))
+    found = lab.judged(o, tmp_path / "ppo", {"first": tmp_path}, 0, tmp_path, k=2)
+    assert found == {"first": [[1.0, 1], [0.0, 1]]}
+    assert lab.pooled([found["first"]], ratio)["mean"] == 0.5
