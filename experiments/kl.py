@@ -117,7 +117,7 @@ def trajectory(o, folder: Path) -> dict:
     training prompts."""
     chain = lab.chain(o, 0)
     prompts = records.conversations(chain / "world" / "prompts.jsonl", "prompt")
-    start = measured(o, chain / "sft", records.split(prompts)[0][: o.n])
+    start = measured(o, chain / "sft", records.split(prompts)[0][: 2 * o.n])
     proxy, gold = mean(start["scores"]), mean([line["gold"] for line in start["lines"]])
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -163,6 +163,12 @@ def best_row(n: int, answers: list) -> dict:
     }
 
 
+def fall(answers: list, n: int, more: int) -> dict:
+    """Best of n's gold minus that of best of more."""
+    golds = [[[(best_of(*one, k), 1) for one in answers]] for k in (n, more)]
+    return difference(*golds)
+
+
 def words(row: dict, left: float) -> list[str]:
     """A row of the table. left: the gold that SFT left to a perfect answer."""
     nats = cell(row["kl"], digits=2) if isinstance(row["kl"], dict) else f"≤ {row['kl']:.2f}"
@@ -172,7 +178,7 @@ def words(row: dict, left: float) -> list[str]:
     return [row["name"], nats, f"{row['d']:.2f}", *figures, *more]
 
 
-def note(o, fits: dict, log: dict) -> str:
+def note(o, fits: dict, falls: dict, log: dict) -> str:
     """The line under the table: n, the fits, and the long run's highest gold."""
     said = []
     for form, f in fits.items():
@@ -181,48 +187,48 @@ def note(o, fits: dict, log: dict) -> str:
         said.append(
             f"{form}: d ({f['alpha']:.3f} - {f['beta']:.3f} {bend}), off by {f['off']:.3f}, {peak}"
         )
+    fell = [f"{name} {cell(f, digits=2, sign='+')}" for name, f in falls.items()]
     gold = smooth(log["gold"], 5)
     at = max(range(len(gold)), key=gold.__getitem__)
     return (
-        f"One seed; {o.n} held-out prompts, {o.best_of} for best of n. Fits of the gold gained:"
+        f"One seed; {o.n} held-out prompts, {o.best_of} for best of n. Gold:"
+        f" {'; '.join(fell)}. Fits of the gold gained:"
         f" {'; '.join(said)}. Without a penalty, means of five rounds: the most gold in round"
         f" {at + 1}, {gold[at]:+.2f} at d = {smooth(log['d'], 5)[at]:.2f}; at the end"
         f" {gold[-1]:+.2f} at d = {smooth(log['d'], 5)[-1]:.2f}."
     )
 
 
-def marks(ax, rows: list, key: str, sign: str, colour: str, named: bool, below=-11):
-    """Runs as marks over d, with their names where there is room."""
+def say(ax, text: str, at: tuple, by: tuple, **style):
+    ax.annotate(text, at, by, textcoords="offset points", **dict(fontsize=8) | style)
+
+
+def marks(ax, rows: list, key: str, sign: str, colour: str, named: list, by: tuple, side: str):
+    """Runs as marks over d, with the names of some."""
     ax.plot([r["d"] for r in rows], [r[key]["mean"] for r in rows], sign, color=light(colour))
-    for r in rows if named else []:
-        at, style = (r["d"], r[key]["mean"]), dict(fontsize=8, color=light(colour))
-        ax.annotate(r["name"], at, (4, below), textcoords="offset points", **style)
+    for r in named:
+        say(ax, r["name"], (r["d"], r[key]["mean"]), by, color=light(colour), ha=side)
 
 
 def picture(runs: list, best: list, log: dict, fits: dict):
     """What is gained over √KL: proxy and gold along the long run, and gold close to SFT."""
     drawn, axes = new_figure(12.0, 3.9, 3)
     titles = ("proxy, deviations", "gold", "gold, close to SFT")
-    d, near = np.array(smooth(log["d"], 5)), max(r["d"] for r in best) * 1.25
+    d, near = np.array(smooth(log["d"], 5)), 1.4 * max(r["d"] for r in best)
     for ax, key, title in zip(axes, ("proxy", "gold", "gold"), titles, strict=True):
         close, line = title == titles[2], smooth(log[key], 5)
         gained = "gained" if key == "gold" else "proxy_gained"
         ax.plot(log["d"], log[key], ".", color=light("ppo"), alpha=0.3)
         ax.plot(d, line, color=light("ppo"), linewidth=1.8)
-        marks(ax, [r for r in runs if not close or r["d"] <= near], gained, "o", "sft", close)
-        marks(ax, best, gained, "^", "dpo", close, 6)
+        inside, far = ([r for r in runs if (r["d"] > near) == x] for x in (False, True))
+        shown, named = (inside, inside) if close else (runs, far)
+        marks(ax, shown, gained, "o", "sft", named, (-6, 6), "right")
+        ns = [r | {"name": r["name"].replace("best of", "n =")} for r in best[1:] if close]
+        marks(ax, best, gained, "^", "dpo", ns, (0, -12), "center")
         if key == "gold" and not close:
             top = int(np.argmax(line))
-            words = f"highest at KL {d[top] ** 2:.1f}"
-            ax.annotate(
-                words,
-                (d[top], line[top]),
-                (20, 12),
-                textcoords="offset points",
-                fontsize=9,
-                fontweight="bold",
-                arrowprops=dict(arrowstyle="-"),
-            )
+            words, arrow = f"highest at KL {d[top] ** 2:.1f}", dict(arrowstyle="-")
+            say(ax, words, (d[top], line[top]), (50, 34), fontweight="bold", arrowprops=arrow)
         for form, at in fits.items() if key == "gold" else []:
             x = np.linspace(0, max(d) if form == "PPO" else near, 200)
             y = at["alpha"] * x - at["beta"] * bend(form, x)
@@ -230,14 +236,8 @@ def picture(runs: list, best: list, log: dict, fits: dict):
         ax.set_title(f"{title}, gained over SFT", fontsize=11, color=light("ink"))
         ax.set_xlabel("√KL from SFT, KL in nats an answer", fontsize=9, color=light("soft"))
     axes[2].set_xlim(-0.05, near)
-    axes[0].annotate(
-        "PPO without a penalty,\nround by round",
-        (d[-1], smooth(log["proxy"], 5)[-1]),
-        (-130, -60),
-        textcoords="offset points",
-        fontsize=9,
-        color=light("ppo"),
-    )
+    words, end = "PPO without a penalty,\nround by round", smooth(log["proxy"], 5)[-1]
+    say(axes[0], words, (d[-1], end), (-120, -70), color=light("ppo"))
     return drawn
 
 
@@ -247,8 +247,8 @@ def kl(o: Options):
     folders = {f"β = {coef:g}": tuned(o, coef)[0] for coef in COEFS}
     folders[f"β = 0, {LONG} rounds"] = long
     sft = measured(o, lab.chain(o, 0) / "sft")
-    runs = [row_of("SFT", sft, sft)]
-    runs += [row_of(name, measured(o, folder), sft) for name, folder in folders.items()]
+    found = {"SFT": sft} | {name: measured(o, folder) for name, folder in folders.items()}
+    runs = [row_of(name, x, sft) for name, x in found.items()]
     answers, log = sampled(o), trajectory(o, long)
     best = [best_row(n, answers) for n in NS]
     fits = {
@@ -259,9 +259,15 @@ def kl(o: Options):
     head += ["right, sampled %", "words"]
     left = world.PERFECT - mean([line["gold"] for line in sft["lines"]])
     rows = [words(row, left) for row in runs + [b for b in best if b["name"] in SHOWN]]
-    result = {"runs": runs, "best": best, "fits": fits, "log": log}
+    top = max(runs, key=lambda r: r["gold"]["mean"])["name"]
+    golds = [[lab.items(found[name]["lines"], "gold")] for name in (top, runs[-1]["name"])]
+    falls = {
+        f"{top} minus {runs[-1]['name']}": difference(*golds),
+        "best of 16 minus best of 64": fall(answers, 16, 64),
+    }
+    result = {"runs": runs, "best": best, "fits": fits, "falls": falls, "log": log}
     drawn = picture(runs, best, log, fits)
-    lab.publish(o, "kl", result, head, rows, note(o, fits, log), drawn)
+    lab.publish(o, "kl", result, head, rows, note(o, fits, falls, log), drawn)
 
 
 if __name__ == "__main__":
