@@ -121,9 +121,10 @@ def picture(rows: dict, judges: dict):
         )
         labels = [f"{names[b]}\n{h:.1f} %" for b, h in zip(bars, heights, strict=True)]
         ax.set_xticks(range(len(bars)), labels, color=light("ink"))
-    left.axhline(TARGET, color=light("soft"), linestyle="--")
+    for ax, height, word in ((left, TARGET, "target"), (right, 50, "chance")):
+        ax.axhline(height, color=light("soft"), linestyle="--")
+        ax.annotate(word, (-0.4, height + 0.7), fontsize=9, color=light("soft"))
     left.set_title("share of the left gold that was gained", fontsize=11, color=light("ink"))
-    right.axhline(50, color=light("soft"), linestyle="--")
     right.set_title(
         "reward models: pairs of PPO’s answers in order", fontsize=11, color=light("ink")
     )
