@@ -228,14 +228,18 @@ def picture(runs: list, best: list, log: dict, fits: dict):
         if key == "gold" and not close:
             top = int(np.argmax(line))
             words, arrow = f"highest at KL {d[top] ** 2:.1f}", dict(arrowstyle="-")
-            say(ax, words, (d[top], line[top]), (50, 34), fontweight="bold", arrowprops=arrow)
+            say(ax, words, (d[top], line[top]), (45, 22), fontweight="bold", arrowprops=arrow)
         for form, at in fits.items() if key == "gold" else []:
-            x = np.linspace(0, max(d) if form == "PPO" else near, 200)
+            x = np.linspace(0, max(d) if form == "PPO" else 0.8 * near, 200)
             y = at["alpha"] * x - at["beta"] * bend(form, x)
             ax.plot(x, y, "--", color=light("ppo" if form == "PPO" else "dpo"), linewidth=0.9)
+        ax.margins(y=0.12)
         ax.set_title(f"{title}, gained over SFT", fontsize=11, color=light("ink"))
         ax.set_xlabel("√KL from SFT, KL in nats an answer", fontsize=9, color=light("soft"))
     axes[2].set_xlim(-0.05, near)
+    for ax, words in ((axes[1], "dashed: Gao et al.’s forms"), (axes[2], "● PPO, ▲ best of n")):
+        style = dict(ha="right", fontsize=8.5, color=light("soft"), transform=ax.transAxes)
+        ax.text(0.98, 0.04, words, **style)
     words, end = "PPO without a penalty,\nround by round", smooth(log["proxy"], 5)[-1]
     say(axes[0], words, (d[-1], end), (-120, -70), color=light("ppo"))
     return drawn
