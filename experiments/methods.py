@@ -31,11 +31,11 @@ from tools.lighter import cost
 from tools.report import light, new_figure
 from tools.runs import cell, figure, run
 
-SWEEP = {  # method: its coefficients, the chain's in the middle where it has one
+SWEEP = {  # method: its coefficients, from near to far
     "PPO": (0.5, 0.2, 0.05),
     "DPO": (0.5, 0.1, 0.03),
     "IPO": (0.5, 0.1, 0.03),
-    "SimPO": (1.0, 2.5, 10.0),
+    "SimPO": (2.5, 1.5, 1.0),
 }
 CHAINS = {("PPO", 0.2): "ppo", ("DPO", 0.1): "dpo", ("SimPO", 2.5): "simpo"}
 COLOURS = {"PPO": "ppo", "DPO": "dpo", "IPO": "own1", "SimPO": "simpo"}
