@@ -54,7 +54,7 @@ def run(script: str, out: Path, of: Path | None = None, **options) -> dict:
     beside it: {"minutes" of the clock and "core_minutes" of the processors (None where it was
     resumed), "gb", "trained", "share" in %}.
     """
-    note = out.with_suffix(".json")
+    note = out.with_name(f"{out.name}.json")  # a name may have a dot
     finished = (out / "config.json").exists()
     resumed = (out / "state" / "state.safetensors").exists()
     start, before = time.time(), computed()
