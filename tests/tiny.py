@@ -253,6 +253,7 @@ def family(name, seed=0, **changes):
     values = families.read("config.json", SMALL | FAMILIES[name] | changes)
     model, generator = Transformer(Config(**values)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.25 - p * (p.dim() > 1))
+        for n, p in model.named_parameters():
+            start = p * ("norm" in n)  # 1, or 0 where norms multiply by 1 + weight
+            p.copy_(start + torch.randn(p.shape, generator=generator) * 0.25)
     return model.eval()
