@@ -167,8 +167,8 @@ class Layout:
         first = torch.arange(tokens, device=self.keys.device).expand(len(self.keys), -1)
         seen = self.visible
         if seen is None:
-            square = torch.ones(self.keys.shape[1], self.keys.shape[1], dtype=torch.bool)
-            seen = square.tril().to(self.keys.device)
+            square = self.keys.new_ones(self.keys.shape[1], self.keys.shape[1], dtype=torch.bool)
+            seen = square.tril()
         seen = F.pad(seen, (tokens, 0), value=True)
         keys = torch.cat((first, self.keys + tokens), 1)
         return Layout(self.positions + tokens, seen, keys, self.mask, self.examples)

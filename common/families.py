@@ -131,7 +131,8 @@ def windows(where, w: dict) -> dict:
     if types is None:
         start, pattern = w.get("max_window_layers", 0), w.get("sliding_window_pattern", math.inf)
         types = [SLIDING if i >= start and (i + 1) % pattern else FULL for i in layers]
-    if not isinstance(types, list) or len(types) != len(layers) or {*types} - {SLIDING, FULL}:
+    known = isinstance(types, list) and all(kind in (SLIDING, FULL) for kind in types)
+    if not known or len(types) != len(layers):
         raise refusal(where, "layer_types", types, f"{SLIDING} or {FULL} for each layer is")
     return dict(window=w["sliding_window"], local=tuple(kind == SLIDING for kind in types))
 
@@ -159,15 +160,20 @@ def parameters(w: dict):
         own = {"rope_theta": w["rope_local_base_freq"]} | (nested.get(SLIDING) or {})
     p = {k: v for k, v in p.items() if v is not None}
     kind = p.get("rope_type", p.pop("type", "default"))
-    first = {"rope_type": kind} | {k: w[k] for k in ("rope_theta", PARTIAL) if k in w}
+    kind = "longrope" if kind == "su" else kind  # its first name
+    defaults = {k: w[k] for k in ("rope_theta", PARTIAL) if k in w}
     if FIRST in w and kind != "default":
         p[FIRST] = w[FIRST]
-    return first | p, key, own
+    return {"rope_type": kind} | defaults | p | {"rope_type": kind}, key, own
 
 
 def rope(where, w: dict) -> dict:
     """Config's settings of RoPE. ValueError for a kind or parameter that is not supported."""
-    p, key, own = parameters(w)
+    try:
+        p, key, own = parameters(w)
+    except (TypeError, AttributeError):
+        told = json.dumps(w["rope_parameters"])
+        raise ValueError(f"{where}: rope_parameters is {told}, objects were expected") from None
     kind = p["rope_type"]
     if not isinstance(kind, str) or kind not in ROPES:
         raise refusal(where, f"{key}.rope_type", kind, f"{', '.join(ROPES)} are")
@@ -181,8 +187,8 @@ def rope(where, w: dict) -> dict:
         settings = {"rope_theta": p["rope_theta"], "local_theta": own and float(own["rope_theta"])}
         settings["rotary_dims"] = dims if dims != w["head_dim"] else None
         settings |= scaled(kind, p, dims, w["max_position_embeddings"])
-        factors = (*settings.get("rope_factors", (1,)), *settings.get("long_factors", ()))
-        assert all(0 < f < math.inf for f in factors)
+        factors = (*settings.get("rope_factors", ()), *settings.get("long_factors", ()))
+        assert all(0 < f < math.inf for f in (*factors, settings["local_theta"] or 1))
         assert dims == w["head_dim"] or 0 < dims < w["head_dim"] and dims % 2 == 0
     except (KeyError, TypeError, ValueError, ArithmeticError, AssertionError):
         needs = ", ".join(ROPES[kind]) or "to turn an even part of a head"
