@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 
 from model import wide
+from packing import Layout
 from sampling import Cache
 
 # Peak learning rates for AdamW, which moves a number by about the learning rate per step, whatever
@@ -29,7 +30,8 @@ from sampling import Cache
 #   prefix  every input of its MLP moves it, in every layer at once (Li & Liang: 5e-5)
 LEARNING_RATE = {"ia3": 3e-2, "prompt": 3e-2, "prefix": 5e-4}
 KINDS = tuple(LEARNING_RATE)
-SCALED, FEEDFORWARD = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
+# Where q, k and v are one layer, q gets factors too, as in PEFT.
+SCALED, FEEDFORWARD = ("k_proj", "v_proj", "qkv_proj", "down_proj"), ("down_proj",)
 
 
 class IA3Linear(nn.Module):
@@ -86,7 +88,7 @@ class Prompt(nn.Module):
         cache = Cache(model, 1, self.tokens)
         x = self.rows[None].to(model.embed_tokens.weight.dtype)  # (1,P,D)
         positions = torch.arange(self.tokens, device=model.device)[None]  # (1,P)
-        model.blocks(x, positions, cache=cache)
+        model.blocks(x, Layout(positions, None, positions), cache)
         return cache.kv
 
 
@@ -146,7 +148,7 @@ def add_adapter(
         raise ValueError("the text that starts a prompt is empty")
     model.requires_grad_(False)
     first = torch.tensor((ids * tokens)[:tokens], device=model.device)
-    virtual = Prompt(wide(model.embed_tokens(first)))
+    virtual = Prompt(wide(model.embed(first)))
     if kind == "prefix":
         virtual = prefix(model, virtual, reparametrise, generator)
     model.virtual = virtual
@@ -186,7 +188,13 @@ def width(c) -> int:
 
 def scaled(model) -> list:
     """(name, module) of the layers that IA3 scales: key, value and down projections."""
-    return [(n, m) for n, m in model.named_modules() if n.endswith(SCALED)]
+    return [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in SCALED]
+
+
+def targets(model) -> list[str]:
+    """The last parts of their names."""
+    there = {n.rpartition(".")[2] for n, _ in scaled(model) + parts(model)}
+    return [name for name in SCALED if name in there]
 
 
 def wrap(model):

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from common.files import hub_name
 from model import wide
 
-GROUPS = {
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
+GROUPS = {  # of their layers a model has those of its family
+    "attention": ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
 }
 GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
 
@@ -85,8 +85,10 @@ def add_lora(
 def targeted(model, targets) -> dict:
     """{name: layer} of the layers that add_lora's `targets` names."""
     words = targets.split(",") if isinstance(targets, str) else targets
-    words = [w for word in words for w in GROUPS.get(word.strip(), [word.strip()])]
     layers = linears(model)
+    there = {n.rpartition(".")[2] for n in layers}
+    groups = {name: [w for w in group if w in there] for name, group in GROUPS.items()}
+    words = [w for word in words for w in groups.get(word.strip(), [word.strip()])]
     for word in words:
         if not any(matches(n, [word]) for n in layers):
             known = [*GROUPS, *dict.fromkeys(n.rpartition(".")[2] for n in layers), *layers]

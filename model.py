@@ -4,22 +4,23 @@
     x = x + SwiGLU(RMSNorm(x))             down(silu(gate x) * up x)
     logits = lm_head(RMSNorm(x))           or, with num_labels = 1, a score: score(RMSNorm(x))
 
+Other families (Mistral, Qwen, Gemma, Phi) differ in a few settings, which common/families.py reads.
 Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm),
-Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA).
-Modules carry the names of transformers' LlamaModel, so a checkpoint's tensors need no renaming.
+Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA), Jiang et al. 2023 (windows), Gemma Team 2024.
+Modules carry the names of transformers' models, so a checkpoint's tensors need no renaming.
 Tensors are batch first: B rows, T tokens, D hidden, V vocabulary; N answers, A tokens in the
 longest. Masks are bool, True on what counts.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from packing import IGNORE, Rows, by_segments, pack_answers, visible
+from packing import IGNORE, Layout, Rows, answer_mask, by_segments, pack_answers, padded
 
 
 @dataclass
@@ -45,6 +46,26 @@ class Config:
     num_labels: int = 0  # 0: a language model; 1: a reward model or critic, a score per token
     reward_mean: float = 0.0  # of the scores of reference answers: PPO uses (score - mean) / std
     reward_std: float = 1.0
+    # What else sets families apart (common/families.py). The defaults are Llama's.
+    qkv_bias: bool = False  # biases on q, k and v alone
+    fused: bool = False  # q, k and v are parts of one layer's output, gate and up of another's
+    qk_norm: bool = False  # norms on each head's query and key
+    post_norm: bool = False  # norms on what attention and MLP add, too
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    gelu: bool = False  # tanh GELU in place of SiLU
+    scaled_embeddings: bool = False  # by sqrt(hidden_size)
+    attention_scale: float | None = None  # of q·k; None: 1/sqrt(head_dim)
+    attention_cap: float | None = None  # scores become cap · tanh(score / cap)
+    logit_cap: float | None = None  # and so do logits
+    window: int = 0  # a local layer's token sees this many, itself the last; 0: all
+    local: tuple = ()  # for each layer, whether it is local; (): none is
+    local_theta: float | None = None  # local layers' own rope_theta, without factors
+    rotary_dims: int | None = None  # only a head's first numbers turn; None: all
+    rope_factors: tuple = ()  # by which each frequency is divided
+    long_factors: tuple = ()  # the same in an example of more than long_from tokens
+    long_from: int = 0
+    rope_scale: float = 1.0  # of cos and sin
+    source: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it came
 
 
 def wide(x):
@@ -53,50 +74,71 @@ def wide(x):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight, computed in float32."""
+    """x / sqrt(mean(x²) + eps) * weight, computed in float32; with an offset, * (1 + weight)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, c: Config, size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = c.rms_norm_eps, c.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 0.0 if self.offset else 1.0))
 
     def forward(self, x):
         y = wide(x)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (y * (1 + wide(self.weight))).to(x.dtype)
         return self.weight * y.to(x.dtype)
 
 
-def rope_angles(positions, head_dim: int, theta: float):
-    """The rotary embedding's cos and sin (B,1,T,head_dim) at positions (B,T): both halves of a head
-    turn by the same head_dim/2 frequencies."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angle = positions[:, None, :, None].float() * theta**-exponent
-    angle = torch.cat((angle, angle), -1)
+def rope_angles(positions, dims: int, theta: float, factors=None):
+    """The rotary embedding's cos and sin (B,1,T,dims) at positions (B,T): both halves turn by the
+    same dims/2 frequencies, each divided by its factor, (B or 1,T or 1,dims/2)."""
+    frequency = theta ** -(torch.arange(0, dims, 2, device=positions.device).float() / dims)
+    if factors is not None:
+        frequency = (frequency / factors)[:, None]
+    angle = (positions[:, None, :, None].float() * frequency).repeat(1, 1, 1, 2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) by its angle. x (B,H,T,head_dim)."""
+    """RoPE: turns the pair (x_i, x_{i + dims/2}) by its angle; what a head has beyond dims stays.
+    x (B,H,T,head_dim)."""
+    if (dims := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dims], cos, sin), x[..., dims:]), -1)
     a, b = x.chunk(2, -1)
     return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+def capped_attention(q, k, v, visible, scale: float, cap: float):
+    """Attention with scores of cap · tanh(score / cap), for which there is no fused kernel."""
+    if visible is None:
+        visible = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = cap * torch.tanh(wide(q @ k.transpose(2, 3)) * scale / cap)  # (B,H,T,S)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.heads = c.num_attention_heads
-        self.kv_heads = c.num_key_value_heads
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.config, D, d = c, c.hidden_size, c.head_dim
+        self.sizes = [d * c.num_attention_heads, *[d * c.num_key_value_heads] * 2]  # of q, k, v
+        bias = c.attention_bias or c.qkv_bias
+        if c.fused:
+            self.qkv_proj = nn.Linear(D, sum(self.sizes), bias=bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, n, bias) for n in self.sizes)
+        self.o_proj = nn.Linear(self.sizes[0], D, bias=c.attention_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c, d), RMSNorm(c, d)
 
     def forward(self, x, cos, sin, visible, cache, layer, past):
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B,H,T,head_dim)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        c, (B, T, _) = self.config, x.shape
+        if c.fused:
+            q, k, v = self.qkv_proj(x).split(self.sizes, -1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.view(B, T, -1, c.head_dim).transpose(1, 2) for y in (q, k, v))  # (B,H,T,·)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -105,38 +147,58 @@ class Attention(nn.Module):
                 torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
                 for old, new in zip(past[layer], (k, v), strict=True)
             )
-        gqa = x.device.type == "cpu"  # with a mask a GPU's fast kernels need repeated k and v
+        # with a mask a GPU's fast kernels need repeated k and v
+        gqa = x.device.type == "cpu" and c.attention_cap is None
         if not gqa:  # query head h reads key/value head h // groups
-            groups = self.heads // self.kv_heads
+            groups = c.num_attention_heads // c.num_key_value_heads
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=gqa
-        )
+        if c.attention_cap is not None:
+            y = capped_attention(q, k, v, visible, c.attention_scale, c.attention_cap)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, visible, is_causal=visible is None, scale=c.attention_scale, enable_gqa=gqa
+            )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.config, D, inner = c, c.hidden_size, c.intermediate_size
+        if c.fused:
+            self.gate_up_proj = nn.Linear(D, 2 * inner, bias=c.mlp_bias)
+        else:
+            self.gate_proj, self.up_proj = (nn.Linear(D, inner, c.mlp_bias) for _ in range(2))
+        self.down_proj = nn.Linear(inner, D, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.config.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        gate = F.gelu(gate, approximate="tanh") if self.config.gelu else F.silu(gate)
+        return self.down_proj(gate * up)
 
 
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_norm = c.post_norm
+        self.input_layernorm = RMSNorm(c, c.hidden_size)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c, c.hidden_size)
+        if c.post_norm:
+            self.pre_feedforward_layernorm = RMSNorm(c, c.hidden_size)
+            self.post_feedforward_layernorm = RMSNorm(c, c.hidden_size)
         self.mlp = MLP(c)
 
     def forward(self, x, *attention):
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), *attention)
+        if not self.post_norm:
+            x = x + y
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class ScalarHead(nn.Linear):
@@ -162,7 +224,7 @@ class Transformer(nn.Module):
         self.checkpointing = False  # recompute each block in the backward pass (Chen et al. 2016)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = RMSNorm(c, c.hidden_size)
         if c.num_labels:
             self.score = ScalarHead(c.hidden_size)
             return
@@ -176,73 +238,72 @@ class Transformer(nn.Module):
 
     @property
     def context(self) -> int:
-        """How many tokens it can read: virtual ones take their part of the positions."""
-        virtual = 0 if self.virtual is None else self.virtual.tokens
-        return self.config.max_position_embeddings - virtual
+        """How many tokens it can read: virtual ones take their part of the positions, and turn as
+        in an example that is not long."""
+        c, virtual = self.config, 0 if self.virtual is None else self.virtual.tokens
+        most = c.long_from if virtual and c.long_factors else c.max_position_embeddings
+        return min(most, c.max_position_embeddings) - virtual
 
     def forward(self, tokens, mask=None, cache=None):
         """Logits (B,T,V); with a scalar head a score per token (B,T). Arguments as in hidden."""
         h = self.hidden(tokens, mask, cache)
-        return self.score(h) if self.config.num_labels else self.lm_head(h)
+        return self.score(h) if self.config.num_labels else self.logits(h)
+
+    def logits(self, h):
+        y, cap = self.lm_head(h), self.config.logit_cap
+        return y if cap is None else cap * torch.tanh(y / cap)
+
+    def embed(self, tokens):
+        """Embeddings (…,D), as the first layer reads them."""
+        x, scaled = self.embed_tokens(tokens), self.config.scaled_embeddings
+        return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype) if scaled else x
 
     def packed(self, rows: Rows):
         """Hidden states (R,W,D) of packed rows, in which each token sees only its own example."""
-        fields = (rows.tokens, rows.positions, rows.segments, rows.prefixes)
-        tokens, positions, segments, prefixes = (x.to(self.device) for x in fields)
-        return self.hidden(tokens, layout=(positions, visible(segments, prefixes)))
+        return self.hidden(rows.tokens.to(self.device), layout=rows.layout(self.device))
 
     def hidden(self, tokens, mask=None, cache=None, layout=None):
         """Hidden states (B,T,D) after the last norm.
 
         tokens (B,T); mask (B,T): False on padding, which may stand on either side; cache: the past
-        (sampling.Cache); layout: positions (B,T) and who sees whom (B,1,T,T) in place of the mask.
+        (sampling.Cache); layout: packing.Layout, in place of the mask.
         """
-        positions, visible = layout or padded(tokens, mask, cache)
-        past = None
+        at, past = layout or padded(tokens, mask, cache), None
         if self.virtual is not None:  # a past that all rows share; positions go on from it
             known = cache is not None and cache.past
             past = cache.past if known else self.virtual.past(self)
-            positions = positions + self.virtual.tokens
-            if visible is None:
-                square = tokens.new_ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool)
-                visible = square.tril()
-            visible = F.pad(visible, (self.virtual.tokens, 0), value=True)
-        x = self.blocks(self.embed_tokens(tokens), positions, visible, cache, past)
+            at = at.behind(self.virtual.tokens)
+        x = self.blocks(self.embed(tokens), at, cache, past)
         if cache is not None:
             cache.length += tokens.shape[1]
             cache.past = past
         return self.norm(x)
 
-    def blocks(self, x, positions, visible=None, cache=None, past=None):
+    def blocks(self, x, at: Layout, cache=None, past=None):
         """The layers alone, on embeddings x (B,T,D) → (B,T,D). past: per layer a pair of keys and
         values (1,kv_heads,P,head_dim)."""
-        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        full = local = *self.angles(at), at.visible
+        if any(c.local):
+            own = c.local_theta and rope_angles(at.positions, c.head_dim, c.local_theta)
+            local = *(own or full[:2]), at.near(c.window)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, layer in enumerate(self.layers):
+            cos, sin, visible = local if c.local and c.local[i] else full
             arguments = x, cos, sin, visible, cache, i, past
             x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
         return x
 
-
-def padded(tokens, mask, cache):
-    """Positions (B,T) and who sees whom (B,1,T,S; None: all before) of rows padded on one side."""
-    B, T = tokens.shape
-    if cache is None and (mask is None or bool(mask[:, 0].all())):
-        return torch.arange(T, device=tokens.device).expand(B, T), None  # right padding: unseen
-    if mask is None:
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-    start = 0
-    if cache is not None:
-        start = cache.length
-        cache.mask[:, start : start + T] = mask
-        mask = cache.mask[:, : start + T]
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
-    if T == 1 and cache is not None:  # one new token sees all real ones, itself among them
-        return positions, mask[:, None, None]
-    here = torch.arange(mask.shape[1], device=tokens.device)
-    before = here <= here[start:, None]
-    itself = here == here[start:, None]  # padding sees itself, or its softmax would be 0/0
-    return positions, (before & mask[:, None, None] | itself)
+    def angles(self, at: Layout):
+        """RoPE's cos and sin (B,1,T,dims)."""
+        c, factors = self.config, None
+        if c.rope_factors:
+            factors = at.positions.new_tensor([c.rope_factors], dtype=torch.float32)
+        if c.long_factors:
+            long = at.positions.new_tensor([c.long_factors], dtype=torch.float32)
+            factors = torch.where(at.lengths()[..., None] > c.long_from, long, factors)
+        cos, sin = rope_angles(at.positions, c.rotary_dims or c.head_dim, c.rope_theta, factors)
+        return (cos, sin) if c.rope_scale == 1 else (cos * c.rope_scale, sin * c.rope_scale)
 
 
 # ---------------------------------------------------------------- other models from a model
@@ -275,20 +336,13 @@ def scalar_model(model: Transformer, generator: torch.Generator | None = None) -
 
 
 # ---------------------------------------------------------------- what is read off an answer
-def answer_mask(answers, width=None, device="cpu"):
-    """(N,A) bool, True on the answers' tokens. A is `width`, or the longest answer."""
-    lengths = torch.tensor([len(a) for a in answers])
-    columns = torch.arange(max(map(len, answers)) if width is None else width)
-    return (columns < lengths[:, None]).to(device)
-
-
 def _read(model, prompts, answers, width):
     """The packed rows' hidden states, flat (R·W,D), and where in them the answers' are (N,A+1)."""
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     if longest > model.context:
-        exceeds = f"exceed the model's context of {model.context}"
-        raise ValueError(f"prompt + answer = {longest} tokens {exceeds}")
-    rows, at = pack_answers(prompts, answers, width)
+        both = f"prompt + answer = {longest} tokens"
+        raise ValueError(f"{both} exceed the model's context of {model.context}")
+    rows, at = pack_answers(prompts, answers, width, model.config.long_from)
     return model.packed(rows).flatten(0, 1), at
 
 
@@ -310,7 +364,7 @@ def logprobs(model, prompts, answers, temperature=1.0, width=None):
     mask = answer_mask(answers, width)
     before = at[:, :-1][mask].to(flat.device)  # (M,) of all answers' tokens
     target = torch.tensor([i for a in answers for i in a], dtype=torch.long).to(flat.device)
-    logits = wide(model.lm_head(F.embedding(before, flat))) / temperature
+    logits = wide(model.logits(F.embedding(before, flat))) / temperature
     found = -F.cross_entropy(logits, target, reduction="none")
     n, t = (i.to(flat.device) for i in mask.nonzero(as_tuple=True))
     return found.new_zeros(mask.shape).index_put((n, t), found)
@@ -330,9 +384,8 @@ def nll(model, tokens, labels, segments):
     """-log p of each label given all before it in its segment, shaped like labels: 0 where the
     label is -100, and on a segment's first token, which nothing predicts.
 
-    tokens, labels, segments (R,W) on the host: whole conversations, several per row; each label
-    stands on its own token. The only shift by one is here; targets are found on the host, before
-    anything moves to the device.
+    tokens, labels, segments (R,W) on the host, where targets are found: whole conversations,
+    several per row. Each label stands on its own token: the only shift by one is here.
     """
     logits, targets, places = predicted(model, tokens, labels, segments)
     found = F.cross_entropy(logits, targets, reduction="none")
@@ -347,4 +400,4 @@ def predicted(model, tokens, labels, segments):
     h = model.packed(by_segments(tokens, segments))
     targets = labels[row, column + 1].to(h.device)
     row, column = row.to(h.device), column.to(h.device)
-    return wide(model.lm_head(h[row, column])), targets, (row, column + 1)
+    return wide(model.logits(h[row, column])), targets, (row, column + 1)

@@ -9,12 +9,14 @@ from the example's start. K answers to one prompt stand behind a single copy of 
     positions      0 1 2   3 4   3 4 5      0 1   2 3 0 0 0 0
 
 A token sees what stands before it in its own piece and in the piece that it continues (`visible`).
+For the network a Layout says where tokens stand and what they see, in rows packed or padded.
 All of this is built from lists, on the host, before anything is sent to a device.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 IGNORE = -100  # the label of a token that is read but not trained on
 SHORTEST = 128  # rows are at least this wide where there is enough to fill them: fewer of them
@@ -29,6 +31,11 @@ class Rows:
     positions: torch.Tensor
     segments: torch.Tensor
     prefixes: torch.Tensor
+
+    def layout(self, device):
+        on = [x.to(device) for x in (self.positions, self.segments, self.prefixes)]
+        positions, segments, prefixes = on
+        return Layout(positions, visible(segments, prefixes), positions, examples=prefixes)
 
 
 def pad(rows, fill=0, left=False, device="cpu"):
@@ -107,18 +114,21 @@ def usable(examples, length: int):
     return kept, dropped
 
 
-def pack_answers(prompts, answers, width=None):
+def pack_answers(prompts, answers, width=None, long_from=0):
     """N prompts and answers → Rows, and `at` (N,A+1), places in the flattened rows: at[n, t] is the
     token that answer token t follows; at[n, length], and what comes after, the last token.
 
-    A is `width`, or the longest answer. Equal prompts that follow each other are read once.
-    ValueError for an empty prompt.
+    A is `width`, or the longest answer. Equal prompts that follow each other are read once, but not
+    where one example has more than long_from tokens and the other has not: they turn differently
+    (Config.long_factors). ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([])} is empty: at least one token was expected")
     examples = []
+    long = [len(p) + len(a) > long_from > 0 for p, a in zip(prompts, answers, strict=True)]
     for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if n and prompt == prompts[n - 1] and len(examples[-1]) <= GROUP:
+        alike = n and long[n] == long[n - 1]
+        if n and prompt == prompts[n - 1] and len(examples[-1]) <= GROUP and alike:
             examples[-1].append(answer)
         else:
             examples.append([prompt, answer])
@@ -132,6 +142,13 @@ def pack_answers(prompts, answers, width=None):
             places = [before, *range(start, start + len(answer))]
             at.append(places + places[-1:] * (longest - len(answer)))
     return rows, torch.tensor(at)
+
+
+def answer_mask(answers, width=None, device="cpu"):
+    """(N,A) bool, True on the answers' tokens. A is `width`, or the longest answer."""
+    lengths = torch.tensor([len(a) for a in answers])
+    columns = torch.arange(max(map(len, answers)) if width is None else width)
+    return (columns < lengths[:, None]).to(device)
 
 
 def distinct(prompts, answers):
@@ -161,3 +178,66 @@ def visible(segments, prefixes):
     continued = prefixes[:, :, None] == segments[:, None]
     here = torch.arange(segments.shape[1], device=segments.device)
     return ((own | continued) & (here <= here[:, None]))[:, None]
+
+
+# ---------------------------------------------------------------- for the network
+@dataclass
+class Layout:
+    """Where tokens (B,T) stand, and what they see among S keys, the cache's or themselves."""
+
+    positions: torch.Tensor  # (B,T)
+    visible: torch.Tensor | None  # (B,1,T,S) bool; None: all before
+    keys: torch.Tensor  # (B,S) their positions
+    mask: torch.Tensor | None = None  # (B,S) False on padding; None: there is none
+    examples: torch.Tensor | None = None  # (B,T) whose they are; None: a row is one example
+
+    def behind(self, tokens: int):
+        """The same behind some tokens that all see."""
+        first = torch.arange(tokens, device=self.keys.device).expand(len(self.keys), -1)
+        seen = self.visible
+        if seen is None:
+            square = self.keys.new_ones(self.keys.shape[1], self.keys.shape[1], dtype=torch.bool)
+            seen = square.tril()
+        seen = F.pad(seen, (tokens, 0), value=True)
+        keys = torch.cat((first, self.keys + tokens), 1)
+        return Layout(self.positions + tokens, seen, keys, self.mask, self.examples)
+
+    def near(self, window: int):
+        """visible, less what stands `window` or more positions before."""
+        if not window or self.keys.shape[1] <= window:
+            return self.visible
+        distance = self.positions[:, None, :, None] - self.keys[:, None, None]  # (B,1,T,S)
+        seen = distance >= 0 if self.visible is None else self.visible
+        return seen & (distance < window)
+
+    def lengths(self):
+        """How many tokens each one's own example has, (B,1) or (B,T)."""
+        if self.examples is not None:
+            own = self.examples[:, :, None] == self.examples[:, None]
+            return torch.where(own, self.positions[:, None], 0).amax(-1) + 1
+        mask = torch.ones_like(self.keys) if self.mask is None else self.mask
+        return mask.sum(1, keepdim=True)
+
+
+def padded(tokens, mask, cache) -> Layout:
+    """The Layout of rows (B,T) padded on either side, mask (B,T) or None, behind those in a cache
+    or None."""
+    B, T = tokens.shape
+    if cache is None and (mask is None or bool(mask[:, 0].all())):
+        positions = torch.arange(T, device=tokens.device).expand(B, T)
+        return Layout(positions, None, positions, mask)  # right padding: unseen
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    start = 0
+    if cache is not None:
+        start = cache.length
+        cache.mask[:, start : start + T] = mask
+        mask = cache.mask[:, : start + T]
+    keys = (mask.long().cumsum(1) - 1).clamp(min=0)
+    positions = keys[:, start:]
+    if T == 1 and cache is not None:  # one new token sees all real ones, itself among them
+        return Layout(positions, mask[:, None, None], keys, mask)
+    here = torch.arange(mask.shape[1], device=tokens.device)
+    before = here <= here[start:, None]
+    itself = here == here[start:, None]  # padding sees itself, or its softmax would be 0/0
+    return Layout(positions, before & mask[:, None, None] | itself, keys, mask)

@@ -118,13 +118,15 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     rows = torch.arange(N, device=device)  # the answer that each of the cache's rows is
     going = torch.ones(N, dtype=torch.bool, device=device)
     cache, h = prefill(model, prompts, longest)
+    drawn, limit = [], model.config.long_from
     for step in range(max_new_tokens):
-        logits = model.lm_head(h)
+        logits = model.logits(h)
         check_finite(logits, step)
         if model.spare is not None:
             logits = logits.index_fill(1, model.spare, -torch.inf)
         ids = sample(logits, temperature, top_p, uniform[step, rows])
-        yield rows.new_full((N,), -1).index_put((rows,), torch.where(going, ids, -1))
+        drawn.append(rows.new_full((N,), -1).index_put((rows,), torch.where(going, ids, -1)))
+        yield drawn[-1]
         going = going & (ids[:, None] != ends).all(1)
         left = int(going.sum())
         if not left or step + 1 == max_new_tokens:
@@ -133,6 +135,12 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
             index = going.nonzero().squeeze(1)
             rows, ids, going = rows[index], ids[index], going[index]
             cache.keep(index)
+        # one row now is a long example, all of which turns otherwise: all are read anew
+        if limit and any(len(p) + step == limit for p in prompts):
+            texts = zip(prompts, torch.stack(drawn, 1).clamp(min=0).tolist(), strict=True)
+            texts = [prompt + answer for prompt, answer in texts]
+            cache, h = prefill(model, [texts[i] for i in rows.tolist()], longest)
+            continue
         h = model.hidden(ids[:, None], cache=cache)[:, -1]
 
 

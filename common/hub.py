@@ -1,9 +1,9 @@
 """Hugging Face folders ↔ our weights: config.json, model.safetensors, the tokenizer's files.
 
-What is written here transformers, vLLM and llama.cpp's converter open as it is; what they write is
-read here when it is a Llama: `LlamaForCausalLM`, or `LlamaForSequenceClassification` with one label
-(the reward model, the critic). An unsupported setting is refused by name, never ignored. Pickled
-weights are not read: they can run code.
+What is written here transformers and vLLM open as it is; what they write is read here when it is of
+a family of common/families.py: `…ForCausalLM`, or `…ForSequenceClassification` with one label (the
+reward model, the critic). An unsupported setting is refused by name, never ignored. Pickled weights
+are not read: they can run code.
 """
 
 import json
@@ -16,32 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import peft
+from common import families, peft
 from common.files import hub_name, read_json, write_json
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from quant import Linear4bit, block_linears, quantize_model, quantize_nf4
 
-CAUSAL, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # no model has more: the file is damaged
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-# Settings of transformers that our Config lacks, each with the values that change nothing here.
-HARMLESS = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0,),
-    "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "sliding_window": (),
-}
 # What a quantization_config must hold. The tensors themselves show the rest: double quantisation,
 # skipped layers.
 PACKED = {
@@ -173,30 +154,12 @@ def read_config(path: Path) -> Config:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(no_checkpoint(path))
     where = path / "config.json"
-    # null means the default, as in transformers
-    config = {k: v for k, v in read_json(where).items() if v is not None}
-    config.setdefault("model_type", None)
-    for key, allowed in HARMLESS.items():
-        if key in config and config[key] not in allowed:
-            known = f"{json.dumps(allowed[0])} is" if allowed else f"models without {key} are"
-            raise ValueError(
-                f"{where}: {key} = {json.dumps(config[key])} is not supported: only {known}"
-            )
-    if "quantization_config" in config:
+    config = read_json(where)
+    values = families.read(where, config)
+    if config.get("quantization_config") is not None:
         check_packed(where, config["quantization_config"])
-    for key in SHAPE:
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise ValueError(
-                f"{where}: {key} is {json.dumps(config.get(key))}, a number was expected; get the"
-                " checkpoint's own config.json"
-            )
-    heads = config["num_attention_heads"]
-    # transformers' defaults, where ours are others or none
-    values = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
-    values |= {"rms_norm_eps": 1e-6} | config
-    values |= {"rope_theta": rope_theta(where, config), "num_labels": labels(where, config)}
-    ours = {f.name: values[f.name] for f in fields(Config) if f.name in values}
-    return checked(where, Config(**ours))
+    values |= {k: config[k] for k in ("reward_mean", "reward_std") if config.get(k) is not None}
+    return checked(where, Config(**values, num_labels=labels(where, config)))
 
 
 def check_packed(where: Path, quantization):
@@ -209,42 +172,28 @@ def check_packed(where: Path, quantization):
             raise ValueError(f"{where}: {got} is not supported: only {json.dumps(value)} is")
 
 
-def rope_theta(where: Path, config: dict) -> float:
-    """RoPE's base: rope_parameters' (transformers 5), else rope_theta. Scaled and partial RoPE are
-    refused.
-    """
-    theta = config.get("rope_theta", 10000.0)
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        if not isinstance(rope, dict):
-            rope = {"rope_type": rope}
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-        for name, value in rope.items():
-            if name == "rope_theta":
-                theta = value
-            elif value != plain.get(name):
-                raise ValueError(
-                    f"{where}: {key}.{name} = {json.dumps(value)} is not supported: only plain"
-                    " RoPE is"
-                )
-    return theta
+def classes(model_type: str) -> tuple[str, str]:
+    """transformers' class of a language model, and of one with a scalar head."""
+    name = families.FAMILIES[model_type][0]
+    return name.removesuffix("Text") + "ForCausalLM", name + "ForSequenceClassification"
 
 
 def labels(where: Path, config: dict) -> int:
     """0 for a language model, 1 for a scalar head. transformers stores the number of labels as the
     length of id2label.
     """
-    kinds = config.get("architectures") or [CAUSAL]
+    causal, scalar = classes(config["model_type"])
+    kinds = config.get("architectures") or [causal]
     if not isinstance(kinds, list) or not isinstance(kinds[0], str):
         raise ValueError(
             f"{where}: architectures is {json.dumps(kinds)}, a list of names was expected"
         )
     kind = kinds[0]
-    if kind == CAUSAL:
+    if kind == causal:
         return 0
-    if kind != SCALAR:
+    if kind != scalar:
         raise ValueError(
-            f"{where}: the architecture {kind} is not supported: {CAUSAL} and {SCALAR} are"
+            f"{where}: the architecture {kind} is not supported: {causal} and {scalar} are"
         )
     names = config.get("id2label")
     count = len(names) if isinstance(names, dict | list) else config.get("num_labels", 2)
@@ -262,7 +211,7 @@ def checked(where: Path, c: Config) -> Config:
         if (
             not isinstance(value, kind)
             or (isinstance(value, bool) and kind is not bool)
-            or (f.default is MISSING and value < 1)
+            or (f.type is int and f.default is MISSING and value < 1)
         ):
             raise ValueError(
                 f"{where}: {f.name} is {json.dumps(value)}, {getattr(f.type, '__name__', f.type)}"
@@ -301,14 +250,8 @@ def config_json(c: Config, dtype) -> dict:
     """Config → config.json, read alike by transformers 4 and 5: each spelling that one of them
     needs.
     """
-    config = {
-        "architectures": [SCALAR if c.num_labels else CAUSAL],
-        "model_type": "llama",
-        "hidden_act": "silu",
-    }
-    scalar = ("num_labels", "reward_mean", "reward_std")
-    config |= {f.name: getattr(c, f.name) for f in fields(Config) if f.name not in scalar}
-    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    config = families.write(c)
+    config["architectures"] = [classes(config["model_type"])[c.num_labels]]
     config |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     if c.num_labels:
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -413,9 +356,11 @@ def complete(path: Path, c: Config, wanted: dict, weights: dict, extra: list) ->
     """The weights, a tied head among them; a ValueError where they are not the model's."""
     tied = c.tie_word_embeddings and not c.num_labels
     if tied:
-        head, embedding = weights.pop("lm_head.weight", None), weights.get("embed_tokens.weight")
-        both = head is not None and embedding is not None
-        if both and not torch.equal(head, embedding):
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(
+            head,
+            weights.setdefault("embed_tokens.weight", head),  # some folders hold the head alone
+        ):
             raise ValueError(
                 f"{path}: tie_word_embeddings is true, yet lm_head.weight differs from the"
                 " embedding; set it to false"

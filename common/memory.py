@@ -74,6 +74,9 @@ def linears(c: Config) -> dict:
     """A block's linear layers: {name: (in, out)}."""
     D, F = c.hidden_size, c.intermediate_size
     Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    if c.fused:
+        attention = dict(qkv_proj=(D, Q + 2 * KV), o_proj=(Q, D))
+        return attention | dict(gate_up_proj=(D, 2 * F), down_proj=(F, D))
     attention = dict(q_proj=(D, Q), k_proj=(D, KV), v_proj=(D, KV), o_proj=(Q, D))
     return attention | dict(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
 
@@ -102,9 +105,11 @@ def tensors(c: Config) -> list:
     score or other.
     """
     D, sizes = c.hidden_size, linears(c)
-    block = [("linear", i * o) for i, o in sizes.values()] + [("other", D)] * 2
+    block = [("linear", i * o) for i, o in sizes.values()]
+    block += [("other", D)] * (4 if c.post_norm else 2) + [("other", c.head_dim)] * 2 * c.qk_norm
     biased = TARGETS["attention"] * c.attention_bias + TARGETS["mlp"] * c.mlp_bias
-    block += [("other", sizes[name][1]) for name in biased]
+    biased += ["q_proj", "k_proj", "v_proj"] * c.qkv_bias
+    block += [("other", sizes[name][1]) for name in biased if name in sizes]
     embedding, last_norm = ("other", c.vocab_size * D), ("other", D)
     heads = [] if c.tie_word_embeddings else [embedding]
     if c.num_labels:
@@ -174,15 +179,15 @@ def activations(
                      rows a row of the mask as numbers. A GPU's kernels get k and v repeated for
                      every head
         SwiGLU       gate x, silu(gate x), up x; their product is down's input
-
-    Beside these, autocast keeps bf16 copies of float32 matrices. With checkpointing every block's
-    input stays, and beside it the larger of two: the copies of trained matrices at the end of the
-    forward pass, or in the backward pass one block's contents and copies, with two gradients as
-    wide as its feed-forward. (Over a frozen embedding the first block keeps less.)
+    Other families add what kept_by_family says; autocast keeps bf16 copies of float32 matrices.
+    With checkpointing every block's input stays, and beside it the larger of two: the copies of
+    trained matrices at the end of the forward pass, or in the backward pass one block's contents
+    and copies, with two gradients as wide as its feed-forward. (Over a frozen embedding the first
+    block keeps less.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
-    Q, KV = H * c.head_dim, (H if gpu else c.num_key_value_heads) * c.head_dim
-    x = dtype.itemsize
+    kv_heads = H if gpu or c.attention_cap is not None else c.num_key_value_heads
+    Q, KV, x = H * c.head_dim, kv_heads * c.head_dim, dtype.itemsize
     e = 2 if autocast else x
     learns = set(linears(c)) & (named(targets) if rank else set(linears(c)))
 
@@ -191,10 +196,10 @@ def activations(
         return n if e != x else min(n, 1)
 
     norm = 4 * D + 4 + (0 if rank else x * D)
-    attention = D * inputs("q_proj", "k_proj", "v_proj") + 2 * Q + 2 * KV
-    feedforward = D * inputs("gate_proj", "up_proj") + F * (3 + inputs("down_proj"))
-    kept = attention + feedforward
-    block = 2 * norm + e * (kept + rank * len(learns) + length) + 4 * H
+    attention = D * inputs("q_proj", "k_proj", "v_proj", "qkv_proj") + 2 * Q + 2 * KV
+    feedforward = D * inputs("gate_proj", "up_proj", "gate_up_proj") + F * (3 + inputs("down_proj"))
+    block = 2 * norm + e * (attention + feedforward + rank * len(learns) + length) + 4 * H
+    block += kept_by_family(c, norm, (Q + KV) * (0 if rank else x), length) + e * (Q + KV) * c.fused
     # the last norm, the head's input, cos and sin, ids
     rest = norm + e * D + 2 * 4 * c.head_dim + 8
 
@@ -208,6 +213,15 @@ def activations(
         return L * (tokens * block + fresh + frozen) + outside
     one_block = tokens * (block + 2 * e * F) + fresh + frozen
     return L * tokens * x * D + max(L * fresh, one_block) + outside
+
+
+def kept_by_family(c: Config, norm: int, normalised: int, length: int) -> int:
+    """Bytes per token and block beyond a Llama's: of norms behind attention and MLP; of the norms
+    on q and k; of scores with a soft cap, in float32 before and after the softmax. (Where q, k and
+    v are one layer's output, v holds on to all of it.)"""
+    heads = c.num_attention_heads + c.num_key_value_heads
+    norms = 2 * norm * c.post_norm + (4 * heads * (c.head_dim + 1) + normalised) * c.qk_norm
+    return norms + (0 if c.attention_cap is None else 2 * 4 * c.num_attention_heads * length)
 
 
 def logits(c: Config, targets: int) -> int:

@@ -281,7 +281,7 @@ def light_config(model) -> dict:
     if model.virtual is None:
         return {
             "peft_type": PEFT_TYPE["ia3"],
-            "target_modules": list(adapters.SCALED),
+            "target_modules": adapters.targets(model),
             "feedforward_modules": list(adapters.FEEDFORWARD),
             "fan_in_fan_out": False,
             "modules_to_save": None,
@@ -343,7 +343,7 @@ def check_light(where: Path, config: dict, kind: str, model):
     """ValueError for a setting that is not supported, or is not this model's."""
     known = {"task_type": task_type(model)}
     if kind == "ia3":
-        known["target_modules"] = sorted(adapters.SCALED)
+        known["target_modules"] = sorted(adapters.targets(model))
         known["feedforward_modules"] = sorted(adapters.FEEDFORWARD)
     else:
         known |= shape_of(model.config, kind)

@@ -128,7 +128,9 @@ def test_a_foreign_checkpoint(refuses, folder):
     (folder / "pytorch_model.bin").rename(weights)
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(said | {"model_type": "gpt2"}))
-    refuses("dpo", f'{folder}/config.json: model_type = "gpt2"', 'only "llama" is', model=folder)
+    refuses(
+        "dpo", f'{folder}/config.json: model_type = "gpt2"', 'only "llama", "mistral"', model=folder
+    )
     (folder / "config.json").write_text(json.dumps(said)[:-9])
     refuses("ppo", f"{folder}/config.json is not JSON", model=folder)
 

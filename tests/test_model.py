@@ -10,7 +10,7 @@ from tiny import V, close, decoder, ragged
 
 import model as M
 from model import Config, Transformer
-from packing import by_segments, pack_answers, pad
+from packing import by_segments, pack_answers, pad, padded
 from sampling import Cache, sample
 
 SHAPES = {
@@ -210,13 +210,13 @@ def test_padded_is_unpadded_and_batched_is_single(lm, scalar, left):
 
 def test_positions_count_each_row_s_own_tokens(lm):
     for left, expected in ((True, [[0, 0, 0, 1], [0, 1, 2, 3]]), (False, [[0, 1], [0, 1, 2, 3]])):
-        positions, visible = M.padded(*pad([[5, 6], [1, 2, 3, 4]], left=left), None)
-        assert all(p[: len(e)] == e for p, e in zip(positions.tolist(), expected, strict=True))
+        at = padded(*pad([[5, 6], [1, 2, 3, 4]], left=left), None)
+        assert all(p[: len(e)] == e for p, e in zip(at.positions.tolist(), expected, strict=True))
         # not every attention kernel is finite where nothing may be seen
-        assert visible is None or visible.any(-1).all()
+        assert at.visible is None or at.visible.any(-1).all()
     cache = Cache(lm, 2, 6)
     lm.hidden(*pad([[5, 6], [1, 2, 3, 4]], left=True), cache=cache)
-    assert M.padded(torch.zeros(2, 1), None, cache)[0].tolist() == [[2], [4]]
+    assert padded(torch.zeros(2, 1), None, cache).positions.tolist() == [[2], [4]]
 
 
 def test_padding_on_both_sides_of_a_row(lm):

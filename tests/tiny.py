@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from common import hub
+from common import families, hub
 from data import templates, tokenizer
 from model import Config, Transformer, score
 
@@ -170,3 +170,90 @@ def ragged(lengths=(5, 1, 9, 3), seed=0):
 def close(a, b, tolerance=2e-5):
     assert a.shape == b.shape
     assert (a - b).abs().max() < tolerance, (a - b).abs().max()
+
+
+# ---------------------------------------------------------------- one tiny model of each family
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+    rms_norm_eps=1e-6,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+SHORT, LONG = [1.0, 1.1, 1.5, 2.0], [1.0, 2.0, 4.0, 9.0]
+FAMILIES = {  # as the hub's config.json have them; windows and first contexts that a row exceeds
+    "llama": dict(model_type="llama"),
+    "llama, linear": dict(model_type="llama", rope_scaling={"type": "linear", "factor": 4.0}),
+    "llama3": dict(
+        model_type="llama",
+        rope_theta=500.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        tie_word_embeddings=True,
+    ),
+    "mistral": dict(model_type="mistral", sliding_window=6, head_dim=12),
+    "qwen2": dict(
+        model_type="qwen2", use_sliding_window=False, sliding_window=6, max_window_layers=2
+    ),
+    "qwen2, windows": dict(
+        model_type="qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2
+    ),
+    "qwen3": dict(model_type="qwen3", head_dim=12, tie_word_embeddings=True),
+    "gemma": dict(model_type="gemma", head_dim=12, hidden_act="gelu"),
+    "gemma2": dict(
+        model_type="gemma2",
+        head_dim=12,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=4.0,
+        hidden_activation="gelu_pytorch_tanh",
+    ),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        head_dim=12,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        sliding_window_pattern=3,
+        rope_theta=1000.0,
+        rope_local_base_freq=10.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        hidden_activation="gelu_pytorch_tanh",
+    ),
+    "phi3": dict(model_type="phi3", sliding_window=6),
+    "phi3.5": dict(
+        model_type="phi3",
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG},
+    ),
+    "phi4": dict(
+        model_type="phi3",
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": SHORT[:3], "long_factor": LONG[:3]},
+        tie_word_embeddings=True,
+        full_attn_mod=1,
+    ),
+}
+
+
+def family(name, seed=0, **changes):
+    """A model of FAMILIES[name]: weights large enough that attention is far from uniform."""
+    values = families.read("config.json", SMALL | FAMILIES[name] | changes)
+    model, generator = Transformer(Config(**values)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            start = p * ("norm" in n)  # 1, or 0 where norms multiply by 1 + weight
+            p.copy_(start + torch.randn(p.shape, generator=generator) * 0.25)
+    return model.eval()

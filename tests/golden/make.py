@@ -320,6 +320,40 @@ def peft_adapters(smollm2):
         )
 
 
+def families(smollm2):
+    """{family: its config.json as transformers writes it, and its greedy answer} of tests/tiny.py's
+    models. families.safetensors: the tokens, and {family: its logits at a few of them}.
+    """
+    import tempfile
+
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    sys.path.insert(0, str(HERE.parent))
+    import tiny
+
+    out, tensors = (
+        {},
+        {"tokens": torch.randint(3, 64, (30,), generator=torch.Generator().manual_seed(1))},
+    )
+    for name in tiny.FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            tiny.hub.save(folder, tiny.family(name))
+            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            peer.save_pretrained(folder)
+            config = json.loads(Path(folder, "config.json").read_text())
+        with torch.no_grad():
+            logits = [peer(tensors["tokens"][None, :n]).logits[0] for n in (30, 12)]
+        tensors[name] = torch.cat((logits[0][[0, 5, 6, 15, 16, 29]], logits[1][[7, 11]]))
+        answer = peer.generate(
+            tensors["tokens"][None, :12], max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+        out[name] = {"config": config, "answer": answer[0, 12:].tolist()}
+    save_file(tensors, HERE / "families.safetensors")
+    return out
+
+
 def nf4_weights():
     """{name: weight} in which a quantiser can go wrong: odd sizes, blocks of zeros, exact ties,
     outliers, blocks across rows.
@@ -775,7 +809,7 @@ def alpaca_eval(smollm2):
 # in the order in which they need each other
 FILES = (
     *(tokenizers, tokens, rendered, chats, llamas, peft_adapters, loras, nf4, llama_nf4, losses),
-    alpaca_eval,
+    *(families, alpaca_eval),
 )
 
 
