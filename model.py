@@ -393,8 +393,7 @@ def nll(model, tokens, labels, segments):
 
 
 def predicted(model, tokens, labels, segments):
-    """What nll() reads → logits (M,V), each from before its target; the M targets (M,); and their
-    places, rows and columns (M,) of labels. Arguments as in nll()."""
+    """nll()'s arguments → logits (M,V), the targets (M,), and their rows and columns in labels."""
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     h = model.packed(by_segments(tokens, segments))
