@@ -75,11 +75,11 @@ def count_targets(examples) -> int:
     return sum(label != IGNORE for _, labels in examples for label in labels[1:])
 
 
-def prepare(path, tok, length: int):
+def prepare(path, tok, length: int, allow_markers=True):
     """The training split of a file → [(ids, labels)]; conversations longer than a row, or without a
     target, are dropped and counted.
     """
-    train, held = records.split(records.conversations(path))
+    train, held = records.split(records.conversations(path, allow_markers=allow_markers))
     examples = [templates.render(tok, c["messages"]) for c in train]
     short = [e for e in examples if len(e[0]) <= length]
     kept = [e for e in short if any(label != IGNORE for label in e[1][1:])]
@@ -104,7 +104,7 @@ def show(examples, tok):
             begun = decoder.getstate()[0]
             if not (begun and parts[-1][0] == colour):
                 parts.append([colour, ""])
-            parts[-1][1] += decoder.decode(tok.encoding.decode_single_token_bytes(i))
+            parts[-1][1] += decoder.decode(tok.token_bytes(i))
         parts[-1][1] += decoder.decode(b"", final=True)
         print("|".join(f"\033[{colour}m{spelt_out(text)}\033[0m" for colour, text in parts))
 
@@ -120,7 +120,7 @@ def sft(o: Options):
     model.train()  # turns on the dropout of an adapter that is trained further
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
-    data = prepare(o.data, tok, min(o.length, model.context))
+    data = prepare(o.data, tok, min(o.length, model.context), o.allow_markers)
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed), tok)
     peak = tuning.learning_rate(o, 5e-4)

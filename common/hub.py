@@ -196,7 +196,24 @@ def read_config(path: Path) -> Config:
     values |= {"rms_norm_eps": 1e-6} | config
     values |= {"rope_theta": rope_theta(where, config), "num_labels": labels(where, config)}
     ours = {f.name: values[f.name] for f in fields(Config) if f.name in values}
-    return checked(where, Config(**ours))
+    return checked(where, add_end_ids(path, Config(**ours)))
+
+
+def listed(ids) -> list:
+    """One id, several, or None, as a list."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def add_end_ids(path: Path, c: Config) -> Config:
+    """The config, with the end tokens that generation_config.json names beside its own: a chat
+    model's turns often end with one that config.json lacks.
+    """
+    file = path / "generation_config.json"
+    theirs = read_json(file).get("eos_token_id") if file.is_file() else None
+    own, more = map(listed, (c.eos_token_id, theirs))
+    if more := [i for i in more if i not in own]:
+        c.eos_token_id = [*own, *more] if own or more[1:] else more[0]
+    return c
 
 
 def check_packed(where: Path, quantization):

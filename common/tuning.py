@@ -61,6 +61,9 @@ class Tuning:
     keep_base: bool = opt(
         False, "train --model's own adapter further, on its base, not a merged copy of the two"
     )
+    allow_markers: bool = opt(
+        False, "train on records with chat formats' markers in their text, such as [INST]"
+    )
 
 
 def kind(o) -> str:
