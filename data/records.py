@@ -306,8 +306,8 @@ def _report_markers(path, marked, n, allowed):
     if not marked:
         return
     line, sign = marked[0]
-    said = f"{path}:{line}: {sign!r} is a chat format's marker, {len(marked):,} of {n:,} records"
-    said += " have one in their text"
+    said = f"{path}:{line}: {sign!r} is a chat format's marker; of {n:,} records used,"
+    said += f" {len(marked):,} have one in their text"
     if len(marked) * 100 > n and not allowed:
         raise ValueError(
             f"{said}: the format's own would stand around it; write them as messages without it, or"

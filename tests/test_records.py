@@ -773,11 +773,18 @@ def test_markers_of_a_chat_format_are_counted_and_too_many_refused(write, capsys
     marked = {"messages": [Q, {**A, "content": f"A {sign} B"}]}
     few, many = write(*[CHAT] * 99, marked), write(*[CHAT] * 98, marked, marked, name="y.jsonl")
     assert len(records.conversations(few, allow_markers=False)) == 100
-    said = f"{few}:100: {sign.strip()!r} is a chat format's marker, 1 of 100 records have one"
+    said = (
+        f"{few}:100: {sign.strip()!r} is a chat format's marker; of 100 records used, 1 have one in"
+    )
     assert said in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"y.jsonl:99: .*2 of 100 records .* --allow-markers"):
+    with pytest.raises(
+        ValueError, match=r"y.jsonl:99: .*of 100 records used, 2 have .* --allow-markers"
+    ):
         records.conversations(many, allow_markers=False)
-    assert len(records.conversations(many)) == 100 and "2 of 100" in capsys.readouterr().err
+    assert (
+        len(records.conversations(many)) == 100
+        and "of 100 records used, 2" in capsys.readouterr().err
+    )
 
 
 def test_markers_are_found_in_every_text_of_a_record(write):
@@ -787,7 +794,7 @@ def test_markers_are_found_in_every_text_of_a_record(write):
         {"prompt": "q", "chosen": "a", "rejected": "b [INST]"},
         {"prompt": "q", "responses": ["a", "b", "### Response: c"], "ranks": [0, 1, 2]},
     ):
-        with pytest.raises(ValueError, match=":1: .* a chat format's marker, 1 of 1 records"):
+        with pytest.raises(ValueError, match=":1: .* a chat format's marker; of 1 records used, 1"):
             records.pairs(write(row), allow_markers=False)
     for text in ("a < b | c > d", "x[INSTANCE]", "### Responses", "<b>bold</b>", "1 <|> 2"):
         records.conversations(write({"messages": [Q, {**A, "content": text}]}), "answer", False)

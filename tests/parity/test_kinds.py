@@ -90,3 +90,41 @@ def test_nobody_can_write_a_special_token(both):
     plain = [{"role": m["role"], "content": "x"} for m in chat]
     counted = [sum(i in own(ours) for i in templates.render(ours, c)[0]) for c in (chat, plain)]
     assert counted[0] == counted[1]
+
+
+BROUGHT = ["qwen2_5", "qwen3", "gemma3", "phi3_5", "llama3_2", "lfm2", "cohere"]
+
+
+@pytest.mark.parametrize("name", BROUGHT)
+def test_templates_that_checkpoints_bring(name, tmp_path):
+    """TRL keeps copies of them: the text is transformers', whole and as a prompt; one question and
+    answer are trained, of several those that stay as they were.
+    """
+    trl = pytest.importorskip("trl")
+    jinja = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    family("qwen_kind", tmp_path)
+    ours, peer = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    # the vocabulary has other markers than most: the ones that stand in for them end a turn too
+    for theirs in ("<end_of_turn>", "<|end|>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>", "<|user|>"):
+        jinja = jinja.replace(theirs, "<|im_end|>")
+    ours.chat_template = jinja
+    ours.config["bos_token"] = peer.bos_token = "<|endoftext|>"
+    format = templates.of(ours)
+    assert format.name == "the checkpoint's own" and format.end == "<|im_end|>"
+    for chat in CHATS[:4]:
+        whole, prompt = applied(peer, chat, jinja)
+        named = dict(bos=ours.bos, eos=ours.eos, format=format)
+        assert templates.text(chat[:-1], True, **named) == prompt
+        asked, last = templates.answer_ids(ours, chat[:-1], chat[-1]["content"])
+        read = [m | {"weight": 0} for m in chat[:-1]] + chat[-1:]
+        assert templates.text(read, **named) == whole
+        ids, labels = templates.render(ours, read)
+        assert ours.decode(ids) == whole
+        assert [i for i in labels if i != -100] == last and last[-1] == templates.end_id(ours)
+        assert ids[: len(asked)] == asked and ids[len(asked) : len(asked) + len(last)] == last
+        try:
+            everything = templates.render(ours, chat)[1]
+        except ValueError as e:
+            assert name == "qwen3" and len(chat) == 4 and "message 2" in str(e)
+            continue
+        assert len([i for i in everything if i == last[-1]]) == len(chat) // 2
