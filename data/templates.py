@@ -532,19 +532,35 @@ def _encode(tokenizer, pieces):
     """→ (ids, labels, what the last one is: "token" or "text")."""
     ids, labels, after, greedy = [], [], None, False
     for piece, own, trained in pieces:
-        for part in tokenizer.split(piece) if own else [piece]:
-            if own and part in tokenizer.special:
-                new, after = [tokenizer.special[part]], "token"
-                greedy = part in tokenizer.greedy
-            else:
-                if greedy and not trained:  # the token before it takes this white space
-                    part = part.lstrip()
-                new = tokenizer.encode(part, after)
-                if part:
-                    after, greedy = "text", False
-            ids += new
-            labels += new if trained else [-100] * len(new)
+        if own:
+            key = piece, after, greedy
+            if key not in tokenizer.own:  # the same in every conversation
+                tokenizer.own[key] = _encode_own(tokenizer, *key)
+            new, after, greedy = tokenizer.own[key]
+        else:
+            if greedy and not trained:  # the token before it takes this white space
+                piece = piece.lstrip()
+            new = tokenizer.encode(piece, after)
+            if piece:
+                after, greedy = "text", False
+        ids += new
+        labels += new if trained else [-100] * len(new)
     return ids, labels, after
+
+
+def _encode_own(tokenizer, piece, after, greedy):
+    """A piece of the format itself → (ids, what the last one is, whether it takes white space)."""
+    ids = []
+    for part in tokenizer.split(piece):
+        if part in tokenizer.special:
+            ids.append(tokenizer.special[part])
+            after, greedy = "token", part in tokenizer.greedy
+            continue
+        part = part.lstrip() if greedy else part
+        ids += tokenizer.encode(part, after)
+        if part:
+            after, greedy = "text", False
+    return ids, after, greedy
 
 
 def answer_ids(tokenizer, prompt, answer, finished=True):

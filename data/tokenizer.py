@@ -68,6 +68,7 @@ class Tokenizer:
         self.json = json_text
         self.config = dict(config or {})
         self.own_file = False  # whether the chat template lay in chat_template.jinja
+        self.own = {}  # a chat format's own text → its ids: templates' memory
         spec = parse(json_text, name)
         _want(isinstance(spec, dict), name, "the file", spec, "an object")
         named = {_content(self.config.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
