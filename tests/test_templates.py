@@ -321,6 +321,7 @@ def test_what_was_said_is_read_back_without_the_formats_spaces():
     _, answer = templates.answer_ids(t, [user("a")], "b c")
     assert t.decode(answer) == " b c <|eot_id|>"
     assert templates.read_answers(t, [answer], [t.eos_id]) == (["b c"], [True])
+    assert templates.answer_text(t, t.encode("\n b c\n")) == "b c"  # as the template would write it
 
 
 def test_end_id_and_a_tokenizer_without_the_formats_tokens():
