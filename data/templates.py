@@ -217,10 +217,10 @@ ALPACA = (
     "{{ '" + ALPACA_INPUT_SYSTEM + "' }}{% else %}{{ '" + ALPACA_SYSTEM + "' }}{% endif %}"
     "{% endif %}{% if message['role'] == 'user' %}{{ '\n\n### Instruction:\n' }}"
     "{% if message['input'] %}{{ message['content'][:-(message['input'] | length) - 2] +"
-    " '\n\n### Input:\n' + message['input'] + '\n\n' }}{% else %}"
-    "{{ message['content'] + '\n\n' }}{% endif %}{% elif message['role'] == 'assistant' %}"
-    "{{ '### Response:\n' + message['content'] + eos_token }}{% else %}{{ message['content'] }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    " '\n\n### Input:\n' + message['input'] }}{% else %}"
+    "{{ message['content'] }}{% endif %}{% elif message['role'] == 'assistant' %}"
+    "{{ '\n\n### Response:\n' + message['content'] + eos_token }}{% else %}{{ message['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
 )
 
 # fmt: off
@@ -248,8 +248,8 @@ TEMPLATES = {f.name: f for f in (
            trim=True, needs=("<start_of_turn>", "<end_of_turn>"), jinja=GEMMA),
     Format("phi3", turn=PHI_TURN, system=PHI_TURN, head="<|assistant|>\n", end="<|end|>",
            after="\n", close="{eos}", needs=("<|user|>", "<|assistant|>", "<|end|>"), jinja=PHI3),
-    Format("alpaca", turn=("\n\n### Instruction:\n", "{content}", "\n\n"), begin="{bos}",
-           head="### Response:\n", end="{eos}", system=("{content}",), default=ALPACA_SYSTEM,
+    Format("alpaca", turn=("\n\n### Instruction:\n", "{content}"), begin="{bos}",
+           head="\n\n### Response:\n", end="{eos}", system=("{content}",), default=ALPACA_SYSTEM,
            with_input=(ALPACA_INPUT_SYSTEM, "\n\n### Input:\n"), jinja=ALPACA),
 )}
 # fmt: on

@@ -259,6 +259,16 @@ def test_another_template_is_rendered_and_trained():
     assert templates.adopt(t).name == "the checkpoint's own" and t.chat_template == OWN
 
 
+@pytest.mark.parametrize("name", ["chatml", "smollm2", "zephyr", "mistral", "alpaca"])
+def test_jinja_and_the_table_give_the_same_ids_and_labels(name):
+    t, f = load(), TEMPLATES[name]
+    chat = [user("a"), assistant("b"), user("c d"), assistant("e\nf")]
+    expected = render(t, chat, format=f)
+    t.chat_template = f.jinja + "{# of a checkpoint #}"
+    assert templates.of(t).name == "the checkpoint's own" and render(t, chat) == expected
+    assert render(t, chat[:3], True) == render(t, chat[:3], True, format=f)
+
+
 def test_a_template_that_drops_old_reasoning_is_refused_with_the_turn():
     drops = OWN.replace("m.content | trim", "(m.content if loop.last else m.content[-1])")
     t = load()
