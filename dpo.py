@@ -87,11 +87,11 @@ def simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
     return -F.logsigmoid(beta * margin - gamma)
 
 
-def prepare(path, which, tok, length: int):
+def prepare(path, which, tok, length: int, allow_markers=True):
     """The training pairs, one list per prompt: [[(prompt ids, chosen ids, rejected ids), …], …].
     Pairs with an answer that is empty or does not fit are dropped and counted.
     """
-    train, held = records.split(records.pairs(path, which))
+    train, held = records.split(records.pairs(path, which, allow_markers))
     groups, long, empty = [], 0, 0
     for _, same in itertools.groupby(train, key=lambda r: r["prompt"]):
         pairs = []
@@ -181,7 +181,7 @@ def dpo(o: Options):
     run = Run(o, __file__, [*tuning.inputs(o), o.data])
     policy, tok = tuning.start(o, device)
     records.say_cut(o.length, policy.context)
-    data = prepare(o.data, o.pairs, tok, min(o.length, policy.context))
+    data = prepare(o.data, o.pairs, tok, min(o.length, policy.context), o.allow_markers)
     order = range(len(data))
     reference = {}
     if o.loss != "simpo":  # of the prompts that will be read

@@ -269,7 +269,8 @@ def choice_ids(tok, query: str, choice: str):
     """→ the question's ids, and those that " " + choice adds (lm-eval's cut): white space before it
     belongs to the choice; an empty question is the begin token, else the end token."""
     head, whole = tok.encode(query.rstrip()), tok.encode(f"{query} {choice}")
-    return head or [tok.eos_id if tok.bos_id is None else tok.bos_id], whole[len(head) :]
+    begin = tok.begin or ([] if head else [tok.eos_id if tok.bos_id is None else tok.bos_id])
+    return [*begin, *head], whole[len(head) :]
 
 
 @torch.no_grad()

@@ -66,11 +66,11 @@ def sft_loss(model, tokens, labels, segments):
     return nll(model, tokens, labels, segments).sum()
 
 
-def prepare(path, tok, length: int):
+def prepare(path, tok, length: int, allow_markers=True):
     """The training split of a file → [(ids, labels)]; conversations longer than a row, or without a
     target, are dropped and counted.
     """
-    train, held = records.split(records.conversations(path))
+    train, held = records.split(records.conversations(path, allow_markers=allow_markers))
     kept, dropped = usable([templates.render(tok, c["messages"]) for c in train], length)
     records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
@@ -89,7 +89,7 @@ def show(examples, tok):
             begun = decoder.getstate()[0]
             if not (begun and parts[-1][0] == colour):
                 parts.append([colour, ""])
-            parts[-1][1] += decoder.decode(tok.encoding.decode_single_token_bytes(i))
+            parts[-1][1] += decoder.decode(tok.token_bytes(i))
         parts[-1][1] += decoder.decode(b"", final=True)
         print("|".join(f"\033[{colour}m{spelt_out(text)}\033[0m" for colour, text in parts))
 
@@ -107,7 +107,7 @@ def sft(o: Options):
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
-    data = prepare(o.data, tok, length)
+    data = prepare(o.data, tok, length, o.allow_markers)
     old = forget.examples(o.replay, tok, length) if o.replay else []
     replay = forget.replay(data, old, o.replay_ratio, o.batch, o.seed)
     if o.show_batch:

@@ -1,5 +1,6 @@
 """JSON files in a model's folder: written, and read with a clear error where they are damaged."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def write_jsonl(path: Path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), "utf-8")
+
+
+def optional(package: str, why: str):
+    """A package that most runs do without. ValueError that asks for it by name where it is not
+    installed; why: what it is needed for."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{why}; install the package {package} (pip install {package})") from None
 
 
 def hub_name(name: str) -> str:

@@ -159,7 +159,25 @@ def read_config(path: Path) -> Config:
     if config.get("quantization_config") is not None:
         check_packed(where, config["quantization_config"])
     values |= {k: config[k] for k in ("reward_mean", "reward_std") if config.get(k) is not None}
-    return checked(where, Config(**values, num_labels=labels(where, config)))
+    values["num_labels"] = labels(where, config)
+    return checked(where, add_end_ids(path, Config(**values)))
+
+
+def listed(ids) -> list:
+    """One id, several, or None, as a list."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def add_end_ids(path: Path, c: Config) -> Config:
+    """The config, with the end tokens that generation_config.json names beside its own: a chat
+    model's turns often end with one that config.json lacks.
+    """
+    file = path / "generation_config.json"
+    theirs = read_json(file).get("eos_token_id") if file.is_file() else None
+    own, more = map(listed, (c.eos_token_id, theirs))
+    if more := [i for i in more if i not in own]:
+        c.eos_token_id = [*own, *more] if own or more[1:] else more[0]
+    return c
 
 
 def check_packed(where: Path, quantization):

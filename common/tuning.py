@@ -61,6 +61,9 @@ class Tuning:
     keep_base: bool = opt(
         False, "train --model's own adapter further, on its base, not a merged copy of the two"
     )
+    allow_markers: bool = opt(
+        False, "train on records with chat formats' markers in their text, such as [INST]"
+    )
     schedule: str = opt(
         "linear",
         "learning rate after --warmup: down to 0 along a line or half a cosine, or constant",

@@ -81,12 +81,14 @@ HARMLESS = {  # where a record is from, what it is about; at the end this projec
 }
 
 
-def conversations(path, need="answer", empty=False):
+def conversations(path, need="answer", empty=False, allow_markers=True):
     """→ [{"messages": [...], ...}], each ending in an assistant's turn (need "answer") or in a
     user's (need "prompt").
 
     need "turns": as "answer", but the answers are not learnt, so labels and weights do not matter.
     empty: those with an empty turn too, for a caller that counts them itself.
+    allow_markers: what a reader of the file is told of either way, markers of chat formats in more
+    than 1 % of the records, is no error.
     """
     last = {"answer": "assistant", "turns": "assistant", "prompt": "user"}[need]
 
@@ -103,7 +105,7 @@ def conversations(path, need="answer", empty=False):
         good = [k for k in LABELS if record.get(k) in (0, 1, None)]
         return _keep(record, (*used, *good), messages=messages)
 
-    return _convert(path, {"conversation": convert})
+    return _convert(path, {"conversation": convert}, allow_markers)
 
 
 def is_text(path) -> bool:
@@ -111,7 +113,7 @@ def is_text(path) -> bool:
     return Path(path).suffix.lower() == ".txt" or kind(path) == "text"
 
 
-def texts(path) -> list[str]:
+def texts(path, allow_markers=True) -> list[str]:
     """Plain text: records of {"text"}, each a document; a .txt file is one."""
 
     def convert(record):
@@ -119,7 +121,7 @@ def texts(path) -> list[str]:
         return "without text" if _blank(text) else _keep(record, ("text",), text=text)
 
     if Path(path).suffix.lower() != ".txt":
-        return [r["text"] for r in _convert(path, {"text": convert})]
+        return [r["text"] for r in _convert(path, {"text": convert}, allow_markers)]
     try:
         text = _string({"text": _decoded(Path(path))}, "text")
     except ValueError as e:
@@ -127,9 +129,9 @@ def texts(path) -> list[str]:
     return [] if _blank(text) else [text]
 
 
-def preferences(path):
+def preferences(path, allow_markers=True):
     """→ [{"prompt": [messages], "chosen": str, "rejected": str, ...}]"""
-    return _convert(path, {"preference pair": _pair})
+    return _convert(path, {"preference pair": _pair}, allow_markers)
 
 
 def answers(path) -> dict:
@@ -155,7 +157,7 @@ def answers(path) -> dict:
     return found
 
 
-def rankings(path):
+def rankings(path, allow_markers=True):
     """→ [{"prompt": [messages], "responses": [K str], "ranks": [K int], ...}]; a preference pair
     is a ranking of two.
     """
@@ -168,17 +170,18 @@ def rankings(path):
         used = ("chosen", "rejected", *SAMPLED)
         return _keep(pair, used, prompt=pair["prompt"], responses=responses, ranks=[0, 1])
 
-    return _convert(path, {"ranking": _ranking, "preference pair": pair_as_ranking})
+    readers = {"ranking": _ranking, "preference pair": pair_as_ranking}
+    return _convert(path, readers, allow_markers)
 
 
-def pairs(path, which="all"):
+def pairs(path, which="all", allow_markers=True):
     """Rankings or pairs → pairs as from `preferences`: all that differ in rank, or the best
     against the worst ("best_worst").
     """
     if which not in ("all", "best_worst"):
         raise ValueError(f'which: "all" or "best_worst" was expected (got {which!r})')
     found, dropped = [], Counter()
-    for record in rankings(path):
+    for record in rankings(path, allow_markers):
         responses = record["responses"]
         for i, j in _ranked_pairs(record["ranks"], which):
             if responses[i] == responses[j]:
@@ -285,9 +288,9 @@ def say_cut(length, context):
         print(f"--length {length:,}: {effect}", file=sys.stderr)
 
 
-def _convert(path, readers):
+def _convert(path, readers, allow_markers=True):
     """Reads the file; readers[kind](record) → a new record, or the reason (str) to drop it."""
-    found, dropped, unused = [], Counter(), Counter()
+    found, dropped, unused, marked = [], Counter(), Counter(), []
     for line, record in _read(path):
         try:
             kind = _kind(record)
@@ -303,10 +306,44 @@ def _convert(path, readers):
                 continue
             unused.update(others | _record_fields(record, result, kind))
             found.append(result)
+            marked += [(line, sign) for sign in _markers(result)[:1]]
         except ValueError as e:
             raise ValueError(f"{path}:{line}: {e}") from None
     report(path, len(found), dropped, unused=unused)
+    _report_markers(path, marked, len(found), allow_markers)
     return found
+
+
+# what chat formats write around turns: in a record's text it is another format's, or written twice
+MARKERS = re.compile(
+    r"<\|\w+\|>|<｜[^｜<]+｜>|\[/?INST\]|<</?SYS>>|</s>|<(?:start|end)_of_turn>|<[be]os>"
+    r"|### (?:Instruction|Input|Response|Human|Assistant):|\n\n(?:Human|Assistant):"
+)
+
+
+def _markers(record):
+    """The first marker of each of a converted record's texts that has one."""
+    texts = [m["content"] for m in record.get("messages") or record.get("prompt") or []]
+    texts += [record[k] for k in ("chosen", "rejected", "text") if k in record]
+    texts += record.get("responses", [])
+    return [found[0].strip() for found in map(MARKERS.search, texts) if found]
+
+
+def _report_markers(path, marked, n, allowed):
+    """Says where the first marker of a chat format is; ValueError for more than 1 % of n records
+    with one, unless they are allowed.
+    """
+    if not marked:
+        return
+    line, sign = marked[0]
+    said = f"{path}:{line}: {sign!r} is a chat format's marker; of {n:,} records used,"
+    said += f" {len(marked):,} have one in their text"
+    if len(marked) * 100 > n and not allowed:
+        raise ValueError(
+            f"{said}: the format's own would stand around it; write them as messages without it, or"
+            " give --allow-markers where it is meant"
+        )
+    print(f"{said}; it is read as text", file=sys.stderr)
 
 
 def _record_fields(record, result, kind):
@@ -594,7 +631,9 @@ def _alpaca(record):
     more = (field for field in ("input", "context") if record.get(field) is not None)
     parts += [_string(record, field) for field in more]
     turn = {"instruction": "\n\n".join(p for p in parts if p)}
-    messages = _beside(record, [{"role": "user", "content": _string(turn, "instruction")}])
+    question = templates.Question(_string(turn, "instruction"))
+    question.input = parts[-1] if [bool(p) for p in parts] == [True, True] else ""
+    messages = _beside(record, [{"role": "user", "content": question}])
     return messages, ("instruction", "input", "context")
 
 

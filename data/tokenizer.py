@@ -1,13 +1,16 @@
-"""Byte-level BPE: train one, read and write a Hugging Face tokenizer.json, encode and decode
-through tiktoken.
+"""Tokenizers: a Hugging Face tokenizer.json, read and written; byte-level BPE, trained and run.
+
+    byte-level BPE        GPT-2, SmolLM2, Llama 3, Qwen, Phi-4-mini: read here, run by tiktoken
+    any other kind        Llama 2, Mistral, Gemma, Phi-3: by the optional package tokenizers
 
 A text is cut into pieces (words with their leading space, runs of digits or signs), each piece into
 bytes, and in each piece the neighbouring pair that was learnt first is merged, again and again
 (Sennrich et al. 2016; GPT-2 for bytes). tiktoken's rank of a merge is the id of the token it makes,
-so the ids must rise in the order of the merges: true of every file that a BPE trainer wrote, and
-checked here.
+so the ids must not fall in the order of the merges: true of every file that a BPE trainer wrote,
+and checked here. It takes a piece that is a token whole, as Llama 3's ignore_merges asks for.
 """
 
+import copy
 import hashlib
 import heapq
 import json
@@ -20,13 +23,25 @@ from pathlib import Path
 
 import tiktoken
 
-from common.files import parse, read_json, read_text, write_json
+from common.files import optional, parse, read_json, read_text, write_json
 
 # GPT-2's pattern; each class stands in brackets, so that _python_regex can put its characters there
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+"
 # SmolLM2 takes each digit out first: no piece crosses one, and spaces before one are at the end of
 # theirs.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{N}]| ?[\p{L}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s\p{N}])|[\s]+"
+# fmt: off
+CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LLAMA3 = CONTRACTED + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + REST
+QWEN = CONTRACTED + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + REST
+GPT4O = (  # Phi-4-mini's too
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTED}?|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTED}?|"
+    r"\p{N}{1,3}|" + REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+)
+# fmt: on
 # \s of tiktoken's regex; Python's has four more
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONGEST = 100_000
@@ -40,65 +55,54 @@ BYTE = {c: b for b, c in CHAR.items()}
 
 
 class Tokenizer:
-    """A tokenizer.json of byte-level BPE (GPT-2's or SmolLM2's kind) with its
-    tokenizer_config.json.
+    """A tokenizer.json with its tokenizer_config.json.
 
     json: the tokenizer.json as it was read, character by character; config: the
     tokenizer_config.json as a dict; special: {text: id}; ids: all ids (there may be gaps);
     vocab_size: the highest id + 1; hash: of the vocabulary: tokenizers of one hash mean the same by
-    an id. Raises ValueError for a file that tiktoken would read otherwise.
+    an id; begin: the ids that stand before every text, [] or one. Raises ValueError for a damaged
+    file, and for one that needs the package tokenizers where that is not installed.
     """
 
     def __init__(self, json_text, config=None, name="tokenizer.json"):
         self.json = json_text
         self.config = dict(config or {})
-        self.warned = False
-        pattern, ranks, self.special = _read(parse(json_text, name), name)
-        self.ids = frozenset([*ranks.values(), *self.special.values()])
-        vocabulary = sorted([*((t.hex(), i) for t, i in ranks.items()), *self.special.items()])
+        self.own_file = False  # whether the chat template lay in chat_template.jinja
+        self.own = {}  # a chat format's own text → its ids: templates' memory
+        spec = parse(json_text, name)
+        _want(isinstance(spec, dict), name, "the file", spec, "an object")
+        named = {_content(self.config.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
+        added = _added(spec.get("added_tokens") or [], name, named)
+        self.special = {t["content"]: t["id"] for t in added if t["special"]}
+        # tokens that take the white space behind them with them, as Phi-3's do
+        self.greedy = {t["content"] for t in added if t.get("rstrip") and t["special"]}
+        try:
+            self.coder = ByteLevel(spec, added, name)
+        except OtherKindError as why:
+            self.coder = Pieces(spec, added, f"{name}: {why}")
+        vocabulary = sorted(self.coder.vocabulary)
+        self.ids = frozenset(i for _, i in vocabulary)
         self.hash = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-        self.missing = frozenset(range(256)) - {t[0] for t in ranks if len(t) == 1}
-        self.vocab_size = max([*ranks.values(), *self.special.values()]) + 1
-        # tiktoken needs all 256 bytes: those that the vocabulary lacks get ids beyond it
-        spare = {bytes([b]): self.vocab_size + i for i, b in enumerate(sorted(self.missing))}
-        self.split = _python_regex(pattern) if self.missing else None
-        self.encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=self.special
-        )
+        self.vocab_size = max(self.ids) + 1
+        begin = self.config.get("add_bos_token")  # wins over the file, as in transformers
+        self.begin = _begin(spec, self.ids, name)
+        if isinstance(begin, bool):
+            self.begin = [self.bos_id] if begin and self.bos_id is not None else []
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-    def encode(self, text):
-        """str → ids. Special tokens written in the text stay text; lone surrogates become U+FFFD,
-        as in a file.
+    def encode(self, text, after=None):
+        """str → ids, without a beginning. Special tokens written in the text stay text; lone
+        surrogates become U+FFFD, as in a file.
+
+        after: None at a text's beginning, "token" behind a special token, "text" behind text of the
+        same conversation: SentencePiece's kinds put a space before a text's first word.
         """
-        check_spaces(text)
-        if self.missing:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if not self.missing.isdisjoint(text.encode()):
-                return self._encode_without_missing(text)
-        return self.encoding.encode_ordinary(text)
+        return self.coder.encode(text, after)
 
-    def _encode_without_missing(self, text):
-        """Drops the bytes that the vocabulary lacks, inside their piece, as Hugging Face's
-        tokenizers do.
-        """
-        lost, ids = set(), []
-        for piece in self.split.findall(text):
-            data = piece.encode()
-            lost |= self.missing.intersection(data)
-            data = bytes(b for b in data if b not in self.missing)
-            ids += self.encoding._encode_single_piece(data) if data else []
-        if not self.warned:
-            warnings.warn(
-                f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they"
-                " are dropped",
-                stacklevel=3,
-            )
-            self.warned = True
-        return ids
-
-    def decode(self, ids, skip_special=False):
+    def decode(self, ids, skip_special=False, after=None):
         """ids → str; bytes that are no UTF-8 become U+FFFD. skip_special: leave special tokens
-        out. ValueError for an id that the tokenizer lacks.
+        out. after: as for encode. ValueError for an id that the tokenizer lacks.
         """
         drop = set(self.special.values()) if skip_special else ()
         ids = [i for i in ids if i not in drop]
@@ -107,7 +111,15 @@ class Tokenizer:
             gaps = ", with gaps" if len(self.ids) < self.vocab_size else ""
             known = f"the ids 0 to {self.vocab_size - 1}{gaps}"
             raise ValueError(f"cannot decode token {bad[0]}: the tokenizer has {known}")
-        return self.encoding.decode(ids, errors="replace")
+        return self.coder.decode(ids, after)
+
+    def token_bytes(self, i) -> bytes:
+        """The bytes that a token stands for, which may be part of a character."""
+        return self.coder.token_bytes(i)
+
+    def split(self, text):
+        """A text of a chat template → its special tokens and what stands between them, in turn."""
+        return self._special.split(text) if self.special else [text]
 
     def _named(self, key):
         text = _content(self.config.get(key))
@@ -123,7 +135,18 @@ class Tokenizer:
 
     @property
     def pad_id(self):
-        return self._named("pad_token")
+        """The end token where none is named: what is padding is never told by its id."""
+        pad = self._named("pad_token")
+        return self.eos_id if pad is None else pad
+
+    @property
+    def bos(self):
+        """The beginning token's text, "" if there is none; so too eos, the end's."""
+        return "" if self.bos_id is None else _content(self.config["bos_token"])
+
+    @property
+    def eos(self):
+        return "" if self.eos_id is None else _content(self.config["eos_token"])
 
     @property
     def chat_template(self):
@@ -142,8 +165,7 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(
-                f"{folder} has no tokenizer.json: a Hugging Face folder with a byte-level BPE was"
-                " expected"
+                f"{folder} has no tokenizer.json: a Hugging Face folder with one was expected"
             )
         source = folder / "tokenizer_config.json"
         config = read_json(source) if source.is_file() else {}
@@ -152,16 +174,177 @@ class Tokenizer:
             config["chat_template"] = read_text(jinja)
             source = jinja
         _check(config, source)
-        return cls(read_text(folder / "tokenizer.json"), config, str(folder / "tokenizer.json"))
+        tok = cls(read_text(folder / "tokenizer.json"), config, str(folder / "tokenizer.json"))
+        tok.own_file = jinja.is_file()
+        return tok
 
     def save(self, folder):
         """Writes FOLDER/tokenizer.json as it was read, and tokenizer_config.json with the chat
-        template in it.
+        template in it; in chat_template.jinja too if it came in one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.json, "utf-8", newline="")
         write_json(folder / "tokenizer_config.json", self.config)
+        if self.own_file:
+            (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8", newline="")
+
+
+class OtherKindError(ValueError):
+    """A tokenizer.json that tiktoken would read otherwise: the package tokenizers reads it."""
+
+
+class ByteLevel:
+    """Byte-level BPE through tiktoken. vocabulary: [(bytes in hexadecimal or added token, id)]."""
+
+    def __init__(self, spec, added, name):
+        pattern, self.nfc, ranks, added_ids = _read(spec, added, name)
+        self.vocabulary = [*((t.hex(), i) for t, i in ranks.items()), *added_ids.items()]
+        self.warned = False
+        self.missing = frozenset(range(256)) - {t[0] for t in ranks if len(t) == 1}
+        # tiktoken needs all 256 bytes: those that the vocabulary lacks get ids beyond it
+        beyond = max(i for _, i in self.vocabulary) + 1
+        spare = {bytes([b]): beyond + i for i, b in enumerate(sorted(self.missing))}
+        self.pieces = _python_regex(pattern) if self.missing else None
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks | spare, special_tokens=added_ids
+        )
+        # added tokens that are not special, such as <think>: they are found in any text
+        self.found = {t["content"]: t["id"] for t in added if not t["special"]}
+        longest_first = sorted(self.found, key=len, reverse=True)
+        self.cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode(self, text, after=None):
+        check_spaces(text)
+        if not self.found:
+            return self._encode(text)
+        ids = []
+        for part in self.cut.split(text):
+            ids += [self.found[part]] if part in self.found else self._encode(part)
+        return ids
+
+    def _encode(self, text):
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.missing:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if not self.missing.isdisjoint(text.encode()):
+                return self._encode_without_missing(text)
+        return self.encoding.encode_ordinary(text)
+
+    def _encode_without_missing(self, text):
+        """Drops the bytes that the vocabulary lacks, inside their piece, as Hugging Face's
+        tokenizers do.
+        """
+        lost, ids = set(), []
+        for piece in self.pieces.findall(text):
+            data = piece.encode()
+            lost |= self.missing.intersection(data)
+            data = bytes(b for b in data if b not in self.missing)
+            ids += self.encoding._encode_single_piece(data) if data else []
+        if not self.warned:
+            warnings.warn(
+                f"the vocabulary has no token for the bytes {bytes(sorted(lost)).hex(' ')}: they"
+                " are dropped",
+                stacklevel=4,
+            )
+            self.warned = True
+        return ids
+
+    def decode(self, ids, after=None):
+        return self.encoding.decode(ids, errors="replace")
+
+    def token_bytes(self, i):
+        return self.encoding.decode_single_token_bytes(i)
+
+
+class Pieces:
+    """Any tokenizer.json, through the optional package tokenizers. vocabulary: [(token, id)].
+
+    SentencePiece's kinds write a space as "▁" and put one before a text's first word. `inner` does
+    not: what goes on in a text, as an answer does behind "[/INST]", has no new beginning.
+    """
+
+    def __init__(self, spec, added, why):
+        package = optional("tokenizers", f"{why}; other kinds are read by a package")
+        spec = spec | {"added_tokens": added, "truncation": None, "padding": None}
+        inner = _without_prefix(spec)
+        try:
+            self.outer = package.Tokenizer.from_str(json.dumps(spec))
+            self.inner = package.Tokenizer.from_str(json.dumps(inner))
+        except Exception as e:  # the package raises no narrower one
+            raise ValueError(f"{why}; nor does the package tokenizers read it: {e}") from None
+        for coder in (self.outer, self.inner):
+            coder.encode_special_tokens = True  # they stay text where people write them
+        self.vocabulary = [*self.outer.get_vocab(with_added_tokens=True).items()]
+        self.bytes = _type(spec.get("decoder")) == "ByteLevel"
+        unknown = (spec.get("model") or {}).get("unk_token") or "<unk>"
+        special = [t["content"] for t in added if t["special"] and t["content"] != unknown]
+        self.never = {t["id"] for t in added if t["content"] in special}
+        self.cut = re.compile(
+            "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in special)
+        )
+        # whether the text behind a special token begins anew, or a whole conversation does once
+        self.anew = any(p.get("prepend_scheme", "always") == "always" for p in _prefixes(spec))
+
+    def _at(self, after):
+        begins = after is None or after == "token" and self.anew
+        return self.outer if begins else self.inner
+
+    def encode(self, text, after=None):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._at(after).encode(text, add_special_tokens=False).ids
+        if self.never.isdisjoint(ids):
+            return ids
+        # Unigram finds "</s>" among its pieces: there the text is cut, "<" and "/s>"
+        first, *others = self.cut.split(text)
+        ids = self._at(after).encode(first, add_special_tokens=False).ids
+        for part in others:
+            ids += self.inner.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids, after=None):
+        return self._at(after).decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, i):
+        token = self.outer.id_to_token(i)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        if self.bytes and all(c in BYTE for c in token):
+            return bytes(BYTE[c] for c in token)
+        return token.replace("▁", " ").encode()
+
+
+def _parts(part, inside):
+    """The steps of a normalizer, pre-tokenizer or decoder, which may be a Sequence."""
+    return part.get(inside) or [] if _type(part) == "Sequence" else [part] if part else []
+
+
+def _prefixes(spec):
+    """The steps that put a space before a text's first word."""
+    steps = [p for p in _parts(spec.get("normalizer"), "normalizers") if _type(p) == "Prepend"]
+    for p in _parts(spec.get("pre_tokenizer"), "pretokenizers"):
+        if _type(p) == "Metaspace" and p.get("prepend_scheme", "always") != "never":
+            steps += [p] if p.get("add_prefix_space", True) else []
+        if _type(p) == "ByteLevel" and p.get("add_prefix_space", True):
+            steps.append(p)
+    return steps
+
+
+def _without_prefix(spec):
+    """A tokenizer.json that neither puts that space there nor takes it away."""
+    spec, never = copy.deepcopy(spec), {"add_prefix_space": False, "prepend_scheme": "never"}
+    for key, inside in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        kept = []
+        for p in _parts(spec.get(key), inside):
+            if _type(p) == "Metaspace":
+                p |= never
+            kept += [] if _type(p) in ("Prepend", "Strip") else [p]
+        whole = {"type": "Sequence", inside: kept} if len(kept) != 1 else kept[0]
+        spec[key] = whole if kept else None
+    for p in _prefixes(spec):
+        p |= never if _type(p) == "Metaspace" else {"add_prefix_space": False}
+    return spec
 
 
 def _template(template):
@@ -321,62 +504,77 @@ def _python_regex(pattern):
 
 
 # settings of a BPE model that would give other ids
-OTHER_BPE = (
-    "byte_fallback",
-    "ignore_merges",
-    "dropout",
-    "continuing_subword_prefix",
-    "end_of_word_suffix",
-)
+OTHER_BPE = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
-def _read(spec, name):
-    """A tokenizer.json's dict → (split pattern, {bytes: id}, special tokens {text: id}). Refuses by
-    name all that would give other ids.
+def _read(spec, added, name):
+    """A tokenizer.json's dict and its added tokens → (split pattern, whether a text is brought into
+    the normal form NFC, {bytes: id}, {added token: id}). OtherKindError, by name, for all that
+    would give other ids.
     """
 
     def refuse(field, value, expected):
         got = json.dumps(value)[:120]
-        raise ValueError(f"{name}: {field} is {got}, this reader knows {expected} only")
+        raise OtherKindError(f"{field} is {got}, byte-level BPE has {expected} only")
 
-    _want(isinstance(spec, dict), name, "the file", spec, "an object")
     model = spec.get("model") or {}
     _want(isinstance(model, dict), name, "model", model, "an object")
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
         refuse("model.type", model.get("type"), "BPE")
     for key in OTHER_BPE:
         if model.get(key):
-            refuse(f"model.{key}", model[key], "byte-level BPE without it")
-    if spec.get("normalizer"):
-        refuse("normalizer", spec["normalizer"], "null")
-    for key in ("decoder", "post_processor"):
-        part = spec.get(key)
-        if (part or key == "decoder") and _type(part) != "ByteLevel":
-            refuse(key, part, "ByteLevel")
-    special = _added(spec.get("added_tokens") or [], name, refuse)
+            refuse(f"model.{key}", model[key], "none of it")
+    normalizer = spec.get("normalizer")
+    if normalizer and _type(normalizer) != "NFC":
+        refuse("normalizer", normalizer, "null or NFC")
+    if _type(spec.get("decoder")) != "ByteLevel":
+        refuse("decoder", spec.get("decoder"), "ByteLevel")
+    for t in added:
+        other = [k for k in ("single_word", "lstrip", "rstrip") if t.get(k) and not t["special"]]
+        other += ["normalized"] if t.get("normalized") and normalizer else []
+        if other:
+            refuse(f"added token {t['content']!r}: {other[0]}", True, "false")
     pattern = _pattern(spec.get("pre_tokenizer"), refuse)
-    ranks = _ranks(model, special, name)
-    uses = Counter([*ranks.values(), *special.values()])
+    added_ids = {t["content"]: t["id"] for t in added}
+    ranks = _ranks(model, added_ids, name)
+    if pattern not in (GPT2, DIGITS) and sum(len(t) == 1 for t in ranks) < 256:
+        refuse("model.vocab", "without some bytes", "all 256 beside this pre_tokenizer")
+    uses = Counter([*ranks.values(), *added_ids.values()])
     _want(uses, name, "model.vocab", {}, "one token or more")
     twice = next((i for i, n in uses.items() if n > 1), None)
     if twice is not None:
         raise ValueError(f"{name}: two tokens have the id {twice}: each token's own was expected")
-    return pattern, ranks, special
+    return pattern, bool(normalizer), ranks, added_ids
 
 
-def _added(tokens, name, refuse):
-    """The added tokens, which must all be special → {text: id}."""
+def _added(tokens, name, named):
+    """The added tokens as dicts; those that the config names are special too."""
     _want(isinstance(tokens, list), name, "added_tokens", tokens, "a list")
-    special = {}
+    found = []
     for n, token in enumerate(tokens, 1):
         given = token if isinstance(token, dict) else {}
         text, at = given.get("content"), given.get("id")
         fits = isinstance(text, str) and text and _is_id(at)
         _want(fits, name, f"added token {n}", token, "an object with a content and an id")
-        if not token.get("special"):
-            refuse(f"added token {text!r}: special", False, "added tokens that are special")
-        special[text] = at
-    return special
+        found.append(token | {"special": bool(token.get("special")) or text in named})
+    return found
+
+
+def _begin(spec, ids, name):
+    """The ids that a post-processor puts before a text."""
+    begin = []
+    for part in _parts(spec.get("post_processor"), "processors"):
+        known = ("ByteLevel", "TemplateProcessing")
+        _want(_type(part) in known, name, "post_processor", part, " or ".join(known))
+        try:
+            for step in part.get("single", []):
+                if "Sequence" in step:  # the text itself
+                    break
+                begin += part["special_tokens"][step["SpecialToken"]["id"]]["ids"]
+        except (KeyError, TypeError, AttributeError):
+            _want(False, name, "post_processor", part, "a template of special tokens")
+    _want(set(begin) <= ids, name, "post_processor", begin, "ids of the vocabulary")
+    return begin
 
 
 def _want(fits, name, field, value, expected):
@@ -394,33 +592,46 @@ def _type(part):
 
 
 def _pattern(pre, refuse):
-    """GPT-2's ByteLevel, or SmolLM2's Sequence of Digits and ByteLevel → the split pattern for
-    tiktoken.
+    """A pre-tokenizer → the split pattern for tiktoken: GPT-2's ByteLevel, SmolLM2's Sequence of
+    Digits and ByteLevel, or one of a Split by a known pattern and ByteLevel. A known pattern leaves
+    nothing out, so what happens between its matches does not matter.
     """
     parts = pre.get("pretokenizers") if _type(pre) == "Sequence" else [pre]
     kinds = [_type(p) for p in parts] if isinstance(parts, list) else []
     last = parts[-1] if kinds and isinstance(parts[-1], dict) else {}
-    digits = kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits")
-    known = digits or kinds == ["ByteLevel"]
-    if not known or last.get("add_prefix_space", True) or not last.get("use_regex", True):
-        expected = "ByteLevel (add_prefix_space false, use_regex true)"
-        expected += ", alone or after Digits (individual_digits true),"
-        refuse("pre_tokenizer", pre, expected)
-    return DIGITS if digits else GPT2
+    if not last.get("add_prefix_space", True):
+        if last.get("use_regex", True) and kinds == ["ByteLevel"]:
+            return GPT2
+        if last.get("use_regex", True) and kinds == ["Digits", "ByteLevel"]:
+            if parts[0].get("individual_digits"):
+                return DIGITS
+        if not last.get("use_regex", True) and kinds == ["Split", "ByteLevel"]:
+            given = parts[0].get("pattern")
+            found = given.get("Regex") if isinstance(given, dict) else None
+            how = parts[0].get("behavior"), parts[0].get("invert")
+            if found in (LLAMA3, QWEN, GPT4O) and how in SPLITS:
+                return found
+    expected = "ByteLevel (add_prefix_space false, use_regex true),"
+    expected += " alone or after Digits (individual_digits true), or a known Split before it,"
+    refuse("pre_tokenizer", pre, expected)
 
 
-def _ranks(model, special, name):
-    """The model's vocab and merges → {bytes: id}, without the special tokens. ValueError unless
-    ids rise in the order of the merges, and every token is a byte, special, or made by a merge.
+SPLITS = (("Isolated", False), ("Removed", True))  # each keeps every match as a piece
+
+
+def _ranks(model, added, name):
+    """The model's vocab and merges → {bytes: id}, without the added tokens. OtherKindError unless
+    ids do not fall in the order of the merges (several may make one token, as in Llama 3), and
+    every token is a byte, added, or made by a merge.
     """
     vocab = model.get("vocab")
     fits = isinstance(vocab, dict) and all(map(_is_id, vocab.values()))
     _want(fits, name, "model.vocab", vocab, "an object of ids")
     try:
-        ranks = {bytes(BYTE[c] for c in t): i for t, i in vocab.items() if t not in special}
+        ranks = {bytes(BYTE[c] for c in t): i for t, i in vocab.items() if t not in added}
     except KeyError as e:
-        raise ValueError(
-            f"{name}: model.vocab has the character {e}, which is none of byte-level BPE's"
+        raise OtherKindError(
+            f"model.vocab has the character {e}, which is none of byte-level BPE's"
         ) from None
     made, last = set(), -1
     for k, merge in enumerate(model["merges"]):
@@ -430,22 +641,22 @@ def _ranks(model, special, name):
             raise ValueError(
                 f"{name}: merge {k} {merge!r} does not join two tokens of the vocabulary to a third"
             )
-        if ranks[token] <= last:
-            raise ValueError(
-                f"{name}: merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}:"
-                " the ids must rise"
+        if ranks[token] < last:
+            raise OtherKindError(
+                f"merge {k} {merge!r} makes token {ranks[token]}, the one before it {last}: the ids"
+                " must rise"
             )
         last = ranks[token]
         made.add(token)
     lost = [t for t in ranks if len(t) != 1 and t not in made]
     if lost:
-        raise ValueError(
-            f"{name}: no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a"
-            " single byte or a special token"
+        raise OtherKindError(
+            f"no merge makes the token {lost[0]!r} (id {ranks[lost[0]]}), nor is it a single byte"
+            " or an added token"
         )
     if model.get("unk_token") and sum(len(t) == 1 for t in ranks) < 256:
-        raise ValueError(
-            f"{name}: model.unk_token is {model['unk_token']!r} and single bytes are missing: they"
+        raise OtherKindError(
+            f"model.unk_token is {model['unk_token']!r} and single bytes are missing: they"
             " would be dropped here"
         )
     return ranks

@@ -209,7 +209,7 @@ def test_a_reward_model_where_a_language_model_is_wanted_and_the_reverse(refuses
 
 
 def test_a_chat_format(refuses, folder):
-    refuses("sft", "no chat format 'alpaca': there are chatml, smollm2", format="alpaca")
+    refuses("sft", "no chat format 'vicuna': there are chatml, smollm2, zephyr", format="vicuna")
     config = folder / "tokenizer_config.json"
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ messages }}"})
@@ -217,7 +217,9 @@ def test_a_chat_format(refuses, folder):
     for stage in ("sft", "ppo", "dpo"):
         refuses(
             stage,
-            "chat template is none of chatml, smollm2: it begins '{{ messages }}'; sft.py --format",
+            "chat template is none of chatml, smollm2, zephyr, llama2",
+            "it begins '{{ messages }}'. It writes no special token behind an answer",
+            "sft.py --format",
             model=folder,
         )
 
@@ -319,6 +321,24 @@ def test_malformed_records(stage, option, good, other, refuses, lines):
     refuses(
         stage, f"{file}l: no such file or folder (did you mean x.jsonl?)", **{option: file + "l"}
     )
+
+
+def test_another_chat_formats_markers(refuses, lines, small, tmp_path):
+    """In every stage's records; --allow-markers is what lets them pass."""
+    marked = [*tiny.user("[INST] Hot or cold? [/INST]")]
+    chat = {"messages": [*marked, CHAT["messages"][1]]}
+    said = "x.jsonl:1: '[INST]' is a chat format's marker; of 1 records used, 1 have one in"
+    for stage, option, record in (
+        ("sft", "data", chat),
+        ("compare", "data", {"messages": marked, "item": {"kind": "chat"}}),
+        ("reward", "data", RANKING | {"prompt": marked}),
+        ("reward", "reference", chat),
+        ("ppo", "data", {"messages": marked}),
+        ("dpo", "data", PAIR | {"prompt": marked}),
+    ):
+        refuses(stage, said, "give --allow-markers", **{option: lines(record)})
+    let = small["sft"] | dict(data=lines(chat), allow_markers=True, length=5, out=tmp_path / "x")
+    assert "no usable conversations in it (dropped: 1 longer" in run("sft.py", **let).err
 
 
 def test_a_file_in_which_nothing_usable_is_left(refuses, lines, small):

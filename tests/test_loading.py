@@ -224,6 +224,15 @@ def test_an_answer_ends_at_any_of_the_config_s_end_ids(tmp_path):
     for named, all_of_them in ((None, [279]), (277, [279, 277]), ([279], [279])):
         model.config.eos_token_id = named
         assert templates.end_ids(tok, model.config) == all_of_them
+    generation = tmp_path / "m" / "generation_config.json"  # where a chat model's ends may stand
+    for own, theirs, both in (
+        (277, [279, 277], [277, 279]),
+        (None, 279, 279),
+        ([277], None, [277]),
+    ):
+        for file, given in ((generation, theirs), (tmp_path / "m" / "config.json", own)):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": given}))
+        assert hub.read_config(tmp_path / "m").eos_token_id == both
     model.config.eos_token_id = [277, full_stop]
     with torch.no_grad():
         model.lm_head.weight[[full_stop, 279]] = 0.3 * model.norm.weight

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data import records
+from data import records, templates
 from data.world import world
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -752,3 +752,50 @@ def test_real_files():
     assert (len(chats), len(pairs)) == (1100, 1094)
     trained = {r["messages"][0]["content"] for r in records.split(chats)[0]}
     assert not trained & {r["prompt"][0]["content"] for r in records.split(pairs)[1]}
+
+
+def test_alpacas_input_is_told_from_the_instruction(write):
+    """For the one chat format that shows it apart."""
+    row = {"instruction": "Sum.", "input": "1, 2", "output": "3"}
+    (read,) = records.conversations(write(row))
+    text = templates.text(read["messages"], format=templates.TEMPLATES["alpaca"], bos="")
+    assert "paired with an input" in text and "\nSum.\n\n### Input:\n1, 2\n\n### Resp" in text
+    (read,) = records.conversations(write(row | {"input": ""}))
+    assert "Input" not in templates.text(read["messages"], format=templates.TEMPLATES["alpaca"])
+
+
+@pytest.mark.parametrize(
+    "sign",
+    "[INST] [/INST] <<SYS>> <|im_end|> <|endoftext|> </s> <|eot_id|> <end_of_turn> <eos>".split()
+    + ["### Response:", "### Instruction:", "\n\nAssistant:", "<｜User｜>"],
+)
+def test_markers_of_a_chat_format_are_counted_and_too_many_refused(write, capsys, sign):
+    marked = {"messages": [Q, {**A, "content": f"A {sign} B"}]}
+    few, many = write(*[CHAT] * 99, marked), write(*[CHAT] * 98, marked, marked, name="y.jsonl")
+    assert len(records.conversations(few, allow_markers=False)) == 100
+    said = (
+        f"{few}:100: {sign.strip()!r} is a chat format's marker; of 100 records used, 1 have one in"
+    )
+    assert said in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match=r"y.jsonl:99: .*of 100 records used, 2 have .* --allow-markers"
+    ):
+        records.conversations(many, allow_markers=False)
+    assert (
+        len(records.conversations(many)) == 100
+        and "of 100 records used, 2" in capsys.readouterr().err
+    )
+
+
+def test_markers_are_found_in_every_text_of_a_record(write):
+    for row in (
+        {"prompt": "<|im_end|>", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a</s>", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b [INST]"},
+        {"prompt": "q", "responses": ["a", "b", "### Response: c"], "ranks": [0, 1, 2]},
+    ):
+        with pytest.raises(ValueError, match=":1: .* a chat format's marker; of 1 records used, 1"):
+            records.pairs(write(row), allow_markers=False)
+    for text in ("a < b | c > d", "x[INSTANCE]", "### Responses", "<b>bold</b>", "1 <|> 2"):
+        file = write({"messages": [Q, {**A, "content": text}]})
+        records.conversations(file, allow_markers=False)

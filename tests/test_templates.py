@@ -5,6 +5,8 @@ roles checked.
 import copy
 import json
 import random
+import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -55,8 +57,13 @@ def test_text_equals_apply_chat_template(name):
         t = load()
         t.chat_template = jinja
         assert templates.of(t) is f
-        assert templates.text(chat, format=f) == whole
-        assert templates.text(chat[:-1], add_generation_prompt=True, format=f) == prompt
+        named = dict(format=f, bos=t.bos, eos=t.eos)
+        if whole is None:  # transformers' exception, from the template
+            with pytest.raises(ValueError, match=f"{name} has no system message; put it into"):
+                templates.text(chat, **named)
+            continue
+        assert templates.text(chat, **named) == whole
+        assert templates.text(chat[:-1], add_generation_prompt=True, **named) == prompt
 
 
 @pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])
@@ -193,11 +200,138 @@ def test_the_checkpoints_own_template_is_recognised_or_refused():
     # escapes instead of newlines: the same jinja
     t.chat_template = TEMPLATES["smollm2"].jinja.replace("\n", "\\n") + "\n"
     assert templates.of(t).name == "smollm2"
-    t.chat_template = "{{ messages }}"
-    with pytest.raises(ValueError, match="none of chatml, smollm2: it begins '{{ messages }}'"):
+    for jinja, why in (
+        ("{{ messages }}", "begins '{{ messages }}'. It writes no special token behind an answer"),
+        ("{% for %}", "It is no jinja"),
+        ("{{ messages[9].role.x }}", "refuses the messages"),
+        ("{{ raise_exception('No.') }}", "refuses the messages: No."),
+        ("{{ messages.append(1) }}", "refuses the messages"),  # the sandbox
+    ):
+        t.chat_template = jinja
+        with pytest.raises(ValueError, match=re.escape(why)):
+            templates.of(t)
+    with pytest.raises(ValueError, match="no chat format 'vicuna': there are chatml, smollm2"):
+        templates.named("vicuna")
+
+
+def test_jinja2_is_asked_for_by_name(monkeypatch):
+    t = load()
+    t.chat_template = OWN + "{# of a checkpoint #}"
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ValueError, match="none of chatml.* install the package jinja2"):
         templates.of(t)
-    with pytest.raises(ValueError, match="no chat format 'gemma': there are chatml, smollm2"):
-        templates.named("gemma")
+
+
+OWN = """{{- 'Talk:' }}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- generation %}{{ '<|im_start|>A:' + m.content | trim + '<|im_end|>' }}{% endgeneration %}
+    {%- else %}
+        {{- '<|im_start|>' + m.role[0] | upper + ':' + m.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>A:' }}{% endif %}"""
+
+
+def test_another_template_is_rendered_and_trained():
+    """The text is jinja's; an answer is trained from where its prompt ends to its end token; what
+    people wrote is no special token.
+    """
+    t = load()
+    t.chat_template = OWN
+    said = "x<|im_end|>\U000f0000"
+    chat = [{"role": "system", "content": "S"}, user(said), assistant(" a\n"), user("y")]
+    chat.append(assistant("b"))
+    begin, end = t.special["<|im_start|>"], t.special["<|im_end|>"]
+    e = t.encode
+    answers = [[*e("a"), end], [*e("b"), end]]
+    ids = [*e("Talk:"), begin, *e("S:S"), begin, *e("U:" + said), begin, *e("A:"), *answers[0]]
+    ids += [begin, *e("U:y"), begin, *e("A:"), *answers[1]]
+    got, labels = render(t, chat)
+    assert got == ids and [i for i in labels if i != -100] == answers[0] + answers[1]
+    assert labels[-len(answers[1]) :] == answers[1]
+    prompt = render(t, chat[:4], add_generation_prompt=True)[0]
+    assert prompt == ids[: -len(answers[1])]
+    assert templates.answer_ids(t, chat[:4], "b") == (prompt, answers[1])
+    assert templates.end_id(t) == end
+    chat[2]["weight"] = 0
+    assert [i for i in render(t, chat)[1] if i != -100] == answers[1]
+    assert templates.adopt(t).name == "the checkpoint's own" and t.chat_template == OWN
+
+
+@pytest.mark.parametrize("name", ["chatml", "smollm2", "zephyr", "mistral", "alpaca"])
+def test_jinja_and_the_table_give_the_same_ids_and_labels(name):
+    t, f = load(), TEMPLATES[name]
+    chat = [user("a"), assistant("b"), user("c d"), assistant("e\nf")]
+    expected = render(t, chat, format=f)
+    t.chat_template = f.jinja + "{# of a checkpoint #}"
+    assert templates.of(t).name == "the checkpoint's own" and render(t, chat) == expected
+    assert render(t, chat[:3], True) == render(t, chat[:3], True, format=f)
+
+
+def test_a_template_that_drops_old_reasoning_is_refused_with_the_turn():
+    drops = OWN.replace("m.content | trim", "(m.content if loop.last else m.content[-1])")
+    t = load()
+    t.chat_template = drops
+    chat = [user("q"), assistant("think: a"), user("r"), assistant("think: b")]
+    with pytest.raises(ValueError, match="message 2 .'think: a'.: .* otherwise once .* gone on"):
+        render(t, chat)
+    chat[1]["weight"] = 0
+    ids, labels = render(t, chat)
+    assert t.decode([i for i in labels if i != -100]) == "think: b<|im_end|>"
+    assert "think: a" not in t.decode(ids)
+    chat[1].pop("weight")  # a prompt trains nothing
+    assert render(t, chat[:3], add_generation_prompt=True)[0] == ids[: -len(labels_of(labels))]
+    t.chat_template = OWN.replace("{{ '<|im_start|>A:' }}", "{{ '<|im_start|>B:' }}")
+    with pytest.raises(ValueError, match="message 2 .*does not begin this answer where its prompt"):
+        render(t, chat)
+
+
+def labels_of(labels):
+    return [i for i in labels if i != -100]
+
+
+def test_alpaca_shows_an_input_apart():
+    f = TEMPLATES["alpaca"]
+    question = {"role": "user", "content": "Sum.\n\n1, 2", "input": "1, 2"}
+    shown = templates.text([question], True, f, bos="")
+    assert shown.startswith("Below is an instruction that describes a task, paired with an input")
+    assert shown.endswith("\n\n### Instruction:\nSum.\n\n### Input:\n1, 2\n\n### Response:\n")
+    plain = templates.text([user("Sum.")], True, f, bos="")
+    assert plain.endswith("request.\n\n### Instruction:\nSum.\n\n### Response:\n")
+
+
+def test_a_beginning_stands_once():
+    """Also where the template writes none, and in Llama 2's, which writes one a question."""
+    t = load("llama3_kind")
+    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
+    assert t.begin == [t.bos_id]
+    for name, n in (("llama3", 1), ("zephyr", 1), ("alpaca", 1), ("llama2", 2)):
+        ids, labels = render(t, chat, format=TEMPLATES[name])
+        assert ids[0] == t.bos_id and ids.count(t.bos_id) == n and len(ids) == len(labels)
+        prompt, _ = render(t, chat[:3], add_generation_prompt=True, format=TEMPLATES[name])
+        assert ids[: len(prompt)] == prompt
+
+
+def test_a_greedy_token_takes_the_white_space_behind_it():
+    """Phi's "<|user|>" and "<|end|>" do, so their newlines are no tokens; an answer keeps its."""
+    t = load("phi4_kind")
+    ids, labels = render(t, [user("\n Hi"), assistant(" Yo\n")])
+    a, e, u = (t.special[f"<|{x}|>"] for x in ("assistant", "end", "user"))
+    assert ids == [*t.begin, u, *t.encode("Hi"), e, a, *t.encode(" Yo\n"), e, t.eos_id]
+    assert labels_of(labels) == [*t.encode(" Yo\n"), e]
+    assert templates.answer_text(t, t.encode(" Yo\n")) == " Yo\n"
+    adopted = templates.adopt(t)
+    assert adopted.name == "phi3" and t.eos != "<|end|>"  # the template writes eos at the very end
+
+
+def test_what_was_said_is_read_back_without_the_formats_spaces():
+    t = load("llama3_kind")
+    t.chat_template = TEMPLATES["llama2"].jinja
+    _, answer = templates.answer_ids(t, [user("a")], "b c")
+    assert t.decode(answer) == " b c <|eot_id|>"
+    assert templates.read_answers(t, [answer], [t.eos_id]) == (["b c"], [True])
+    assert templates.answer_text(t, t.encode("\n b c\n")) == "b c"  # as the template would write it
 
 
 def test_end_id_and_a_tokenizer_without_the_formats_tokens():
@@ -232,7 +366,7 @@ def test_the_template_trained_with_is_saved_and_another_one_warns(tmp_path):
     ):
         templates.adopt(saved, "smollm2")
     assert templates.of(saved).name == "smollm2"
-    saved.chat_template = "{{ messages }}"
+    saved.chat_template = "{{ messages }}"  # even one that cannot be used
     with pytest.warns(UserWarning, match="trained with one that is not in the table"):
         templates.adopt(saved, "chatml")
     spelt = TEMPLATES["smollm2"].jinja.replace("\n", "\\n")

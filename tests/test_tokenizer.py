@@ -4,6 +4,7 @@ foreign files refused by name.
 
 import json
 import random
+import sys
 import time
 import warnings
 from itertools import pairwise
@@ -30,10 +31,15 @@ def quiet_encode(t, text):
         return t.encode(text)
 
 
-@pytest.mark.parametrize("kind", ["gpt2_kind", "smollm2_kind"])
+KINDS = {"gpt2_kind": 200, "smollm2_kind": 200} | {
+    f"{family}_kind": 60 for family in ("llama3", "qwen", "phi4")
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_hugging_faces(kind):
     t = Tokenizer.load(GOLDEN / kind)
-    assert len(TOKENS[kind]) == 200
+    assert len(TOKENS[kind]) == KINDS[kind]
     for text, ids in TOKENS[kind]:
         assert quiet_encode(t, text) == ids, ascii(text)
 
@@ -61,7 +67,7 @@ def test_any_text_and_any_bytes_round_trip():
         text = random_text(rng)
         assert t.decode(t.encode(text)) == text
     for b in range(256):
-        assert t.encoding.decode_bytes([[*tokenizer.CHAR].index(b)]) == bytes([b])
+        assert t.token_bytes([*tokenizer.CHAR].index(b)) == bytes([b])
     # no UTF-8: a replacement, no crash
     assert t.decode([[*tokenizer.CHAR].index(0xFF)]) == "�"
     # half a character is replaced
@@ -88,7 +94,7 @@ def test_decode_shows_or_drops_special_tokens_and_refuses_foreign_ids():
 
 def test_missing_bytes_are_dropped_with_one_warning():
     t = Tokenizer.load(GOLDEN / "smollm2_kind")
-    assert len(t.missing) == 21
+    assert len(t.coder.missing) == 21
     with pytest.warns(UserWarning, match="bytes 04 f1: they are dropped") as caught:
         assert t.encode("a\x04!\x04!\U00040000") == t.encode("a") + t.encode("!!") + t.encode(
             "\U00040000"
@@ -210,13 +216,19 @@ def test_config_in_its_spellings(tmp_path):
     t = Tokenizer(t.json, config)
     assert (
         t.eos_id == t.special["<|im_end|>"]
-        and t.pad_id is None
+        and t.pad_id == t.eos_id
         and t.bos_id is None
         and t.chat_template == "D"
     )
     t.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("J")
-    assert Tokenizer.load(tmp_path).chat_template == "J"
+    again = Tokenizer.load(tmp_path)
+    assert again.chat_template == "J"
+    again.save(tmp_path / "new")  # as it came, and where other programs look for it
+    assert (tmp_path / "new" / "chat_template.jinja").read_text() == "J"
+    assert (
+        json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["chat_template"] == "J"
+    )
 
 
 SPEC = json.loads((GOLDEN / "gpt2_kind" / "tokenizer.json").read_text("utf-8"))
@@ -234,10 +246,17 @@ def changed(**fields):
     return json.dumps(spec)
 
 
+def template(begin):
+    """A post-processor that puts a token before a text."""
+    steps = [{"SpecialToken": {"id": "B", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    known = {"B": {"id": "B", "ids": [begin], "tokens": ["B"]}}
+    return {"type": "TemplateProcessing", "single": steps, "special_tokens": known}
+
+
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"normalizer": {"type": "NFC"}}, "normalizer"),
+        ({"normalizer": {"type": "NFKC"}}, "normalizer"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer"),
         ({"pre_tokenizer": None}, "pre_tokenizer"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "pre_tokenizer"),
@@ -263,16 +282,17 @@ def changed(**fields):
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "pre_tokenizer"),
         ({"decoder": None}, "decoder"),
         ({"decoder": {"type": "WordPiece"}}, "decoder"),
-        ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor"),
+        ({"post_processor": {"type": "BertProcessing"}}, "post_processor"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": 1}}, "post_processor"),
+        ({"post_processor": template(500)}, "post_processor"),
         ({"model__type": "Unigram"}, "model.type"),
         ({"model__merges": None}, "model.type"),
         ({"model__byte_fallback": True}, "byte_fallback"),
-        ({"model__ignore_merges": True}, "ignore_merges"),
         ({"model__dropout": 0.1}, "dropout"),
         ({"model__continuing_subword_prefix": "##"}, "continuing_subword_prefix"),
         (
-            {"added_tokens": [SPEC["added_tokens"][0] | {"special": False}]},
-            "added token .*endoftext",
+            {"added_tokens": [SPEC["added_tokens"][0] | {"special": False, "rstrip": True}]},
+            "added token .*endoftext.*rstrip",
         ),
         (
             {"model__vocab": SPEC["model"]["vocab"] | {"▁the": 501}},
@@ -282,15 +302,42 @@ def changed(**fields):
             {"model__vocab": SPEC["model"]["vocab"] | {"unmade": 501}},
             "no merge makes the token b'unmade'",
         ),
-        ({"model__merges": SPEC["model"]["merges"][:1] + SPEC["model"]["merges"]}, "ids must rise"),
         ({"model__merges": SPEC["model"]["merges"][::-1]}, "ids must rise"),
         ({"model__merges": [*SPEC["model"]["merges"], "q z"]}, "does not join two tokens"),
         ({"model__merges": [*SPEC["model"]["merges"], "a b c"]}, "does not join two tokens"),
     ],
 )
-def test_other_kinds_of_tokenizer_are_refused_by_name(fields, named):
+def test_other_kinds_of_tokenizer_are_refused_by_name(fields, named, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=f"^here/tokenizer.json: .*{named}"):
         Tokenizer(changed(**fields), name="here/tokenizer.json")
+
+
+def test_other_kinds_ask_for_the_package_tokenizers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="t.json: model.type is .* install the package tokenizers"):
+        Tokenizer(changed(model__type="Unigram"), name="t.json")
+
+
+def test_what_begins_every_text():
+    t = Tokenizer(changed(post_processor=template(498)))
+    assert t.begin == [498] and 498 not in t.encode("Hi")
+    for said, begin in ((True, [497]), (False, [])):  # the config's word wins
+        config = {"bos_token": "<|endoftext|>", "add_bos_token": said}
+        assert Tokenizer(changed(post_processor=template(498)), config).begin == begin
+
+
+def test_added_tokens_that_are_not_special_are_found_in_any_text():
+    t = Tokenizer.load(GOLDEN / "qwen_kind")
+    think = t.coder.found["<think>"]
+    assert t.encode("a<think>b") == [*t.encode("a"), think, *t.encode("b")]
+    assert t.decode([think], skip_special=True) == "<think>" and "<think>" not in t.special
+    assert t.encode("e\u0301") == t.encode("\xe9")  # NFC
+    # one that the config names is special whatever the file says
+    spec = json.loads(t.json)
+    spec["added_tokens"] = [a | {"special": False} for a in spec["added_tokens"]]
+    named = Tokenizer(json.dumps(spec), t.config)
+    assert named.special == {"<|im_end|>": t.eos_id} and t.eos_id not in named.encode("<|im_end|>")
 
 
 def test_gpt2s_own_spelling_is_read():

@@ -83,12 +83,12 @@ def stream(tok, tokens, ends) -> tuple[str, str]:
                 why = ""
                 break
             ids += new.tolist()
-            whole = tok.decode(ids, skip_special=True).rstrip("\ufffd")
+            whole = templates.answer_text(tok, ids).rstrip("\ufffd")
             print(printable(whole[shown:]), end="", flush=True)
             shown = len(whole)
     except KeyboardInterrupt:
         why = "stopped"
-    text = tok.decode(ids, skip_special=True)
+    text = templates.answer_text(tok, ids)
     print(printable(text[shown:]), flush=True)
     return text, why
 

@@ -145,7 +145,7 @@ def text_losses(model, tok, texts, length: int, device, size=8):
     """[(sum of the tokens' negative log-likelihoods, their number)] of plain texts, cut at `length`
     tokens; a text's first token is only read.
     """
-    ids, out = [tok.encode(t)[:length] for t in texts], []
+    ids, out = [[*tok.begin, *tok.encode(t)][:length] for t in texts], []
     for at in range(0, len(ids), size):
         tokens, mask = pad(ids[at : at + size])
         labels = torch.where(mask, tokens, IGNORE)

@@ -138,7 +138,7 @@ def programs(model, tok, items, o, at):
     for item in items:
         messages = [{"role": "user", "content": item["asked"]}]
         chat = o.chat and templates.render(tok, messages, add_generation_prompt=True)[0]
-        ids.append(chat or tok.encode(item["prompt"].rstrip("\n")))
+        ids.append(chat or [*tok.begin, *tok.encode(item["prompt"].rstrip("\n"))])
     fit = [i for i in range(len(ids)) if len(ids[i]) <= room]
     temperature = o.temperature if o.samples > 1 else 0.0
     asked = [ids[i] for i in fit for _ in range(o.samples)]

@@ -58,6 +58,23 @@ def varied(n, seed):
     return out
 
 
+def spiced(n, seed):
+    """Such strings with families' own tokens in them, special and merely added."""
+    rng, marks = random.Random(seed), ["<think>", "</think>", "<s>", "</s>", "<|eot_id|>", "[INST]"]
+    marks += [
+        "<|user|>",
+        "<|end|>\n",
+        "<start_of_turn>",
+        "<tool_call>",
+        "  ",
+        "e\u0301",
+        "Ⅷ",
+        "DON'T",
+    ]
+    texts = [[*text.partition(" ")] for text in varied(n, seed)]
+    return ["".join([*parts, rng.choice(marks), parts[0][:5]]) for parts in texts]
+
+
 CHATS = [
     [
         {"role": "user", "content": "What is the capital of Peru?"},
@@ -88,6 +105,148 @@ CHATS = [
 KINDS = {"gpt2_kind": "chatml", "smollm2_kind": "smollm2"}
 
 
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+THINK = ("<think>", "</think>", "<tool_call>")
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+PHI_TOKENS = ("<|assistant|>", "<|end|>", "<|user|>", "<|system|>")
+# small tokenizers of other families' kinds, each with its chat format
+FAMILIES = {
+    "llama3_kind": "llama3",
+    "qwen_kind": "chatml",
+    "phi4_kind": "phi3",
+    "llama2_kind": "llama2",
+    "mistral_kind": "mistral",
+    "zephyr_kind": "zephyr",
+    "gemma_kind": "gemma",
+    "phi3_kind": "phi3",
+    "unigram_kind": "alpaca",
+}
+BY_TIKTOKEN = ("llama3_kind", "qwen_kind", "phi4_kind")
+
+
+def family(kind, path, texts=None):
+    """Trains a tokenizer of a family's kind with the package tokenizers, and writes its folder."""
+    import tokenizers as T
+
+    texts = texts or [*varied(200, 1), *(inspect.getdoc(m) for m in (json, random, argparse))]
+    byte_level = kind in BY_TIKTOKEN
+    special = {
+        "llama3_kind": [*LLAMA3_TOKENS, "<|eot_id|>"],
+        "qwen_kind": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "phi4_kind": ["<|endoftext|>", *PHI_TOKENS],
+    }.get(kind, [UNK, BOS, EOS])
+    model = T.models.BPE(byte_fallback=not byte_level, fuse_unk=True, unk_token=None)
+    if not byte_level:
+        model.unk_token = UNK
+    tok = T.Tokenizer(T.models.Unigram() if kind == "unigram_kind" else model)
+    options = dict(vocab_size=len(special) + 400, special_tokens=special, show_progress=False)
+    trainer = T.trainers.BpeTrainer(**options)
+    if byte_level:
+        pattern, how, invert = {
+            "llama3_kind": (tokenizer.LLAMA3, "isolated", False),
+            "qwen_kind": (tokenizer.QWEN, "isolated", False),
+            "phi4_kind": (tokenizer.GPT4O, "removed", True),
+        }[kind]
+        bytes_only = T.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = T.pre_tokenizers.Split(T.Regex(pattern), how, invert)
+        tok.pre_tokenizer = T.pre_tokenizers.Sequence([split, bytes_only])
+        tok.decoder = T.decoders.ByteLevel()
+        alphabet = T.pre_tokenizers.ByteLevel.alphabet()
+        trainer = T.trainers.BpeTrainer(**options, initial_alphabet=alphabet)
+        if kind == "qwen_kind":
+            tok.normalizer = T.normalizers.NFC()
+    elif kind == "unigram_kind":
+        tok.pre_tokenizer = T.pre_tokenizers.Metaspace()
+        tok.decoder = T.decoders.Metaspace()
+        trainer = T.trainers.UnigramTrainer(**options, unk_token=UNK)
+    else:  # SentencePiece's BPE: bytes in front, no split but by spaces
+        options["special_tokens"] += [f"<0x{b:02X}>" for b in range(256)]
+        options["vocab_size"] += 256
+        trainer = T.trainers.BpeTrainer(**options)
+        tok.pre_tokenizer = T.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tok.train_from_iterator(texts, trainer)
+    spec = as_in_the_family(kind, json.loads(tok.to_str()))
+    named = {"bos_token": BOS, "eos_token": EOS, "pad_token": None}
+    if byte_level:
+        begin = special[0] if kind != "qwen_kind" else None
+        end = special[0] if kind == "phi4_kind" else special[-1]
+        named = {"bos_token": begin, "eos_token": end, "pad_token": None}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["chat_template"] = templates.TEMPLATES[FAMILIES[kind]].jinja
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    (path / "tokenizer_config.json").write_text(json.dumps(config | named), "utf-8")
+
+
+def as_in_the_family(kind, spec):
+    """The trained tokenizer.json with the family's other settings."""
+    added = spec["added_tokens"] = [t for t in spec["added_tokens"] if "<0x" not in t["content"]]
+    vocab = spec["model"]["vocab"]
+    begin = {
+        "qwen_kind": None,
+        "phi4_kind": None,
+        "phi3_kind": None,
+        "llama3_kind": LLAMA3_TOKENS[0],
+    }
+    begin = begin.get(kind, BOS)
+
+    def add(texts, **flags):
+        for text in texts:
+            at = max(*(t["id"] for t in added), len(vocab) - 1) + 1
+            added.append(dict(id=at, content=text) | tokenizer.ADDED | flags)
+
+    if kind == "llama3_kind":  # as converted from tiktoken's ranks: every merge that makes a token
+        spec["model"] |= {"ignore_merges": True, "merges": every_merge(vocab)}
+    if kind == "qwen_kind":
+        add(THINK, special=False)
+    if kind == "phi4_kind":
+        added[:] = [t | {"rstrip": t["content"] in PHI_TOKENS} for t in added]
+    if kind == "phi3_kind":
+        add(["<|endoftext|>"])
+        add(PHI_TOKENS, rstrip=True)
+    if kind == "gemma_kind":
+        add(["<start_of_turn>", "<end_of_turn>"])
+    old = kind in ("llama2_kind", "phi3_kind", "gemma_kind")
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    back += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if old:
+        prepend = [{"type": "Prepend", "prepend": "▁"}] * (kind != "gemma_kind")
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [*prepend, space]}
+        spec["pre_tokenizer"] = None
+    if kind in ("mistral_kind", "zephyr_kind"):
+        spec["pre_tokenizer"]["split"] = False
+    if old or kind in ("mistral_kind", "zephyr_kind"):
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        back += [strip] * (kind != "gemma_kind")
+        spec["decoder"] = {"type": "Sequence", "decoders": back}
+    if begin:
+        at = next(t["id"] for t in added if t["content"] == begin)
+        before, text = (
+            {"SpecialToken": {"id": begin, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        )
+        pair = [before, text, {"SpecialToken": {"id": begin, "type_id": 1}}]
+        pair.append({"Sequence": {"id": "B", "type_id": 1}})
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [before, text],
+            "pair": pair,
+            "special_tokens": {begin: {"id": begin, "ids": [at], "tokens": [begin]}},
+        }
+    return spec
+
+
+def every_merge(vocab):
+    """All pairs of tokens that make a third, in the order of its id."""
+    merges = []
+    for token in sorted(vocab, key=vocab.get):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab]
+        merges += [f"{a} {b}" for _, _, a, b in sorted(pairs)]
+    return merges
+
+
 def hf(kind):
     from transformers import AutoTokenizer
 
@@ -106,6 +265,8 @@ def tokenizers(smollm2):
     small = tokenizer.train(texts, 500)
     small.chat_template = templates.TEMPLATES["chatml"].jinja
     small.save(HERE / "gpt2_kind")
+    for kind in BY_TIKTOKEN:
+        family(kind, HERE / kind)
     spec = json.loads((smollm2 / "tokenizer.json").read_text("utf-8"))
     vocab = {t: i for t, i in spec["model"]["vocab"].items() if i < 1000}
     spec["model"] |= {
@@ -124,31 +285,62 @@ def tokens(smollm2):
     from transformers import AutoTokenizer
 
     peers = {kind: hf(kind) for kind in KINDS} | {"smollm2": AutoTokenizer.from_pretrained(smollm2)}
-    return {
+    found = {
         kind: [[text, hf_ids(peer, text)] for text in varied(200, 2)]
         for kind, peer in peers.items()
     }
+    for kind in BY_TIKTOKEN:
+        found[kind] = [[text, hf_ids(hf(kind), text)] for text in spiced(60, 2)]
+    return found
+
+
+# white space around what was said, which some formats drop, and a question with its input
+EDGES = [
+    [
+        {"role": "system", "content": " Be brief.\n"},
+        {"role": "user", "content": "\n  Sum these.\n"},
+        {"role": "assistant", "content": " 3\n\n"},
+        {"role": "user", "content": " And these? "},
+        {"role": "assistant", "content": "\t4 "},
+    ],
+    [
+        {"role": "user", "content": "Sum these.\n\n1, 2", "input": "1, 2"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Welcome."},
+    ],
+]
 
 
 def rendered(smollm2):
     """{format: [[jinja, chat, text, prompt text], ...]} of apply_chat_template, for each jinja text
-    in the table, and SmolLM2's own.
+    in the table, and SmolLM2's own. Both texts are null where the template refuses the chat.
     """
     peer, out = hf("gpt2_kind"), {}
     own = json.loads((smollm2 / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
     for name, f in templates.TEMPLATES.items():
         out[name] = []
         for jinja in (f.jinja, *f.known, *([own] if name == "smollm2" else [])):
-
-            def apply(chat, prompt, jinja=jinja):
-                return peer.apply_chat_template(
-                    chat, chat_template=jinja, tokenize=False, add_generation_prompt=prompt
-                )
-
-            out[name] += [
-                [jinja, chat, apply(chat, False), apply(chat[:-1], True)] for chat in CHATS
-            ]
+            for chat in CHATS if name in KINDS.values() else [*CHATS[1:3], *EDGES]:
+                out[name].append([jinja, chat, *applied(peer, chat, jinja)])
     return out
+
+
+def applied(peer, chat, jinja=None):
+    """apply_chat_template's text of a chat, and of its prompt; null, null where it refuses."""
+    from jinja2 import TemplateError
+
+    both = []
+    for messages, prompt in ((chat, False), (chat[:-1], True)):
+        try:
+            both.append(
+                peer.apply_chat_template(
+                    messages, chat_template=jinja, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        except TemplateError:
+            both.append(None)
+    return both
 
 
 def chats(smollm2):
@@ -179,8 +371,8 @@ def chats(smollm2):
         for i, chat in enumerate(CHATS):
             system = (
                 []
-                if f.system is None or chat[0]["role"] == "system"
-                else [{"role": "system", "content": f.system}]
+                if f.default is None or chat[0]["role"] == "system"
+                else [{"role": "system", "content": f.default}]
             )
             ids, mask = [], []
             for m in system + chat:
