@@ -61,6 +61,9 @@ class Tuning:
     keep_base: bool = opt(
         False, "train --model's own adapter further, on its base, not a merged copy of the two"
     )
+    allow_dropped: bool = opt(
+        False, "go on where more than 5 % of the records are odd, such as with an empty turn"
+    )
     schedule: str = opt(
         "linear",
         "learning rate after --warmup: down to 0 along a line or half a cosine, or constant",
