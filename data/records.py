@@ -35,7 +35,8 @@ READERS = {  # kind → who reads it
     "text": "sft.py, forget.py and ppo.py --ptx",
 }
 UNWANTED = "with label false"
-ODD = (EMPTY, ROLES, UNANSWERED, turns.HALF, turns.APART)  # many of them: the file is not as meant
+# many of these, and the file is not what its reader takes it for
+ODD = (EMPTY, ROLES, UNANSWERED, turns.HALF, turns.APART)
 ODD_SHARE, ODD_MANY = 0.05, 10
 HARMLESS, _read, _short = shapes.HARMLESS, rows.read, turns._short
 _string, _alpaca = turns.string, turns.alpaca
@@ -46,8 +47,8 @@ def conversations(path, need="answer", empty=False, allow_dropped=True):
     user's (need "prompt"; a reference answer beside it is left where it is).
 
     need "turns": as "answer", but the answers are not learnt, so labels and weights do not matter;
-    "any": either, with its label and weights. empty: those with an empty turn too, for a caller that counts
-    them itself. allow_dropped: False raises where many records are odd.
+    "any": either, with its label and weights. empty: those with an empty turn too, for a caller
+    that counts them itself. allow_dropped: False raises where many records are odd.
     """
     hidden = shapes.REFERENCES if need == "prompt" else ()
 

@@ -73,7 +73,7 @@ HARMLESS = {  # where a record is from, what it is about; at the end this projec
     *"metadata meta info length num_tokens token_count cache_control generator annotator".split(),
     *"model model_name chosen_model rejected_model score_chosen score_rejected".split(),
     *"chosen_score rejected_score chosen_rating rejected_rating".split(),
-    *"parallel_tool_calls schemaVersion".split(),
+    "parallel_tool_calls",
     *"item reference finished ids tokenizer".split(),
 }
 
@@ -131,6 +131,7 @@ def ours(record, hidden=()):
     asked = found.get("prompt")
     if isinstance(asked, dict) and "messages" in asked:  # OpenAI's pairs
         found |= {k: v for k, v in asked.items() if k != "messages"} | {"prompt": asked["messages"]}
+    found.pop("schemaVersion", None)  # Bedrock's: of the file, not of the record
     for field in SYSTEM:
         if field in found and not found.get("system"):
             found["system"] = found.pop(field)
@@ -286,7 +287,7 @@ def _system(value):
 
 def _truth(value):
     """A label; tables write it as a word."""
-    known = {"true": True, "1": True, "false": False, "0": False}
+    known = {"true": True, "1": True, "false": False, "0": False, "": None}
     return known.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
