@@ -327,6 +327,10 @@ REFUSED = [  # (lines, what the one line says)
         [CHAT, {"prompt": "Q?", "chosen": "a", "rejected": "b"}],
         "2: a conversation was expected, this is a preference pair",
     ),
+    (
+        [CHAT | {"chosen": "x"}],
+        "1: a conversation was expected, this is a preference pair",
+    ),
     ([CHAT, {"text": "once"}], "2: a conversation was expected, this is a text"),
     (
         [CHAT, {"prompt": "Q?", "responses": ["a", "b"], "ranks": [0, 1]}],
@@ -376,7 +380,7 @@ REFUSED = [  # (lines, what the one line says)
 
 
 @pytest.mark.parametrize("found, words", REFUSED)
-def test_forty_files_that_are_refused_in_one_line(tmp_path, found, words):
+def test_a_file_that_is_refused_in_one_line(tmp_path, found, words):
     path = lines(tmp_path / "x.jsonl", *found)
     with pytest.raises(ValueError, match=f"^{tmp_path}/x.jsonl:{words}") as e:
         records.conversations(path, allow_dropped=False)
