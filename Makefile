@@ -92,7 +92,7 @@ reward: comparisons ## stage 2b: the reward model, from the rankings
 	  --reference $(RECORDS) --out $(OUT)/reward $(COMMON) $(THEN) $(REWARD_ARGS)
 
 ppo: reward ## stage 3: PPO against the reward model
-	$(if $(PREFS),$(PY) -m data.records $(PREFS) $(PROMPTS))
+	$(if $(PREFS),$(PY) -m data.records convert $(PREFS) $(PROMPTS) --to prompts)
 	$(PY) ppo.py --model $(OUT)/sft --reward $(OUT)/reward --data $(PROMPTS) --out $(OUT)/ppo \
 	  $(COMMON) $(THEN) $(PPO_ARGS)
 

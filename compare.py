@@ -36,12 +36,13 @@ class Options(tuning.Reading):
     batch: int = opt(64, "prompts answered together", at_least=1)
     temperature: float = opt(1.0, "temperature of the answers", above=0)
     max_new_tokens: int = opt(64, "longest answer in tokens", at_least=1)
-    seed: int = opt(0, "seed of prompts, answers and labellers", at_least=0, below=2**32)
-    device: str = opt("auto", "cpu, cuda or auto")
-    save_every: int = opt(4, "batches between saved states", at_least=1)
+    allow_dropped: bool = opt(False, "go on where more than 5 % of the records are odd")
     allow_markers: bool = opt(
         False, "read prompts with chat formats' markers in their text, such as [INST]"
     )
+    seed: int = opt(0, "seed of prompts, answers and labellers", at_least=0, below=2**32)
+    device: str = opt("auto", "cpu, cuda or auto")
+    save_every: int = opt(4, "batches between saved states", at_least=1)
     overwrite: bool = opt(False, "start anew over a finished run")
 
 
@@ -58,7 +59,7 @@ def prepare(o: Options, tok, room: int):
     """→ [(record, ids)], the prompts of this run. Prompts of more than `room` tokens leave no room
     for an answer: they are dropped and counted.
     """
-    found = records.conversations(o.data, "prompt", allow_markers=o.allow_markers)
+    found = records.conversations(o.data, "prompt", **tuning.allowed(o))
     if o.labeller == "world" and not all(map(world.knows, found)):
         knows = "--labeller world knows the embedded world's prompts only (with their `item`)"
         raise ValueError(f"{o.data}: {knows}; give FILE.py:function")
@@ -90,7 +91,8 @@ def compare(o: Options):
         inputs.append(file)
     run = Run(o, __file__, inputs, file=True)
     if records.kind(o.data) == "preference pair":
-        return run.finish(lambda path: write_jsonl(path, records.rankings(o.data, o.allow_markers)))
+        found = records.rankings(o.data, **tuning.allowed(o))
+        return run.finish(lambda path: write_jsonl(path, found))
     judge = load_function(o.labeller) if file else None
     model, tok = tuning.read(o, o.model, pick_device(o.device))
     ends = templates.end_ids(tok, model.config)

@@ -75,14 +75,14 @@ class Options:
 
 
 # ---------------------------------------------------------------- old data: replay and PPO-ptx
-def examples(path, tok, length: int):
+def examples(path, tok, length: int, **allowed):
     """Chats or plain text → [(ids, labels)]. Of chats the training split, as in sft.py; text is cut
     into pieces of `length` tokens, each of them a target, the document's end too."""
     if not records.is_text(path):
-        train, held = records.split(records.conversations(path))
+        train, held = records.split(records.conversations(path, **allowed))
         found, what = [templates.render(tok, c["messages"]) for c in train], "conversations"
     else:
-        documents = [templates.document(tok, text) for text in records.texts(path)]
+        documents = [templates.document(tok, text) for text in records.texts(path, **allowed)]
         pieces = [ids[i : i + length] for ids in documents for i in range(0, len(ids), length)]
         found, held, what = [(ids, ids) for ids in pieces if len(ids) > 1], [], "pieces of text"
     kept, dropped = usable(found, length)

@@ -270,8 +270,7 @@ class Transformer(nn.Module):
         """
         at, past = layout or padded(tokens, mask, cache), None
         if self.virtual is not None:  # a past that all rows share; positions go on from it
-            known = cache is not None and cache.past
-            past = cache.past if known else self.virtual.past(self)
+            past = cache.past if cache and cache.past else self.virtual.past(self)
             at = at.behind(self.virtual.tokens)
         x = self.blocks(self.embed(tokens), at, cache, past)
         if cache is not None:
@@ -317,8 +316,7 @@ def init_weights(model: Transformer, generator: torch.Generator):
 
 
 def share(model: Transformer) -> Transformer:
-    """A copy that holds the very same frozen tensors (parameters without gradient, buffers) and
-    copies of the trained ones."""
+    """A copy that holds the very same frozen tensors and buffers, and copies of the trained ones."""
     frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
     return copy.deepcopy(model, {id(t): t for t in frozen})
 

@@ -285,9 +285,9 @@ def load_reward(o, reference, tok, seen: list):
     return scorer, model
 
 
-def prepare(path, tok, room: int, allow_markers=True):
+def prepare(path, tok, room: int, **allowed):
     """Conversations that end in a user's turn → [(record, ids)], those with room for an answer."""
-    train, held = records.split(records.conversations(path, "prompt", allow_markers=allow_markers))
+    train, held = records.split(records.conversations(path, "prompt", **allowed))
     data = [(r, templates.render(tok, r["messages"], add_generation_prompt=True)[0]) for r in train]
     kept = [(r, ids) for r, ids in data if len(ids) <= room]
     reason = f"longer than {room} tokens (the context less --max-new-tokens)"
@@ -349,7 +349,7 @@ def ppo(o: Options):
     else:
         critic = tuning.critic_of(o, reward_model, reference, tok)
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
-    prompts = prepare(o.data, tok, room, o.allow_markers)
+    prompts = prepare(o.data, tok, room, **tuning.allowed(o))
     texts = forget.examples(o.ptx, tok, min(256, policy.context)) if o.ptx else []
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(ModuleList([policy, critic]), peak, eps=1e-5, paged=o.paged)

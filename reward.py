@@ -104,11 +104,11 @@ def prepare(path, rankings, tok, length: int, held=0):
     return kept
 
 
-def prepare_references(path, tok, length: int, seed: int, n=128, allow_markers=True):
+def prepare_references(path, tok, length: int, seed: int, n=128, **allowed):
     """n reference answers (demonstrations) → [(prompt ids, answer ids)]; those longer than `length`
     are dropped and counted.
     """
-    read = records.conversations(path, allow_markers=allow_markers)
+    read = records.conversations(path, **allowed)
     found = [r["messages"] for r in read if r["messages"][-1].get("weight") != 0]
     some = records.batch(found, 0, min(n, len(found)), seed)
     ids = [templates.answer_ids(tok, chat[:-1], chat[-1]["content"]) for chat in some]
@@ -158,10 +158,10 @@ def reward(o: Options):
     hub.token_ids(model.config, tok)  # a missing padding token is an error now, not at the end
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
-    train, held = records.split(records.rankings(o.data, o.allow_markers))
+    train, held = records.split(records.rankings(o.data, **tuning.allowed(o)))
     data = prepare(o.data, train, tok, length, len(held))
     held = encode(held, tok, length)[0][:64]
-    references = prepare_references(o.reference, tok, length, o.seed, allow_markers=o.allow_markers)
+    references = prepare_references(o.reference, tok, length, o.seed, **tuning.allowed(o))
     peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)
     report = tuning.Report(o, device, [model])

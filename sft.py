@@ -31,7 +31,9 @@ class Options(Watching, tuning.Tuning):
     adapter: str = opt("none", "a lighter adapter than LoRA", choices=("none", *tuning.KINDS))
     virtual_tokens: int = opt(20, "in prompt or prefix", needs="adapter prompt prefix", at_least=1)
     model: str = opt("data/base", "checkpoint folder to start from")
-    data: str = opt("out/world/sft.jsonl", "chat JSONL, Alpaca, or prompt and completion")
+    data: str = opt(
+        "out/world/sft.jsonl", "conversations, or text for continued pre-training (data/shapes.py)"
+    )
     out: str = opt("out/sft", "folder for the checkpoint")
     steps: int = opt(440, "optimizer steps", at_least=1)
     batch: int = opt(32, "conversations per step", at_least=1)
@@ -66,11 +68,13 @@ def sft_loss(model, tokens, labels, segments):
     return nll(model, tokens, labels, segments).sum()
 
 
-def prepare(path, tok, length: int, allow_markers=True):
+def prepare(path, tok, length: int, **allowed):
     """The training split of a file → [(ids, labels)]; conversations longer than a row, or without a
-    target, are dropped and counted.
+    target, are dropped and counted. Plain text is trained whole, in pieces of a row.
     """
-    train, held = records.split(records.conversations(path, allow_markers=allow_markers))
+    if records.is_text(path):
+        return forget.examples(path, tok, length, **allowed)
+    train, held = records.split(records.conversations(path, **allowed))
     kept, dropped = usable([templates.render(tok, c["messages"]) for c in train], length)
     records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
@@ -107,8 +111,8 @@ def sft(o: Options):
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
-    data = prepare(o.data, tok, length, o.allow_markers)
-    old = forget.examples(o.replay, tok, length) if o.replay else []
+    data = prepare(o.data, tok, length, **tuning.allowed(o))
+    old = forget.examples(o.replay, tok, length, **tuning.allowed(o)) if o.replay else []
     replay = forget.replay(data, old, o.replay_ratio, o.batch, o.seed)
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed) + replay(0), tok)

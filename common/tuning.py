@@ -61,6 +61,9 @@ class Tuning:
     keep_base: bool = opt(
         False, "train --model's own adapter further, on its base, not a merged copy of the two"
     )
+    allow_dropped: bool = opt(
+        False, "go on where more than 5 % of the records are odd, such as with an empty turn"
+    )
     allow_markers: bool = opt(
         False, "train on records with chat formats' markers in their text, such as [INST]"
     )
@@ -75,6 +78,11 @@ def kind(o) -> str:
     """What is trained: "weights", "lora" or one of KINDS."""
     adapter = getattr(o, "adapter", "none")
     return "lora" if o.lora or o.keep_base else adapter if adapter != "none" else "weights"
+
+
+def allowed(o) -> dict:
+    """What the readers of records let pass, by its keywords there."""
+    return {"allow_dropped": o.allow_dropped, "allow_markers": o.allow_markers}
 
 
 def check(o):

@@ -489,3 +489,112 @@ def test_pairs_with_an_empty_answer_are_dropped_and_counted(tmp_path, capsys):
     ((pair,),) = dpo.prepare(file, "all", chat_tokenizer(), 64)
     assert [chat_tokenizer().decode(ids) for ids in pair[1:]] == ["x<|im_end|>", "y<|im_end|>"]
     assert "1 pairs used, dropped 2 with an empty answer" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- KTO
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_kto_by_hand():
+    """Equations 7 and 8 of Ethayarajh et al. 2024: z0 moves gains and losses alike, each kind has
+    its weight, and at the start a loss is half its weight."""
+    policy, reference = double(-4.0, -30.0, -6.0), double(-5.0, -25.0, -9.0)  # r = 1, -5, 3
+    good = torch.tensor([True, False, False])
+    losses, rewards = dpo.kto_loss(policy, reference, good, torch.tensor(0.5), 0.3, 1.5, 0.7)
+    expected = [1.5 * (1 - sigmoid(0.3 * 0.5)), 0.7 * (1 - sigmoid(0.3 * 5.5))]
+    assert losses.tolist() == pytest.approx([*expected, 0.7 * (1 - sigmoid(0.3 * -2.5))], abs=1e-6)
+    assert rewards.tolist() == pytest.approx([0.3, -1.5, 0.9])
+    start, _ = dpo.kto_loss(policy, policy, good, torch.tensor(0.0), 0.3, 1.5, 0.7)
+    assert start.tolist() == pytest.approx([0.75, 0.35, 0.35])
+
+
+def test_the_gradient_of_kto():
+    good = torch.tensor([True, False, True, False])
+    logps = [double(-4.0, -3.0, -9.0, -7.0).requires_grad_() for _ in range(2)]
+    z0 = torch.tensor(0.4, dtype=torch.float64)
+
+    def losses(policy, reference):
+        return dpo.kto_loss(policy, reference + 1, good, z0, 0.3, 1.5, 0.75)[0]
+
+    assert torch.autograd.gradcheck(losses, logps)
+    losses(*logps).sum().backward()
+    up, down = (s * (1 - s) * 0.3 for s in (sigmoid(0.3 * -1.4), sigmoid(0.3 * 1.4)))
+    assert logps[0].grad.tolist() == pytest.approx([-1.5 * up, 0.75 * down] * 2)
+
+
+def test_another_prompts_answer_is_that_many_further_on():
+    """So that each answer comes once, a pair's good one beside a good one; cut where it is long."""
+    a, b, c = [1], [2, 2], [3]
+    found = [(a, [4], 1), (a, [5], 0), (b, [6], 1), (b, [7, 7, 7], 0), (c, [8], 1), (c, [9], 0)]
+    others = [other for _, _, other in dpo.mismatched(found, 9)]
+    assert others == [[6], [7, 7, 7], [8], [9], [4], [5]]
+    assert dpo.mismatched(found, 3)[1] == (a, [5], [7, 7])
+    mixed = [(a, [4], 1), (b, [6], 1), (a, [5], 0)]  # a prompt that comes again later
+    assert [other for _, _, other in dpo.mismatched(mixed, 9)] == [[6], [5], [6]]
+    with pytest.raises(ValueError, match="KTO needs answers to two or more prompts"):
+        dpo.mismatched(found[:2], 9)
+
+
+@torch.no_grad()
+def test_the_reference_point_is_the_mean_ratio_of_mismatched_answers():
+    pairs, (policy, reference) = some_pairs(), (lm(6), lm(7))
+    data = [[pair] for pair in pairs]
+    sums = dict(enumerate(dpo.reference_sums(reference, data, 2)))
+    ratios = [(hand(policy, p, y) - hand(reference, p, y)).item() for p, _, y in pairs]
+    for batch in ([0, 1, 2, 3, 4], [4, 1], [2]):
+        mean = sum(ratios[i] for i in batch) / len(batch)
+        for size in (1, 3, 9):
+            z0 = dpo.reference_point(policy, data, sums, batch, size).item()
+            assert z0 == pytest.approx(max(mean, 0.0), abs=2e-4), "never below 0"
+    assert len({ratio > 0 for ratio in ratios}) == 2
+
+
+def labelled_file(path, n=10):
+    """Labelled answers and one pair."""
+    rng, rows = random.Random(3), [{"prompt": "a b c", "chosen": "yes", "rejected": "no no"}]
+    for text in PROMPTS[:n]:
+        answer = " ".join(rng.sample(WORDS, 3))
+        rows.append({"prompt": text, "completion": answer, "label": rng.random() < 0.6})
+    return write(path, rows)
+
+
+def test_a_step_of_kto_is_the_mean_over_its_answers(run, tmp_path):
+    """By hand from every answer alone, the second step with a z0 that is not 0; and the same
+    whatever the accumulation."""
+    file = labelled_file(tmp_path / "kto.jsonl")
+    data, good = dpo.prepare_kto(file, chat_tokenizer(), 256)
+    assert set(good) == {True, False} and all(len(one) == 1 for one in data)
+    model, _ = hub.load(run.start)
+    total = 0.0
+    for ((p, a, _),), label in zip(data, good, strict=True):
+        logp = hand(model, p, a)
+        r = (logp - logp.detach()) if label else (logp.detach() - logp)
+        total = total + (1.5 if label else 0.5) * (1 - torch.sigmoid(0.2 * r)) / len(data)
+    total.backward()
+    expected = [p.grad for p in model.parameters()]
+    size = max(g.abs().max() for g in expected)
+    options = dict(loss="kto", data=file, batch=len(data), beta=0.2, steps=2, lr=3e-3)
+    logs = []
+    for n in (1, 3):
+        weights = dict(desirable_weight=1.5, undesirable_weight=0.5)
+        calls, log = run(accumulate=n, **options, **weights)
+        assert apart(calls["gradients"][0], expected) < 1e-5 * size + 1e-6, n
+        assert log[0]["loss"] == pytest.approx(total.item(), abs=1e-5) and abs(log[0]["z0"]) < 1e-4
+        assert log[1]["margin"] == pytest.approx(
+            log[1]["reward_chosen"] - log[1]["reward_rejected"], abs=1e-5
+        )
+        assert log[1]["margin"] > 0 and log[0]["good"] == pytest.approx(sum(good) / len(good))
+        logs.append(log)
+    assert logs[0][1]["loss"] == pytest.approx(logs[1][1]["loss"], abs=1e-4)
+    assert logs[0][1]["z0"] == pytest.approx(logs[1][1]["z0"], abs=1e-4)
+
+
+def test_kto_refuses_what_has_no_label_or_one_prompt(tmp_path):
+    tok = chat_tokenizer()
+    plain = write(tmp_path / "a.jsonl", [{"prompt": "x", "completion": "y"}])
+    with pytest.raises(ValueError, match="a.jsonl:1: label: true or false was expected"):
+        dpo.prepare_kto(plain, tok, 64)
+    one = write(tmp_path / "b.jsonl", [{"prompt": "x", "chosen": "y", "rejected": "z"}])
+    with pytest.raises(ValueError, match="b.jsonl: KTO needs answers to two or more prompts"):
+        dpo.prepare_kto(one, tok, 64)

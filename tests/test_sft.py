@@ -487,3 +487,18 @@ def test_after_training_answers_end(tmp_path, pad):
     ) >= 0.8 * len(CHATS)
     log = metrics(tmp_path / "out")
     assert log[-1]["loss"] < 0.3 * log[0]["loss"] and trained.config.eos_token_id == END
+
+
+def test_plain_text_is_trained_whole_and_odd_records_stop_the_run(tmp_path):
+    tok = chat_tokenizer()
+    text = "one two three " * 9
+    path = write(tmp_path / "t.jsonl", [{"text": text}, {"text": "four"}])
+    whole = [i for t in (text, "four") for i in templates.document(tok, t)]
+    found = sft.prepare(path, tok, 16)
+    assert [i for ids, _ in found for i in ids] == whole and all(a == b for a, b in found)
+    odd = [{"messages": user("a") * 2}] * 11
+    rows = [{"prompt": str(i), "completion": "a"} for i in range(20)]
+    path = write(tmp_path / "odd.jsonl", [*rows, *odd])
+    with pytest.raises(ValueError, match="11 of 31 records would be dropped.*--allow-dropped"):
+        sft.prepare(path, tok, 64, allow_dropped=False)
+    assert 9 < len(sft.prepare(path, tok, 64)) <= 20
