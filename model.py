@@ -316,7 +316,7 @@ def init_weights(model: Transformer, generator: torch.Generator):
 
 
 def share(model: Transformer) -> Transformer:
-    """A copy that holds the very same frozen tensors and buffers, and copies of the trained ones."""
+    """A copy that shares all frozen tensors and buffers, and has copies of the trained ones."""
     frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
     return copy.deepcopy(model, {id(t): t for t in frozen})
 

@@ -430,7 +430,7 @@ def run(monkeypatch, capsys, *argv):
 def test_check_finds_what_was_planted(tmp_path, monkeypatch, capsys):
     chats = [{"messages": [{"role": "user", "content": f"Question {i}?"}, A]} for i in range(40)]
     again = {"messages": [{"role": "user", "content": "question 3 "}, {**A, "content": "a!"}]}
-    planted = [chats[5], again, {"question": "Else?", "answer": "A."}, {"messages": [Q, Q, A]}]
+    planted = [chats[5], again, {"question": "Else?", "answer": "A.</s>"}, {"messages": [Q, Q, A]}]
     one = lines(tmp_path / "a.jsonl", *chats, *planted, {"foo": 1}, CHAT | {"mood": "glad"})
     pairs = [
         {"prompt": f"Question {i + 39}?", "chosen": "long " * 9, "rejected": "no"} for i in range(9)
@@ -445,6 +445,7 @@ def test_check_finds_what_was_planted(tmp_path, monkeypatch, capsys):
         "left out    1 whose roles do not alternate (first: line 44)",
         "left out    1 that cannot be read (first: line 45; line 45: no shape is known",
         "not used    field 'mood' of 1",
+        "markers     1 have a chat format's in their text (first: line 43, '</s>')",
         "duplicates  exact: 1 (first: line 41, as line 6)",
         "duplicates  of the same words: 1 (first: line 42, as line 4)",
         "turns       least 2, median 2, 90 % 2",
