@@ -189,7 +189,7 @@ def test_a_wrong_vocabulary(refuses, folder, world, tmp_path, lines):
     hub.save(tmp_path / "plain", tiny.lm(vocab_size=400), plain)
     refuses(
         "sft",
-        "chatml needs the special token <|im_end|>; the tokenizer has <|endoftext|>",
+        "chatml needs the special token <|im_start|>; the tokenizer has <|endoftext|>",
         model=tmp_path / "plain",
     )
 
@@ -480,7 +480,7 @@ def test_prompts_of_another_world(refuses, lines):
         ("dpo", "--label-smoothing is 0.5, it must be below 0.5", dict(label_smoothing=0.5)),
         (
             "dpo",
-            "argument --loss: invalid choice: 'orpo' (choose from 'dpo', 'ipo', 'simpo')",
+            "argument --loss: invalid choice: 'orpo' (choose from 'dpo', 'ipo', 'simpo', 'kto')",
             dict(loss="orpo"),
         ),
         ("simpo", "--gamma is -1.0, it must be at least 0", dict(gamma=-1)),
