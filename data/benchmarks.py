@@ -13,7 +13,7 @@ What cannot be read raises a ValueError "file:line: kind: what was expected (got
 
 import re
 
-from data import records
+from data import records, shapes, turns
 
 
 # ---------------------------------------------------------------- records of choices
@@ -123,7 +123,8 @@ def references_item(record):
     else:
         found = record.get("references", record.get("reference"))
         needs = "answer" if found is None else "prompt"
-        messages, _ = records._conversation(record, needs)
+        ours = shapes.ours(record)[1] if found is None else record
+        messages, _ = turns.conversation(ours, needs)
         if found is None:
             *messages, answer = messages
             found = answer["content"]
