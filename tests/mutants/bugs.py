@@ -1692,6 +1692,18 @@ BUGS = [
     (0, "a reward model is right where gold is lower", "experiments/lab.py", "experiments_rl",
      "better, found = evals.order(gold) > 0, {}",
      "better, found = evals.order(gold) < 0, {}"),
+    (0, "what was measured of another checkpoint is taken", "tools/runs.py", "experiments",
+     'or old.get("of") != digest',
+     ""),
+    (0, "a checkpoint's name decides what is kept, not its weights", "tools/runs.py", "experiments",
+     "fingerprint(x) if isinstance(x, Path) else x",
+     "str(x) if isinstance(x, Path) else x"),
+    (0, "half of a file is left behind", "tools/runs.py", "experiments",
+     'part = file.with_name(file.name + ".part")',
+     "part = file; file.write_text('')"),
+    (0, "a run that is made anew counts as resumed", "tools/runs.py", "experiments",
+     'resumed = begun and not options.get("overwrite")',
+     "resumed = begun"),
 ]
 
 # fmt: on
