@@ -109,7 +109,8 @@ def sampled(o) -> list:
         starts = range(0, len(asked), SAMPLES)
         return [(scores[i : i + SAMPLES], golds[i : i + SAMPLES]) for i in starts]
 
-    return kept(lab.place(o, "kl", 0) / f"best-of-{len(held)}.json", compute)
+    of = [chain / "sft", chain / "reward", held, SAMPLES, *lab.answering(o)]
+    return kept(lab.place(o, "kl", 0) / f"best-of-{len(held)}.json", compute, of)
 
 
 def trajectory(o, folder: Path) -> dict:

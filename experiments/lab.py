@@ -82,7 +82,13 @@ def measure(o, folder, seed, keep_in, reference=None, reward=None, held=None) ->
             found["scores"] = proxy(o, reward, held, answers)
         return found
 
-    return kept(keep_in / f"{folder.name}-{len(held)}.json", compute)
+    of = [folder, reference, reward, held, seed, *answering(o)]
+    return kept(keep_in / f"{folder.name}-{len(held)}.json", compute, of)
+
+
+def answering(o) -> list:
+    """The options that decide an answer."""
+    return [o.max_new_tokens, o.batch, o.quant, o.keep_base, pick_device(o.device).type]
 
 
 def proxy(o, reward: Path, held, answers) -> list[float]:
@@ -103,8 +109,10 @@ def judged(o, policy: Path, rewards: dict, seed: int, keep_in: Path, k=4, prompt
     left out.
     """
 
+    held = held_out(o, seed)[:prompts]
+
     def compute():
-        held, device = held_out(o, seed)[:prompts], pick_device(o.device)
+        device = pick_device(o.device)
         asked = [r["messages"] for r in held for _ in range(k)]
         model, tok = evals.read(o, policy.name, policy, device)
         answers = evals.answer(model, tok, asked, o, 1.0, seed + 7)
@@ -118,7 +126,8 @@ def judged(o, policy: Path, rewards: dict, seed: int, keep_in: Path, k=4, prompt
             found[name] = list(zip(won.tolist(), better.sum((1, 2)).tolist(), strict=True))
         return found
 
-    return kept(keep_in / f"judged-{policy.name}-{prompts}.json", compute)
+    of = [policy, list(rewards), *rewards.values(), held, seed, k, *answering(o)]
+    return kept(keep_in / f"judged-{policy.name}-{prompts}.json", compute, of)
 
 
 def items(lines: list[dict], key: str) -> list[tuple]:

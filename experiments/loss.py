@@ -61,15 +61,15 @@ def tuned(o, seed: int, steps: int) -> dict:
     """One SFT run on the few demonstrations → its figures' items."""
     mine, chain = lab.place(o, "loss", seed), lab.chain(o, seed)
     few, out = mine / f"few-{o.records}.jsonl", mine / f"steps{steps}-{o.records}"
-    if not few.exists():
-        evals.write_jsonl(few, demonstrations(o, seed)[0])
+    evals.write_jsonl(few, demonstrations(o, seed)[0])
     run("sft.py", out, chain / "sft", data=few, steps=steps, batch=BATCH, warmup=WARMUP, seed=seed)
     return measured(o, out, seed)
 
 
 def measured(o, folder, seed: int) -> dict:
     mine = lab.place(o, "loss", seed)
-    found = kept(mine / f"{folder.name}-losses-{o.n}.json", lambda: losses(o, folder, seed))
+    of = [folder, *demonstrations(o, seed)]
+    found = kept(mine / f"{folder.name}-losses-{o.n}.json", lambda: losses(o, folder, seed), of)
     lines = lab.measure(o, folder, seed, mine)["lines"]
     return found | {"gold": lab.items(lines, "gold"), "right": lab.items(lines, "right")}
 

@@ -45,8 +45,7 @@ def second_comparisons(chain: Path, here: Path, seed: int) -> Path:
     new, both = here / "comparisons.jsonl", here / "both.jsonl"
     options = options_of(chain / "comparisons.jsonl.run") | {"seed": seed + 100}
     call("compare.py", **options | {"model": chain / "ppo", "out": new})
-    if not both.exists():
-        write_jsonl(both, records.rankings(chain / "comparisons.jsonl") + records.rankings(new))
+    write_jsonl(both, records.rankings(chain / "comparisons.jsonl") + records.rankings(new))
     return both
 
 

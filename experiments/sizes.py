@@ -91,14 +91,14 @@ def measured(o, name: str, seed: int) -> dict:
     all answers together; tokens}, kept.
     """
     chain, mine = lab.chain(o, seed), lab.place(o, "sizes", seed)
+    held = lab.held_out(o, seed)
+    folder = chain / name if name in ("sft", "dpo") else Path(o.large)
+    prompts = [r["messages"] for r in held]
+    if name == "shots":
+        solved = records.conversations(chain / "world" / "prompts.jsonl", "prompt")
+        prompts = with_examples(o, held, solved, seed)
 
     def compute():
-        held, small = lab.held_out(o, seed), name in ("sft", "dpo")
-        prompts = [r["messages"] for r in held]
-        if name == "shots":
-            solved = records.conversations(chain / "world" / "prompts.jsonl", "prompt")
-            prompts = with_examples(o, held, solved, seed)
-        folder = chain / name if small else Path(o.large)
         model, tok = evals.read(o, name, folder, pick_device(o.device))
         asked = [templates.render(tok, p, add_generation_prompt=True)[0] for p in prompts]
         torch.set_num_threads(1)
@@ -112,7 +112,7 @@ def measured(o, name: str, seed: int) -> dict:
         flops = 2 * multiplied(model) * (read + written)
         return dict(lines=lines, seconds=seconds, flops=flops, read=read, written=written)
 
-    return kept(mine / f"{name}-{o.n}.json", compute)
+    return kept(mine / f"{name}-{o.n}.json", compute, [folder, prompts, *lab.answering(o)])
 
 
 # ---------------------------------------------------------------- table and picture

@@ -40,8 +40,7 @@ def trained(o, seed: int) -> dict:
     """A seed's runs → {"whole", "small": {"reward", "ppo": folders, "costs": theirs}}."""
     chain, here = lab.chain(o, seed), lab.place(o, "small_reward", seed)
     start, small = here / "start", here / "reward"
-    if not (start / "config.json").exists():
-        cut(chain / "sft", start, KEPT)
+    cut(chain / "sft", start, KEPT)
     costs = [run("reward.py", small, of=chain / "reward", model=start)]
     costs += [run("ppo.py", here / "ppo", of=chain / "ppo", reward=small)]
     whole = {"reward": chain / "reward", "ppo": chain / "ppo", "costs": []}

@@ -12,6 +12,7 @@ import tiny
 from data.world import world
 from experiments import judge, lab, ratings, rouge, sizes
 from metrics import ratio, sign_test
+from tools import runs
 
 
 # ---------------------------------------------------------------- lab
@@ -151,7 +152,7 @@ def test_examples_are_of_the_prompt_s_kind_and_a_tied_head_counts_once():
 
 
 # ---------------------------------------------------------------- from answers to the page
-def test_rouge_and_ratings_run_from_kept_answers_to_the_table(tmp_path, monkeypatch):
+def test_rouge_and_ratings_run_from_answers_to_the_table(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("sys.argv", ["experiments/rouge.py"])
     monkeypatch.setattr(lab, "bootstrap", lambda items, statistic: 0.1)  # saves a second
@@ -162,7 +163,7 @@ def test_rouge_and_ratings_run_from_kept_answers_to_the_table(tmp_path, monkeypa
     (tmp_path / "seed0" / "world").mkdir()
     tiny.write(tmp_path / "seed0" / "world" / "heldout.jsonl", held)
     o = lab.Options(out=str(tmp_path), seeds=1, n=22, results=str(tmp_path / "R.md"))
-    o.pictures = str(tmp_path / "pictures")
+    o.pictures, said = str(tmp_path / "pictures"), {}
     for model, manners in (
         ("sft", ("wrong", "curt")),
         ("ppo", ("curt", "polite")),
@@ -173,8 +174,8 @@ def test_rouge_and_ratings_run_from_kept_answers_to_the_table(tmp_path, monkeypa
             answer = world.demonstrate(r["item"], rng, manners[i % 2])[0]
             gold, reasons = world.gold(r["item"], answer)
             lines.append(dict(answer=answer, finished=True, gold=gold, right=reasons["right"]))
-        kept = lab.place(o, "answers", 0) / f"{model}-22.json"
-        kept.write_text(json.dumps({"lines": lines, "kl": None}))
+        said[model] = {"lines": lines}
+    monkeypatch.setattr(lab, "measure", lambda o, folder, *_: said[folder.name])
     page = tmp_path / "R.md"
     page.write_text(
         "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("rouge", "ratings"))
@@ -188,3 +189,38 @@ def test_rouge_and_ratings_run_from_kept_answers_to_the_table(tmp_path, monkeypa
     gold = figures["pairs"]["gold ppo sft"]
     assert gold["win_rate"]["mean"] > 0.5 and gold["ties"] < 1
     assert (tmp_path / "pictures" / "rouge.png").exists()
+
+
+def test_what_is_kept_is_computed_anew_where_what_decides_it_has_changed(tmp_path):
+    model, file, asked = tmp_path / "model", tmp_path / "kept.json", []
+    model.mkdir()
+
+    def compute(weights="a", of=3):
+        (model / "config.json").write_text(weights)
+        return runs.kept(file, lambda: asked.append(1) or (weights, of), [model, of])
+
+    assert compute() == compute() == ["a", 3] and len(asked) == 1
+    assert compute("b") == ["b", 3] and compute("b", 4) == ["b", 4] and len(asked) == 3
+    file.write_text(json.dumps(["a", 3]))  # of an older version, which did not say
+    assert compute("b", 4) == ["b", 4]
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.kept(file, stopped, [model])
+    assert compute("b", 4) == ["b", 4] and len(asked) == 4  # what was there is whole
+
+
+def test_the_cost_of_a_run_is_of_the_last_one_that_trained(tmp_path, monkeypatch):
+    said = "trained: 1,234 parameters, 12.50%\nmemory: 0.50 GB at most"
+    monkeypatch.setattr(runs, "call", lambda script, **options: said)
+    out = tmp_path / "ppo-0.05"
+    (out / "state").mkdir(parents=True)
+    (out / "state" / "state.safetensors").touch()
+    first = runs.run("ppo.py", out)
+    assert (first["minutes"], first["trained"], first["share"]) == (None, 1234, 12.5)  # resumed
+    again = runs.run("ppo.py", out, overwrite=True)
+    assert again["minutes"] is not None and (tmp_path / "ppo-0.05.json").exists()
+    said = "finished already"
+    assert runs.run("ppo.py", out) == again

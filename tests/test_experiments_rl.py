@@ -114,6 +114,6 @@ def test_what_ppo_maximises_and_who_judges_it(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "held_out", lambda *_: held)
     monkeypatch.setattr(lab.evals, "answer", lambda *_: answers)
     monkeypatch.setattr(lab.evals, "rubric", lambda *_: (gold, None, None))
-    found = lab.judged(o, tmp_path / "ppo", {"first": tmp_path}, 0, tmp_path, k=2)
+    found = lab.judged(o, tmp_path / "lm", {"first": tmp_path / "lm"}, 0, tmp_path, k=2)
     assert found == {"first": [[1.0, 1], [0.0, 1]]}
     assert lab.pooled([found["first"]], ratio)["mean"] == 0.5

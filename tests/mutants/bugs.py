@@ -1879,6 +1879,18 @@ BUGS = [
     (0, "KTO: the next answer is one to the same prompt", "dpo.py", "dpo",
      "other = next((theirs for asked, theirs, _ in ahead if asked != prompt), None)",
      "other = found[(i + 1) % len(found)][1]"),
+    (0, "what was measured of another checkpoint is taken", "tools/runs.py", "experiments",
+     'or old.get("of") != digest',
+     ""),
+    (0, "a checkpoint's name decides what is kept, not its weights", "tools/runs.py", "experiments",
+     "fingerprint(x) if isinstance(x, Path) else x",
+     "str(x) if isinstance(x, Path) else x"),
+    (0, "half of a file is left behind", "tools/runs.py", "experiments",
+     'part = file.with_name(file.name + ".part")',
+     "part = file; file.write_text('')"),
+    (0, "a run that is made anew counts as resumed", "tools/runs.py", "experiments",
+     'resumed = begun and not options.get("overwrite")',
+     "resumed = begun"),
 ]
 
 # fmt: on
