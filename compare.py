@@ -59,7 +59,7 @@ def prepare(o: Options, tok, room: int):
     """→ [(record, ids)], the prompts of this run. Prompts of more than `room` tokens leave no room
     for an answer: they are dropped and counted.
     """
-    found = records.conversations(o.data, "prompt", **tuning.allowed(o))
+    found = records.conversations(o.data, "prompt", **tuning.allowed(o, tok))
     if o.labeller == "world" and not all(map(world.knows, found)):
         knows = "--labeller world knows the embedded world's prompts only (with their `item`)"
         raise ValueError(f"{o.data}: {knows}; give FILE.py:function")

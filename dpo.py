@@ -291,9 +291,9 @@ def dpo(o: Options):
     records.say_cut(o.length, policy.context)
     length, kto = min(o.length, policy.context), o.loss == "kto"
     if kto:
-        data, labels = prepare_kto(o.data, tok, length, **tuning.allowed(o))
+        data, labels = prepare_kto(o.data, tok, length, **tuning.allowed(o, tok))
     else:
-        data = prepare(o.data, o.pairs, tok, length, **tuning.allowed(o))
+        data = prepare(o.data, o.pairs, tok, length, **tuning.allowed(o, tok))
     order = range(len(data))
     reference = {}
     if o.loss != "simpo":  # of the prompts that will be read

@@ -349,8 +349,9 @@ def ppo(o: Options):
     else:
         critic = tuning.critic_of(o, reward_model, reference, tok)
     room = min(prompt_room(m, o.max_new_tokens) for m in (policy, critic))  # contexts may differ
-    prompts = prepare(o.data, tok, room, **tuning.allowed(o))
-    texts = forget.examples(o.ptx, tok, min(256, policy.context)) if o.ptx else []
+    allowed = tuning.allowed(o, tok)
+    prompts = prepare(o.data, tok, room, **allowed)
+    texts = forget.examples(o.ptx, tok, min(256, policy.context), **allowed) if o.ptx else []
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(ModuleList([policy, critic]), peak, eps=1e-5, paged=o.paged)
     memory = tuning.Report(o, device, [policy, critic, reference, *filter(None, [reward_model])])

@@ -109,13 +109,14 @@ def prepare_references(path, tok, length: int, seed: int, n=128, **allowed):
     are dropped and counted.
     """
     read = records.conversations(path, **allowed)
-    found = [r["messages"] for r in read if r["messages"][-1].get("weight") != 0]
+    chats = [r["messages"] for r in read]
+    found = [c for c in chats if c[-1].get("weight") != 0 and not c[-1].get("tool_calls")]
     some = records.batch(found, 0, min(n, len(found)), seed)
     ids = [templates.answer_ids(tok, chat[:-1], chat[-1]["content"]) for chat in some]
     kept = [(p, a) for p, a in ids if len(p) + len(a) <= length]
     dropped = {
         f"longer than {length} tokens": len(ids) - len(kept),
-        "of weight 0": len(read) - len(found),
+        "of weight 0 or with tool calls": len(read) - len(found),
     }
     records.report(path, len(kept), dropped, "reference answers", 0)
     if len({(*p, *a) for p, a in kept}) < 2:
@@ -158,10 +159,10 @@ def reward(o: Options):
     hub.token_ids(model.config, tok)  # a missing padding token is an error now, not at the end
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
-    train, held = records.split(records.rankings(o.data, **tuning.allowed(o)))
+    train, held = records.split(records.rankings(o.data, **tuning.allowed(o, tok)))
     data = prepare(o.data, train, tok, length, len(held))
     held = encode(held, tok, length)[0][:64]
-    references = prepare_references(o.reference, tok, length, o.seed, **tuning.allowed(o))
+    references = prepare_references(o.reference, tok, length, o.seed, **tuning.allowed(o, tok))
     peak = tuning.learning_rate(o, 1e-3)
     optimizer = adamw(model, peak, paged=o.paged)
     report = tuning.Report(o, device, [model])

@@ -111,8 +111,8 @@ def sft(o: Options):
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
-    data = prepare(o.data, tok, length, **tuning.allowed(o))
-    old = forget.examples(o.replay, tok, length, **tuning.allowed(o)) if o.replay else []
+    data = prepare(o.data, tok, length, **tuning.allowed(o, tok))
+    old = forget.examples(o.replay, tok, length, **tuning.allowed(o, tok)) if o.replay else []
     replay = forget.replay(data, old, o.replay_ratio, o.batch, o.seed)
     if o.show_batch:
         return show(records.batch(data, 0, o.batch, o.seed) + replay(0), tok)

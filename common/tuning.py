@@ -28,6 +28,7 @@ import adapters
 import lora
 from common import hub, memory, peft
 from common.run import SCHEDULES, has_bf16, load_function, opt
+from data import templates
 from data.tokenizer import Tokenizer
 from metrics import deviation, running
 from model import scalar_model, share
@@ -80,9 +81,11 @@ def kind(o) -> str:
     return "lora" if o.lora or o.keep_base else adapter if adapter != "none" else "weights"
 
 
-def allowed(o) -> dict:
-    """What the readers of records let pass, by its keywords there."""
-    return {"allow_dropped": o.allow_dropped, "allow_markers": o.allow_markers}
+def allowed(o, tok=None) -> dict:
+    """What the readers of records let pass, by its keywords there. tok: whose chat format may write
+    tool calls."""
+    written = () if tok is None else templates.of(tok).calls
+    return dict(allow_dropped=o.allow_dropped, allow_markers=o.allow_markers, written=written)
 
 
 def check(o):

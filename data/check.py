@@ -21,7 +21,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data import records, rows, shapes, turns
+from data import calls, records, rows, shapes, templates, turns
 from data.tokenizer import Tokenizer
 
 READ = {
@@ -61,6 +61,8 @@ class File:
             self.marked += [(line, sign) for sign in records.markers(result)[:1]]
             if kind == "conversation" and records.label(record) is False:
                 self.left_out[f"{records.UNWANTED} (KTO reads them)"].append(line)
+            if kind == "conversation" and result["messages"][-1]["role"] != "assistant":
+                self.left_out[f"{turns.UNANSWERED} (compare.py and ppo.py read them)"].append(line)
         except turns.OddError as e:
             self.left_out[e.reason].append(line)
         except ValueError as e:
@@ -74,9 +76,9 @@ def parts(kind, record):
         return [], [record["text"]]
     if kind == "conversation":
         *prompt, last = record["messages"]
-        if last["role"] == "user":
+        if last["role"] != "assistant":
             return record["messages"], []
-        return prompt, [last["content"]]
+        return prompt, [calls.said(last)]
     if kind == "preference pair":
         return record["prompt"], [record["chosen"], record["rejected"]]
     return record["prompt"], record["responses"]
@@ -127,6 +129,13 @@ def describe(file, tok):
         line, sign = file.marked[0]
         n = len(file.marked)
         yield f"markers     {n:,} have a chat format's in their text (first: line {line}, {sign!r})"
+    called = [line for line, kind, record in file.found if calls.found(records.messages(record))]
+    if called:
+        names = ", ".join(sorted(templates.of(tok).calls)) or "none of them"
+        yield (
+            f"tool calls  {len(called):,} have some (first: line {called[0]}); --model's chat"
+            f" template writes {names}"
+        )
     if file.found:
         yield from contents(file, tok)
 
@@ -141,7 +150,7 @@ def contents(file, tok):
         system = sum(prompt[0]["role"] == "system" for _, prompt in prompts)
         yield f"system      {system:,} have a system message"
     yield from lengths(split, tok)
-    texts = [(line, [m["content"] for m in p] + answers) for line, _, _, p, answers in split]
+    texts = [(line, [*map(calls.said, p), *answers]) for line, _, _, p, answers in split]
     exact = repeated((line, tuple(said)) for line, said in texts)
     yield shown(exact, "duplicates  exact")
     same = {line for line, _ in exact}
@@ -190,7 +199,7 @@ def leakage(files):
     keys = {}
     for file in files:
         split = ((line, parts(kind, record)[0]) for line, kind, record in file.found)
-        keys[file] = {line: words(m["content"] for m in prompt) for line, prompt in split if prompt}
+        keys[file] = {line: words(map(calls.said, prompt)) for line, prompt in split if prompt}
     for i, one in enumerate(files):
         first = {key: line for line, key in reversed(keys[one].items())}
         for other in files[i + 1 :]:
@@ -216,9 +225,12 @@ def check(o) -> bool:
 
 # ---------------------------------------------------------------- convert
 def openai(record):
+    record = calls.as_record(record)
+    tools = {"tools": record["tools"]} if "tools" in record else {}
+    asked = {"messages": [calls.as_openai(m) for m in records.messages(record)]} | tools
     if "messages" in record:
-        return {"messages": record["messages"]}
-    one = {"input": {"messages": record["prompt"]}}
+        return asked
+    one = {"input": asked}
     for field, name in (("chosen", "preferred_output"), ("rejected", "non_preferred_output")):
         one[name] = [{"role": "assistant", "content": record[field]}]
     return one
@@ -251,6 +263,8 @@ def _apart(record):
     """→ the system message or None, and the turns; ValueError for what the format cannot say."""
     if "messages" not in record:
         raise ValueError("this format has conversations alone: --to openai has pairs")
+    if calls.found(record["messages"]):
+        raise ValueError("tool calls are written by --to openai and --to ours")
     if any("weight" in m for m in record["messages"]):
         raise ValueError("this format has no turn that is not trained: --to openai has a weight")
     first, *others = record["messages"]
@@ -260,10 +274,11 @@ def _apart(record):
 def prompts(record):
     messages = record.get("messages") or record["prompt"]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return {"messages": [{k: m[k] for k in ("role", "content")} for m in asked]}
+    unweighed = [{k: v for k, v in m.items() if k != "weight"} for m in asked]
+    return calls.as_record({"messages": unweighed})
 
 
-FORMATS = {"ours": dict, "openai": openai, "gemini": gemini, "bedrock": bedrock}
+FORMATS = {"ours": calls.as_record, "openai": openai, "gemini": gemini, "bedrock": bedrock}
 FORMATS |= {"anthropic": anthropic, "prompts": prompts}
 
 
@@ -275,8 +290,9 @@ def read(path, to):
             raise ValueError(f"{path}: conversations or pairs were expected, these are texts")
         return [{"text": text} for text in records.texts(path)]
     if kind == "conversation":
-        return records.conversations(path, "any" if to in ("ours", "prompts") else "answer")
-    return records.pairs(path) if to == "openai" else records.rankings(path)
+        need = "any" if to in ("ours", "prompts") else "answer"
+        return records.conversations(path, need, written=calls.KINDS)
+    return (records.pairs if to == "openai" else records.rankings)(path, written=calls.KINDS)
 
 
 def convert(o):

@@ -26,7 +26,7 @@ import sys
 from collections import Counter
 from functools import lru_cache
 
-from data import rows, shapes, turns
+from data import calls, rows, shapes, templates, turns
 from data.turns import EMPTY, ROLES, SAME, SAMPLED, UNANSWERED, OddError
 
 READERS = {  # kind → who reads it
@@ -49,7 +49,8 @@ def conversations(path, need="answer", empty=False, **allowed):
 
     need "turns": as "answer", but the answers are not learnt, so labels and weights do not matter;
     "any": either, with its label and weights. empty: those with an empty turn too, for a caller
-    that counts them itself. allowed, here and below: allow_dropped, allow_markers, as in _convert.
+    that counts them itself. allowed, here and below: allow_dropped, allow_markers, written, as in
+    _convert.
     """
     hidden = shapes.REFERENCES if need == "prompt" else ()
 
@@ -61,20 +62,20 @@ def conversations(path, need="answer", empty=False, **allowed):
 
 def conversation(record, need="answer", empty=False):
     """One record, in our names; OddError for one that is dropped."""
-    messages, used = turns.conversation(record, need)
-    last = messages[-1]["role"]
-    if need == "prompt" and last != "user":
+    found, used = turns.conversation(record, need)
+    last = found[-1]["role"]
+    if need == "prompt" and last not in templates.ASKS:
         raise ValueError(
             f"messages: user was expected as the last turn (got {last}): {turns.WRITES}"
         )
     if need in ("answer", "turns") and last != "assistant":
         raise OddError(UNANSWERED)
-    if turns.empty_turn(messages) and not empty:
+    if turns.empty_turn(found) and not empty:
         raise OddError(EMPTY)
     if need == "answer" and label(record) is False:
         raise OddError(UNWANTED)
     good = [k for k in shapes.LABELS if record.get(k) in (0, 1, None) and need != "any"]
-    return turns.keep(record, (*used, *good), messages=messages)
+    return turns.keep(record, (*used, *good), messages=found)
 
 
 def label(record):
@@ -89,6 +90,8 @@ def labelled(path, **allowed):
 
     def convert(record):
         found = conversation(record, "turns")
+        if found["messages"][-1].get("tool_calls"):
+            raise ValueError(f"messages: the last message: tool_calls: {calls.TEXT}")
         if label(record) is None:
             raise ValueError("label: true or false was expected beside the answer (got nothing)")
         return found | {"label": label(record)}
@@ -129,7 +132,7 @@ def document(record):
     text = turns.string(record, "text")
     if not text.strip():
         raise OddError("without text")
-    return turns.keep(record, ("text",), text=text)
+    return {"text": text} | {k: v for k, v in record.items() if k != "text"}
 
 
 def preferences(path, **allowed):
@@ -297,14 +300,15 @@ def say_cut(length, context):
         print(f"--length {length:,}: {effect}", file=sys.stderr)
 
 
-def _convert(path, readers, hidden=(), allow_dropped=True, allow_markers=True):
+def _convert(path, readers, hidden=(), allow_dropped=True, allow_markers=True, written=()):
     """Reads the file; readers[kind](record in our names) → a new record. hidden: fields that stay
-    as they are. ValueError where many records are odd, and allow_dropped is not set, or where more
-    than 1 % have markers of chat formats in their text, and allow_markers is not."""
+    as they are. written: what of tool calls the chat format writes (calls.KINDS); ValueError for
+    other calls, where many records are odd, and allow_dropped is not set, and where more than 1 %
+    have markers of chat formats in their text, and allow_markers is not."""
     found, dropped, first, unused, marked = [], Counter(), {}, Counter(), []
     for line, record in rows.read(path):
         try:
-            result, others = one(record, readers, hidden)
+            result, others = one(record, readers, hidden, written)
             unused.update(others)
             found.append(result)
             marked += [(line, sign) for sign in markers(result)[:1]]
@@ -334,10 +338,15 @@ MARKERS = re.compile(
 
 def markers(record):
     """The first marker of each of a converted record's texts that has one."""
-    texts = [m["content"] for m in record.get("messages") or record.get("prompt") or []]
+    texts = [m["content"] for m in messages(record)]
     texts += [record[k] for k in ("chosen", "rejected", "text") if k in record]
     texts += record.get("responses", [])
     return [found[0].strip() for found in map(MARKERS.search, texts) if found]
+
+
+def messages(record):
+    """A converted record's conversation, or its prompt; [] for a text."""
+    return record.get("messages") or record.get("prompt") or []
 
 
 def _report_markers(path, marked, n, allowed):
@@ -357,7 +366,7 @@ def _report_markers(path, marked, n, allowed):
     print(f"{said}; it is read as text", file=sys.stderr)
 
 
-def one(record, readers, hidden=()):
+def one(record, readers, hidden=(), written=calls.KINDS):
     """→ readers[kind]'s result, the names of the fields that nothing is made of. ValueError, which
     names fields as the record does; OddError for a record that is dropped."""
     kind, record, names = shapes.ours(record, hidden)
@@ -367,6 +376,9 @@ def one(record, readers, hidden=()):
     try:
         others = shapes.message_fields(record)
         result = readers[kind](record)
+        calls.check(
+            messages(result), written, f"{'messages' if 'messages' in result else 'prompt'}: "
+        )
         return result, (others | shapes.record_fields(record, result, kind)) - set(hidden)
     except OddError:
         raise

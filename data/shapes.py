@@ -8,7 +8,8 @@ A line in SHAPES adds a shape, a word in it another name of a field.
 import re
 from functools import lru_cache
 
-from data.templates import _short
+from data import calls
+from data.formats import _short
 
 # ---------------------------------------------------------------- records
 ASKED = "prompt|question|query|problem|inputs|input"
@@ -39,11 +40,10 @@ JUDGED = {"chosen", "rejected", "responses", "ranks", "preferred_output", "rejec
 REFERENCES = ("answer", "solution", "targets")  # beside a prompt: what a reader's reward may check
 
 # ---- what else a record or a message may carry: used, refused by name, harmless, or else counted
-BESIDE = ("system", "system_prompt", "history")  # used: they are put in front of the turns
+BESIDE = ("system", "system_prompt", "history", "tools")  # used: they go in front of the turns
 SYSTEM = ("systemInstruction", "system_instruction")  # Gemini's names of it
 WEIGHTS = ("weight", "train", "training", "loss")  # used: a message with 0 is read, not trained
 LABELS = ("label", "kto_tag")  # used: whether a conversation's answer is a good one (KTO)
-NO_CALLS = "no chat format here writes tool calls"
 TEXT_ONLY = "text alone is read here"
 NO_THOUGHT = "no chat format here writes what is thought before an answer"
 USE_WEIGHT = "a message's weight, 0 or 1, says what is trained"
@@ -51,9 +51,8 @@ ALPACA_ONLY = "it goes into the prompt beside `instruction` alone"
 IN_PROMPT = "it must stand in the prompt"
 # fmt: off
 REFUSED = {  # they would change what is learnt, and cannot be honoured
-    "tools": NO_CALLS, "functions": NO_CALLS, "tool_calls": NO_CALLS, "function_call": NO_CALLS,
-    "function_calls": NO_CALLS, "tool_call_id": NO_CALLS, "tool_choice": NO_CALLS,
-    "tool_responses": NO_CALLS, "toolConfig": NO_CALLS,
+    **dict.fromkeys("tools functions tool_calls function_call function_calls".split(), calls.SHAPE),
+    **dict.fromkeys("tool_call_id tool_choice tool_responses toolConfig".split(), calls.SHAPE),
     "image": TEXT_ONLY, "images": TEXT_ONLY, "video": TEXT_ONLY, "videos": TEXT_ONLY,
     "audio": TEXT_ONLY, "audios": TEXT_ONLY, "media": TEXT_ONLY,
     "reasoning_content": NO_THOUGHT, "reasoning": NO_THOUGHT, "thinking": NO_THOUGHT,
@@ -174,7 +173,7 @@ def message_fields(record):
             for message in entry if isinstance(entry, list) else [entry]:
                 if not isinstance(message, dict):
                     continue
-                used = ("role", "content", *WEIGHTS)
+                used = ("role", "content", *WEIGHTS, *calls.kept(message, first=i == 1))
                 others = {k: v for k, v in message.items() if k not in used}
                 found |= {f"message {k}" for k in _not_used(others, f"{field}: message {i}: ")}
     return found
@@ -183,10 +182,7 @@ def message_fields(record):
 def _not_used(fields, where=""):
     for k, v in fields.items():
         if k in REFUSED and not empty(v) and v is not False:
-            raise ValueError(
-                f"{where}{k}: {REFUSED[k]} (got {_short(v)}); take the field out "
-                "where the text says all without it"
-            )
+            raise ValueError(f"{where}{k}: {REFUSED[k]} (got {_short(v)}); {calls.TAKE_OUT}")
     return {k for k, v in fields.items() if k not in HARMLESS and not empty(v)}
 
 
@@ -207,12 +203,12 @@ ROLES = {
     **{"gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"},
 }
 CALLING = {
-    *"tool function tool_call tool_response function_call function_response".split(),
+    *"function tool_call tool_response function_call function_response".split(),
     *"observation ipython".split(),
 }
 PARTS = {  # kinds of a content's parts that are no text → why they are refused
-    **dict.fromkeys("tool_use tool_result toolUse toolResult functionCall".split(), NO_CALLS),
-    **dict.fromkeys("functionResponse function_call tool_call".split(), NO_CALLS),
+    **dict.fromkeys("tool_use tool_result toolUse toolResult functionCall".split(), calls.SHAPE),
+    **dict.fromkeys("functionResponse function_call tool_call".split(), calls.SHAPE),
     **dict.fromkeys("thinking reasoning reasoningContent thought".split(), NO_THOUGHT),
 }
 
@@ -221,8 +217,11 @@ def _turns(given, field):
     """A list of messages, or one message, with our names; a list of them in a list too."""
     found = []
     for i, m in enumerate([given] if isinstance(given, dict) else given, 1):
+        if _is_messages(m):
+            found.append(_turns(m, field))
+            continue
         try:
-            found.append(_turns(m, field) if _is_messages(m) else _message(m))
+            found.append(_message(m))
         except ValueError as e:
             raise ValueError(f"{field}: message {i}: {e}") from None
     return found
@@ -243,8 +242,13 @@ def _message(given):
             m[name] = m.pop(other)
     role = m.get("role")
     if role in CALLING if isinstance(role, str) else False:
-        raise ValueError(f"role: {NO_CALLS} (got {role!r})")
+        raise ValueError(f"role: {calls.SHAPE} (got {role!r})")
     m["role"] = ROLES.get(role, role) if isinstance(role, str) else role
+    for field, read in (("tool_calls", calls.tool_calls), ("tools", calls.tools)):
+        if field in m:
+            m[field] = None if empty(m[field]) else read(m[field])
+    if m.get("tool_calls"):
+        m.setdefault("content", "")
     if "content" in m:
         m["content"] = _text(m["content"])
     return m

@@ -4,9 +4,9 @@ A ValueError says which field is wrong. OddError says that the record is dropped
 file has some such records, and its others are good.
 """
 
-from data import templates
+from data import calls, formats, templates
+from data.formats import _short
 from data.shapes import BESIDE, WEIGHTS, empty
-from data.templates import _short
 from data.tokenizer import check_spaces
 
 EMPTY = "with an empty turn"
@@ -155,7 +155,7 @@ def alpaca(record):
     more = (field for field in ("input", "context") if record.get(field) is not None)
     parts += [string(record, field) for field in more]
     turn = {"instruction": "\n\n".join(p for p in parts if p)}
-    question = templates.Question(string(turn, "instruction"))
+    question = formats.Question(string(turn, "instruction"))
     question.input = parts[-1] if [bool(p) for p in parts] == [True, True] else ""
     asked = [{"role": "user", "content": question}]
     return beside(record, asked), ("instruction", "input", "context")
@@ -183,7 +183,10 @@ def beside(record, found):
             raise ValueError(f"history: a list of [question, answer] was expected (got {got})")
         for role, text in zip(("user", "assistant"), both, strict=True):
             before.append({"role": role, "content": string({"history": text}, "history")})
-    return [*head, *before, *turns]
+    first, *others = [*head, *before, *turns]
+    if record.get("tools") and not empty(record["tools"]):
+        first = first | {"tools": calls.tools(record["tools"])}
+    return [first, *others]
 
 
 def _answer(record, field, asked):
@@ -194,6 +197,8 @@ def _answer(record, field, asked):
         return string(record, field, "a string or a list of messages")
     given = record[field]
     last = given[-1] if given and isinstance(given[-1], dict) else {}
+    if last.get("tool_calls"):
+        raise ValueError(f"{field}: the last message: tool_calls: {calls.TEXT}")
     if any(last.get(k) in (0,) for k in WEIGHTS):
         raise ValueError(f"{field}: the last message: weight: 1 was expected for an answer (got 0)")
     if len(given) == 1 and last.get("role") == "assistant":
@@ -221,6 +226,7 @@ def messages(record, field, weights=False):
         for i, given in enumerate(record[field], 1):
             content = string(given, "content", where=f"message {i}: content")
             message = {"role": given["role"], "content": content}
+            message |= calls.kept(given, first=i == 1)
             if _untrained(given, i) and weights:
                 message["weight"] = 0
             found.append(message)
@@ -260,7 +266,7 @@ def _untrained(message, number):
 
 
 def _ends_in_user(messages, field):
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] not in templates.ASKS:
         got = messages[-1]["role"] if messages else "none"
         raise ValueError(f"{field}: messages that end in a user's turn were expected (got {got})")
 
@@ -291,8 +297,10 @@ def _blank(text):
 
 
 def empty_turn(messages):
-    """Whether one of the turns is blank; a system message may be."""
-    return any(_blank(m["content"]) for m in messages if m["role"] != "system")
+    """Whether one of the turns is blank; a system message may be, a tool's result, and the text
+    beside a call."""
+    said = (m for m in messages if m["role"] in ("user", "assistant") and not m.get("tool_calls"))
+    return any(_blank(m["content"]) for m in said)
 
 
 def keep(record, used, **fields):

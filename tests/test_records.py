@@ -538,7 +538,7 @@ def test_a_field_that_would_change_what_is_learnt_is_refused_by_name(write, name
             ValueError,
             match=rf"x.jsonl:2: {name}: .*; take the field out where the text says all without it$",
         ):
-            read(write(line, {**line, name: ["x"]}))
+            read(write(line, {**line, name: [{"name": "x"}]}))
         for empty in nothing:
             assert len(read(write({**line, **empty}))) == 1
     calls = {"role": "assistant", "content": None, name: [{"id": "1"}]}

@@ -250,16 +250,16 @@ def test_many_odd_records_stop_the_run(tmp_path):
 
 
 # ---------------------------------------------------------------- refused
-CALL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"id": "1"}]}
+CALL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "f"}]}
 REFUSED = [  # (lines, what the one line says)
-    ([{"messages": [Q, CALL]}], "1: messages: message 2: tool_calls: no chat format here writes"),
+    ([{"messages": [Q, CALL]}], "1: messages: message 2: tool_calls: the chat format writes no"),
     (
-        [{"messages": [Q, {"role": "tool", "content": "9"}, A]}],
-        "1: messages: message 2: role: no chat",
+        [{"messages": [Q, {"role": "function", "content": "9"}, A]}],
+        "1: messages: message 2: role: tool calls are read as OpenAI writes them",
     ),
     (
         [{"conversations": [said("human", "Q?"), said("function_call", "f()")]}],
-        "1: conversations: message 2: role: no chat format",
+        "1: conversations: message 2: role: tool calls are read as",
     ),
     (
         [{"conversations": [said("human", "Q?"), said("bot", "A.")]}],
@@ -269,7 +269,7 @@ REFUSED = [  # (lines, what the one line says)
         [{"conversations": [said("human", 5), said("gpt", "A.")]}],
         "1: conversations: message 1: content: a string",
     ),
-    ([CHAT | {"tools": [{"name": "f"}]}], "1: tools: no chat format here writes tool calls"),
+    ([CHAT | {"tools": [{"name": "f"}]}], "1: tools: the chat format writes no tool calls"),
     ([CHAT | {"images": ["a.jpg"]}], "1: images: text alone is read here"),
     (
         [{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A]}],
@@ -277,11 +277,11 @@ REFUSED = [  # (lines, what the one line says)
     ),
     (
         [{"messages": [Q, {"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}]}],
-        "1: messages: message 2: content: no chat format here writes tool calls",
+        "1: messages: message 2: content: tool calls are read as",
     ),
     (
         [{"messages": [Q, {"role": "assistant", "content": [{"toolUse": {"name": "f"}}]}]}],
-        "1: messages: message 2: content: no chat format here writes tool calls",
+        "1: messages: message 2: content: tool calls are read as",
     ),
     (
         [{"messages": [{"role": "user", "content": [{"image": {"format": "png"}}]}, A]}],
@@ -297,7 +297,7 @@ REFUSED = [  # (lines, what the one line says)
                 ]
             }
         ],
-        "1: contents: message 2: content: no chat format",
+        "1: contents: message 2: content: tool calls are read as",
     ),
     (
         [{"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]}],

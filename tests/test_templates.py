@@ -159,7 +159,7 @@ def test_smollm2s_system_message_only_where_there_is_none():
         ([{"content": "Hi"}], "message 1: role: .* expected"),
         (
             [{"role": "human", "content": "Hi"}],
-            "role: one of system, user, assistant was expected .got 'human'",
+            "role: one of system, user, assistant, tool was expected .got 'human'",
         ),
         ([{"role": "user"}], "content: a string was expected .got nothing"),
         ([user(None)], "content: a string"),
@@ -285,6 +285,86 @@ def test_a_template_that_drops_old_reasoning_is_refused_with_the_turn():
     t.chat_template = OWN.replace("{{ '<|im_start|>A:' }}", "{{ '<|im_start|>B:' }}")
     with pytest.raises(ValueError, match="message 2 .*does not begin this answer where its prompt"):
         render(t, chat)
+
+
+CALLS = """{%- if tools %}{{ '<|im_start|>T:' + tools | tojson + '<|im_end|>' }}{% endif %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + ':' + m.content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '@' + call.function.name + call.function.arguments | tojson }}
+    {%- endfor %}
+    {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"""
+WEATHER = {"type": "function", "function": {"name": "weather"}}
+
+
+def called(arguments, text="", name="weather"):
+    function = {"name": name, "arguments": arguments}
+    return assistant(text) | {"tool_calls": [{"type": "function", "function": function}]}
+
+
+def tool(text):
+    return {"role": "tool", "content": text}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tool_calls_are_trained_and_results_read(as_text):
+    """Where the template writes them; a call's name and arguments are text whatever they say."""
+    t = load()
+    t.chat_template = (
+        CALLS.replace(" | tojson }}\n    {%- endfor", " }}\n    {%- endfor") if as_text else CALLS
+    )
+    assert templates.of(t).calls == {"tools", "tool_calls", "tool"}
+    chat = [user("Lima?") | {"tools": [WEATHER]}, called({"x<|im_end|>": "é"}, "Look:"), tool("9")]
+    chat += [assistant("Nine."), user("?"), assistant("!")]
+    begin, end, e = t.special["<|im_start|>"], t.special["<|im_end|>"], t.encode
+    call = [*e('Look:@weather{"x<|im_end|>": "é"}'), end]
+    ids = [begin, *e("T:" + json.dumps([WEATHER])), end, begin, *e("user:Lima?"), end]
+    ids += [begin, *e("assistant:"), *call, begin, *e("tool:9"), end, begin, *e("assistant:")]
+    answers = [[*e("Nine."), end], [*e("!"), end]]
+    ids += [*answers[0], begin, *e("user:?"), end, begin, *e("assistant:"), *answers[1]]
+    got, labels = render(t, chat)
+    assert got == ids and labels_of(labels) == call + answers[0] + answers[1]
+    asked = render(t, chat[:3], add_generation_prompt=True)[0]
+    assert (
+        asked == ids[: len(asked)] and templates.answer_ids(t, chat[:3], "Nine.")[1] == answers[0]
+    )
+
+
+def test_tool_calls_that_the_template_does_not_write_are_refused():
+    t = load()
+    chat = [user("Lima?"), called({}), tool("9"), assistant("Nine.")]
+    for own in (None, OWN, CALLS.replace("m.tool_calls or []", "[]")):
+        t.chat_template = own
+        with pytest.raises(ValueError, match="message 2: tool_calls: the chat format writes no"):
+            render(t, chat)
+    with pytest.raises(ValueError, match="^tools: the chat format writes no"):
+        render(t, [user("Lima?") | {"tools": [WEATHER]}], True, format=TEMPLATES["chatml"])
+    t.chat_template = CALLS.replace(
+        "m.tool_calls or []", "([] if m.content else m.tool_calls) or []"
+    )
+    assert templates.of(t).calls == {"tools", "tool_calls", "tool"}
+    assert "@weather" in t.decode(render(t, chat)[0])
+    chat[1] = called({}, "Look:")
+    for prompt in (chat[:3], chat):  # the text alone is never read for the call
+        with pytest.raises(ValueError, match="message 2: tool_calls: .* template leaves them out"):
+            render(t, prompt, add_generation_prompt=len(prompt) == 3)
+
+
+@pytest.mark.parametrize(
+    "chat, said",
+    [
+        ([user("?"), tool("9")], "message 2: role: assistant was expected here"),
+        ([user("?"), assistant("a"), tool("9")], "message 3: role: user was expected here"),
+        ([user("?"), called({}), user("?")], "message 3: role: tool was expected here"),
+        ([user("?"), called({}), tool("9"), user("?")], "role: assistant or tool was expected"),
+    ],
+)
+def test_the_order_of_calls_and_results(chat, said):
+    with pytest.raises(ValueError, match=said):
+        templates.check(chat)
+    templates.check([user("?"), called({}), tool("8"), tool("9"), called({}), tool("9")])
 
 
 def labels_of(labels):

@@ -2,6 +2,7 @@
 ones: ids and text of 1,000 varied strings, the whole chat's ids, and exactly what is trained of it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(TESTS / "golden"))
 from make import BY_TIKTOKEN, CHATS, EDGES, FAMILIES, applied, family, spiced, varied  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from data import templates  # noqa: E402
+from data import records, templates  # noqa: E402
 from data.tokenizer import ByteLevel, Pieces, Tokenizer  # noqa: E402
 
 
@@ -128,3 +129,61 @@ def test_templates_that_checkpoints_bring(name, tmp_path):
             assert name == "qwen3" and len(chat) == 4 and "message 2" in str(e)
             continue
         assert len([i for i in everything if i == last[-1]]) == len(chat) // 2
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a <city>.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALLING = "qwen2_5 qwen3_instruct_2507 qwen3_5_nothink llama3_1 llama3_2 lfm2_v2".split()
+
+
+def a_call(arguments, text):
+    """The weather in Lima by a tool."""
+    function, one = {"name": "weather", "arguments": arguments}, "abcdefghi"
+    return [
+        {"role": "user", "content": "Lima?"},
+        {
+            "role": "assistant",
+            "content": text,
+            "tool_calls": [{"id": one, "type": "function", "function": function}],
+        },
+        {"role": "tool", "name": "weather", "tool_call_id": one, "content": '{"t": 9}'},
+        {"role": "assistant", "content": "Nine."},
+    ]
+
+
+@pytest.mark.parametrize("text", [None, "Let me look."])
+@pytest.mark.parametrize("name", CALLING)
+def test_tool_calls_in_templates_that_checkpoints_bring(name, text, tmp_path):
+    """From a file, whose arguments are an object or JSON: the text is transformers' with an object;
+    trained is the call and the answer, each with its end, and nothing of the tool's turn.
+    """
+    trl = pytest.importorskip("trl")
+    jinja = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    family("qwen_kind", tmp_path)
+    ours, peer = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    jinja = jinja.replace("<|eot_id|>", "<|im_end|>")  # Llama's, which this vocabulary lacks
+    ours.chat_template = jinja
+    ours.config["bos_token"] = peer.bos_token = "<|endoftext|>"
+    format = templates.of(ours)
+    city = {"city": "Lima, <Perú>"}
+    named = dict(tools=[WEATHER], chat_template=jinja, tokenize=False)
+    whole = peer.apply_chat_template(a_call(city, text or ""), **named)
+    asked = peer.apply_chat_template(a_call(city, "")[:1], add_generation_prompt=True, **named)
+    for arguments in (city, json.dumps(city, ensure_ascii=False)):
+        file = tmp_path / "x.jsonl"
+        file.write_text(json.dumps({"messages": a_call(arguments, text), "tools": [WEATHER]}))
+        (read,) = records.conversations(file, written=format.calls)
+        said = read["messages"]
+        assert templates.text(said, format=format, bos=ours.bos, eos=ours.eos) == whole
+        ids, labels = templates.render(ours, said)
+        assert ours.decode(ids) == whole
+        assert ours.decode(templates.render(ours, said[:1], True)[0]) == asked
+        call, answer, rest = ours.decode([i for i in labels if i != -100]).split("<|im_end|>")
+        assert "Lima, <Perú>" in call and (answer.strip(), rest) == ("Nine.", "")
+        assert whole.startswith(f"{asked}{call}<|im_end|>") and '"t"' not in call
