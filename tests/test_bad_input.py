@@ -330,6 +330,7 @@ def test_another_chat_formats_markers(refuses, lines, small, tmp_path):
         ("reward", "data", RANKING | {"prompt": marked}),
         ("reward", "reference", chat),
         ("ppo", "data", {"messages": marked}),
+        ("ppo", "ptx", chat),
         ("dpo", "data", PAIR | {"prompt": marked}),
     ):
         refuses(stage, said, "give --allow-markers", **{option: lines(record)})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data import check, records, rows, shapes
+from data import calls, check, records, rows, shapes
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 Q, A = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
@@ -249,10 +249,98 @@ def test_many_odd_records_stop_the_run(tmp_path):
     assert records.pairs(lines(path, PAIR, *same), allow_dropped=False) == [PAIR]
 
 
+# ---------------------------------------------------------------- tool calls
+F = {"name": "f", "arguments": {"x": 1}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": F}]}
+RESULT = {"role": "tool", "content": "9"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def written(record, **changes):
+    """A record's call with another text of its fields."""
+    call = {"id": "1", "type": "function", "function": F | changes}
+    return {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [call]}]} | record
+
+
+def test_tool_calls_are_read_in_openai_s_shape(tmp_path):
+    """Arguments as an object or as JSON, tools as a list or as JSON; they lie in the first message.
+    Only a reader whose chat format writes them has them.
+    """
+    path, named = tmp_path / "x.jsonl", {"id": "1", **CALL["tool_calls"][0]}
+    asked, called = Q | {"tools": [TOOL]}, CALL | {"tool_calls": [named]}
+    for tools in ([TOOL], json.dumps([TOOL])):
+        rows = [written({"tools": tools}, arguments=a) for a in ({"x": 1}, '{"x": 1}')]
+        found = records.conversations(lines(path, *rows), written=calls.KINDS)
+        assert found == [{"messages": [asked, called]}] * 2
+        with pytest.raises(ValueError, match="x.jsonl:1: tools: the chat format writes no tool"):
+            records.conversations(path, written=("tool_calls", "tool"))
+    for arguments in ("", None, {}):
+        (read,) = records.conversations(
+            lines(path, written({}, arguments=arguments)), written=calls.KINDS
+        )
+        assert read["messages"][1]["tool_calls"][0]["function"]["arguments"] == {}
+    more = [Q, CALL, {**RESULT, "tool_call_id": "1", "name": "f"}, RESULT, A]
+    nothing = dict(tool_calls=None, tools=None, weight=None)
+    chat = {"messages": [{**m, **nothing} | m for m in more], "tools": "[]"}
+    (read,) = records.conversations(lines(path, chat), allow_dropped=False, written=calls.KINDS)
+    assert read == {"messages": more}
+    with pytest.raises(ValueError, match="dropped: 1 whose roles do not alternate"):
+        records.conversations(lines(path, {"messages": [Q, CALL, A]}), written=calls.KINDS)
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        (written({}, name=""), "messages: message 2: tool_calls: a function's name was expected"),
+        (written({}, arguments="{"), "messages: message 2: tool_calls: arguments: an object or"),
+        (written({}, arguments=[1]), "messages: message 2: tool_calls: arguments: an object or"),
+        (written({"tools": "x"}), "tools: a list of objects was expected .got 'x'"),
+        ({"prompt": "Q?", "completion": [CALL]}, "completion: the last message: tool_calls: an"),
+    ],
+)
+def test_calls_of_another_shape_are_refused(tmp_path, record, said):
+    with pytest.raises(ValueError, match=f"x.jsonl:1: {said}"):
+        records.conversations(lines(tmp_path / "x.jsonl", record), written=calls.KINDS)
+
+
+def test_an_answer_to_compare_is_a_text(tmp_path):
+    path = lines(tmp_path / "x.jsonl", {"prompt": [Q], "chosen": [CALL], "rejected": "b"})
+    with pytest.raises(ValueError, match="x.jsonl:1: chosen: the last message: tool_calls: an ans"):
+        records.pairs(path, written=calls.KINDS)
+    with pytest.raises(ValueError, match="x.jsonl:1: messages: the last message: tool_calls: an"):
+        records.labelled(lines(path, {"messages": [Q, CALL], "label": True}), written=calls.KINDS)
+    asked = {"prompt": [Q, CALL, RESULT], "tools": [TOOL], "chosen": "a", "rejected": "b"}
+    (pair,) = records.pairs(lines(path, asked), written=calls.KINDS)
+    assert pair["prompt"] == [Q | {"tools": [TOOL]}, CALL, RESULT]
+    (prompt,) = records.conversations(
+        lines(path, {"messages": [Q, CALL, RESULT]}), "prompt", written=calls.KINDS
+    )
+    assert prompt == {"messages": [Q, CALL, RESULT]}
+
+
+def test_check_and_convert_keep_tool_calls(tmp_path, monkeypatch, capsys):
+    one, other = written({"tools": [TOOL]}), written({"tools": [TOOL]}, arguments={"x": 2})
+    path, out = lines(tmp_path / "x.jsonl", one, other, CHAT), tmp_path / "out.jsonl"
+    said = run(monkeypatch, capsys, "check", path)[1]
+    assert "tool calls  2 have some (first: line 1); --model's chat template writes none" in said
+    assert "duplicates  exact: none" in said and "left out" not in said
+    before = records.conversations(path, written=calls.KINDS)
+    for to in ("ours", "openai"):
+        assert run(monkeypatch, capsys, "convert", path, out, "--to", to)[0] == 0
+        assert records.conversations(out, written=calls.KINDS) == before
+        assert json.loads(out.read_text().splitlines()[0])["tools"] == [TOOL]
+    first = json.loads(out.read_text().splitlines()[0])["messages"][1]
+    assert first["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
+    _, _, err = run(monkeypatch, capsys, "convert", path, out, "--to", "gemini")
+    assert "record 1: tool calls are written by --to openai" in err
+
+
 # ---------------------------------------------------------------- refused
-CALL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "f"}]}
 REFUSED = [  # (lines, what the one line says)
-    ([{"messages": [Q, CALL]}], "1: messages: message 2: tool_calls: the chat format writes no"),
+    (
+        [{"messages": [Q, CALL | {"content": "Let me look."}]}],
+        "1: messages: message 2: tool_calls: the chat format writes no",
+    ),
     (
         [{"messages": [Q, {"role": "function", "content": "9"}, A]}],
         "1: messages: message 2: role: tool calls are read as OpenAI writes them",
