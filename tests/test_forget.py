@@ -456,8 +456,6 @@ def test_bad_input(tasks, tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             forget.examples(file, TOK, 64)
-    with pytest.raises(ValueError, match="a conversation was expected, this is a text"):
-        sft.prepare(tasks.text, TOK, 64)
     with pytest.raises(FileNotFoundError, match="it has no fisher.safetensors"):
         forget.old_tasks(sft.Options(model=tasks.model, ewc=str(tmp_path)), lm())
     with pytest.raises(ValueError, match="not --adapter ia3"):
