@@ -59,6 +59,8 @@ def _parsed(given):
 
 def kept(message, first):
     """What of a message belongs to calls. first: whether it is its conversation's first."""
+    if len(message) == 2:
+        return {}
     role = message["role"]
     names = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}.get(role, ())
     names += ("tools",) * first
@@ -69,8 +71,10 @@ def found(messages):
     """→ [(number of a message, which of KINDS it has, its value)]"""
     out = []
     for i, m in enumerate(messages, 1):
-        out += [(i, kind, m[kind]) for kind in KINDS if m.get(kind)]
-        out += [(i, "tool", m["content"])] if m["role"] == "tool" else []
+        if m["role"] == "tool":
+            out.append((i, "tool", m["content"]))
+        elif len(m) > 2:
+            out += [(i, kind, m[kind]) for kind in KINDS if m.get(kind)]
     return out
 
 

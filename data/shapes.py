@@ -122,8 +122,8 @@ def _first(names, known):
 def ours(record, hidden=()):
     """→ kind, the record with our names of fields, roles and contents, {our field: theirs}."""
     kind, names = shape(record, hidden)
-    left_out = {*names.values(), *(k for k in OURS if record.get(k) is None)}
-    found = {k: v for k, v in record.items() if k not in left_out}
+    used = {*names.values()}
+    found = {k: v for k, v in record.items() if k not in used and (v is not None or k not in OURS)}
     for field, name in names.items():
         if name in record:
             found[field] = record[name]
@@ -137,7 +137,8 @@ def ours(record, hidden=()):
     if "system" in found:
         found["system"] = _system(found["system"])
     for field in LABELS:
-        found |= {k: _truth(v) for k, v in found.items() if k == field}
+        if field in found:
+            found[field] = _truth(found[field])
     for field in MESSAGE_FIELDS:
         if isinstance(found.get(field), (list, dict)):
             found[field] = _turns(found[field], names.get(field, field))
@@ -171,7 +172,7 @@ def message_fields(record):
         given = record.get(field)
         for i, entry in enumerate(given if isinstance(given, list) else [], 1):
             for message in entry if isinstance(entry, list) else [entry]:
-                if not isinstance(message, dict):
+                if not isinstance(message, dict) or message.keys() == {"role", "content"}:
                     continue
                 used = ("role", "content", *WEIGHTS, *calls.kept(message, first=i == 1))
                 others = {k: v for k, v in message.items() if k not in used}
@@ -236,8 +237,8 @@ def _message(given):
         return given
     m = dict(given)
     for name, others in NAMES.items():
-        other = _first(others, m.keys())
-        if m.get(name) is None and other:
+        other = _first(others, m.keys()) if m.get(name) is None else None
+        if other:
             m.pop(name, None)
             m[name] = m.pop(other)
     role = m.get("role")

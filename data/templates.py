@@ -24,6 +24,7 @@ ROLES = ("system", "user", "assistant", "tool")
 ASKS = ("user", "tool")  # whose turn a prompt may end in
 
 _own_template = lru_cache(8)(OwnTemplate)
+_in_table = lru_cache(8)(lambda jinja: _known.get(_normal(jinja)))  # a Format or None
 
 
 def of(tokenizer):
@@ -33,8 +34,7 @@ def of(tokenizer):
     jinja = tokenizer.chat_template
     if jinja is None:
         return TEMPLATES["chatml"]
-    found = _known.get(_normal(jinja))
-    if found is not None:
+    if found := _in_table(jinja):
         return found
     return _own_template(jinja, frozenset(tokenizer.special), tokenizer.bos, tokenizer.eos)
 
@@ -55,7 +55,7 @@ def adopt(tokenizer, name=None):
     """
     format = of(tokenizer) if name is None else named(name)
     has = tokenizer.chat_template is not None
-    own = _known.get(_normal(tokenizer.chat_template)) if has else None
+    own = _in_table(tokenizer.chat_template) if has else None
     if has and name is not None and own is not format:
         warnings.warn(
             f"training with the chat format {format.name}, but the checkpoint was trained with "

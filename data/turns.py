@@ -162,7 +162,10 @@ def alpaca(record):
 
 
 def beside(record, found):
-    """The system message and the history beside a record's turns, put in front of them."""
+    """The system message and the history beside a record's turns, put in front of them; its tools
+    in the first."""
+    if not any(map(record.get, BESIDE)):
+        return found
     head = found[:1] if found[0]["role"] == "system" else []
     turns, before = found[len(head) :], []
     for field in ("system", "system_prompt"):
