@@ -36,6 +36,8 @@ SHAPES = [  # kind, their fields (names of one field with | between them, the fi
 ]
 # fmt: on
 OURS = {name for _, _, ours in SHAPES for name in ours.split()}
+BESIDE_NO_TEXT = {name for _, theirs, _ in SHAPES for name in re.split(r"[ |]", theirs)}
+BESIDE_NO_TEXT |= {"role", "from", "code", "summary", "system"}  # parts of something else
 JUDGED = {"chosen", "rejected", "responses", "ranks", "preferred_output", "rejected_response"}
 REFERENCES = ("answer", "solution", "targets")  # beside a prompt: what a reader's reward may check
 
@@ -49,6 +51,7 @@ NO_THOUGHT = "no chat format here writes what is thought before an answer"
 USE_WEIGHT = "a message's weight, 0 or 1, says what is trained"
 ALPACA_ONLY = "it goes into the prompt beside `instruction` alone"
 IN_PROMPT = "it must stand in the prompt"
+TEXT_ALONE = "a text that is trained whole stands alone"
 # fmt: off
 REFUSED = {  # they would change what is learnt, and cannot be honoured
     **dict.fromkeys("tools functions tool_calls function_call function_calls".split(), calls.SHAPE),
@@ -160,6 +163,9 @@ def record_fields(record, result, kind):
         if left.get(k) not in (1, None):
             got = _short(left[k])
             raise ValueError(f"{k}: 1 was expected, all records count alike here (got {got})")
+    for k in left if kind == "text" else ():
+        if k in BESIDE_NO_TEXT and not empty(left[k]):
+            raise ValueError(f"{k}: {TEXT_ALONE} (got {_short(left[k])}); {calls.TAKE_OUT}")
     if kind == "conversation":  # "any" keeps the label
         left = {k: v for k, v in left.items() if k not in LABELS or v not in (0, 1)}
     return _not_used(left)

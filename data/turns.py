@@ -152,7 +152,8 @@ def prompt(record):
 def alpaca(record):
     """The user's turn: instruction, then after an empty line input (Dolly's context)."""
     parts = [string(record, "instruction")]
-    more = (field for field in ("input", "context") if record.get(field) is not None)
+    nothing = (None, "<noinput>")  # the second is Alpaca's own
+    more = (field for field in ("input", "context") if record.get(field) not in nothing)
     parts += [string(record, field) for field in more]
     turn = {"instruction": "\n\n".join(p for p in parts if p)}
     question = formats.Question(string(turn, "instruction"))

@@ -53,6 +53,7 @@ CONVERSATIONS = [  # (record, its messages)
     ({"input": "Q?", "output": "A."}, [Q, A]),
     ({"inputs": "Q?", "targets": "A."}, [Q, A]),
     ({"instruction": "Q?", "input": "", "response": "A."}, [Q, A]),
+    ({"instruction": "Q?", "input": "<noinput>", "output": "A."}, [Q, A]),
     ({"system_prompt": "Be brief.", "question": "Q?", "response": "A."}, [S, Q, A]),
     ({"system": "Be brief.", "messages": [Q, A]}, [S, Q, A]),
     ({"system": [{"text": "Be brief."}], "messages": [blocks("user", "Q?"), A]}, [S, Q, A]),
@@ -473,6 +474,16 @@ def test_a_file_that_is_refused_in_one_line(tmp_path, found, words):
     with pytest.raises(ValueError, match=f"^{tmp_path}/x.jsonl:{words}") as e:
         records.conversations(path, allow_dropped=False)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+def test_a_text_that_is_part_of_something_else_is_not_trained_whole(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    corpus = {"text": "Once.", "id": 1, "url": "x", "score": 0.5, "label": None, "role": None}
+    assert records.texts(lines(path, corpus)) == ["Once."]
+    assert "fields not used: score (1)" in capsys.readouterr().err
+    for name, value in (("role", "prompter"), ("code", "f()"), ("summary", "s"), ("answer", "a")):
+        with pytest.raises(ValueError, match=f"x.jsonl:1: {name}: a text that is trained whole"):
+            records.texts(lines(path, {"text": "Once.", name: value}))
 
 
 def test_a_line_in_the_table_adds_a_shape(tmp_path, monkeypatch):
