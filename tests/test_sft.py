@@ -85,7 +85,7 @@ def run(tmp_path, monkeypatch):
 
         real, rates = sft.adamw, []
         with monkeypatch.context() as m:
-            m.setattr(sft, "prepare", lambda *_: data)
+            m.setattr(sft, "prepare", lambda *_, **allowed: data)
             m.setattr(sft, "clip_grad_norm_", clip)
             m.setattr(sft, "adamw", adamw)
             m.setattr(
@@ -216,7 +216,7 @@ def test_one_label_trains_one_position_the_one_before_it():
     class Reads(torch.nn.Module):  # hidden states are the logits, and a leaf
         def __init__(self):
             super().__init__()
-            self.h, self.lm_head = torch.randn(2, 6, 9, requires_grad=True), torch.nn.Identity()
+            self.h, self.logits = torch.randn(2, 6, 9, requires_grad=True), torch.nn.Identity()
 
         def packed(self, rows):
             return self.h
