@@ -101,7 +101,7 @@ def parse(options, doc: str, argv=None):
         print(f"{parser.prog}: {remark}", file=sys.stderr)
     for f in fields:
         value, part = getattr(values, f.name), f.metadata["hub"]
-        if part and value != f.default and not is_function(value):
+        if part and value != f.default:
             setattr(values, f.name, download.folder(value, part))
     return options(**vars(values))
 
