@@ -81,14 +81,15 @@ def test_only_what_is_read_is_fetched_and_the_weights_last(hub):
 
 def test_what_is_no_name_on_the_hub_stays_as_it_is(hub, tmp_path):
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
-    for path in ("owner/tiny", "owner/tinny", "tiny", "./x/y", "../x", "/x/y", "x/y/z", "x", ""):
+    (tmp_path / "owner" / "tiny@v1").mkdir()
+    paths = ["owner/tiny", "owner/tiny@v1", "owner/tinny", "tiny", "./x/y", "../x", "/x/y", "x/y/z"]
+    for path in [*paths, "x", ""]:
         assert download.folder(path) == path
     assert options(tmp_path, model=sft.Options.model).model == sft.Options.model
     assert not hub.asked
-    (tmp_path / "owner" / "tiny").rmdir()
     # beside it, the hub is asked only where that is what can be meant
     assert download.folder("owner/tiny@main").endswith(A)
-    (tmp_path / "owner").rmdir()
+    shutil.rmtree(tmp_path / "owner")
     ppo = import_module("ppo").Options
     assert parse(ppo, "", ["--reward", "owner/mine.py:score"]).reward == "owner/mine.py:score"
 
