@@ -39,7 +39,7 @@ def folder(spec: str, part="all") -> str:
 
 @functools.cache  # one revision in all of a run, also where a branch moves meanwhile
 def fetch(spec, name, revision, part) -> str:
-    hub = optional("huggingface_hub", f"{spec} is no folder here; to get it from the hub")
+    hub = optional("huggingface_hub", f"{spec} is no folder here, but a name on the hub")
     try:
         path = hub.snapshot_download(name, revision=revision, allow_patterns=SMALL)
         commit = Path(path).name

@@ -88,7 +88,8 @@ def parse(options, doc: str, argv=None):
         kind = dict(type=f.type, default=f.default, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action="store_true")
-        parser.add_argument(spell(f.name), help=f.metadata["help"], **kind)
+        text = f.metadata["help"].replace("%", "%%")  # argparse fills in %(default)s
+        parser.add_argument(spell(f.name), help=text, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [spell(f.name) for f in fields]

@@ -96,7 +96,7 @@ def test_what_is_no_name_on_the_hub_stays_as_it_is(hub, tmp_path):
 
 def test_without_the_package_it_is_asked_for(hub, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    line = "owner/tiny is no folder here; to get it from the hub; install the package"
+    line = "owner/tiny is no folder here, but a name on the hub; install the package"
     with pytest.raises(ValueError, match=re.escape(f"{line} huggingface_hub (pip install hug")):
         options(tmp_path)
 
