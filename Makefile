@@ -37,10 +37,14 @@ all: report ## the whole chain on the embedded world, or on your DATA= and PREFS
 quick: ## the same in about five minutes, into OUT/quick
 	$(MAKE) all OUT=$(OUT)/quick QUICK=1
 
-real: smollm2 ## the same on SmolLM2-135M, into OUT/real; FULL=1 on a GPU
+# MODEL=owner/name is fetched from the hub; its tokenizer and chat template may need packages too
+CHOSEN = $(if $(filter file,$(origin MODEL)),smollm2,$(MODEL))
+HUB    = huggingface_hub==2.4.0 tokenizers==0.23.3 jinja2==3.1.6
+real: $(if $(filter smollm2,$(CHOSEN)),smollm2,$(READY)) ## the same on SmolLM2-135M, or MODEL=owner/name; FULL=1 on a GPU
+	$(if $(READY),@test -f $(CHOSEN)/config.json || .venv/bin/pip install -q $(HUB))
 	$(if $(DATA),$(if $(PREFS),,$(error make real: DATA= needs PREFS= too)))
 	$(if $(PREFS),$(if $(DATA),,$(error make real: PREFS= needs DATA= too)))
-	$(MAKE) all OUT=$(OUT)/real MODEL=smollm2 REAL=$(if $(FULL),full,short)
+	$(MAKE) all OUT=$(OUT)/real MODEL=$(CHOSEN) REAL=$(if $(FULL),full,short)
 
 # $(call LR,A,B) in a preset: learning rate A for every weight, B for adapters
 LR = --lr $(if $(LORA),$(2),$(1))

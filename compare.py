@@ -27,7 +27,7 @@ LABELLERS = 10  # people who share the work: each prompt goes to one of them
 
 @dataclass
 class Options(tuning.Reading):
-    model: str = opt("out/sft", "checkpoint folder that answers")
+    model: str = opt("out/sft", "checkpoint folder that answers", hub="all")
     data: str = opt("out/world/prompts.jsonl", "chats that end in a user's turn, or pairs")
     out: str = opt("out/comparisons.jsonl", "file for the rankings")
     labeller: str = opt("world", "world, or FILE.py:function")

@@ -47,7 +47,7 @@ from packing import distinct
 
 @dataclass
 class Options(Watching, tuning.Tuning):
-    model: str = opt("out/sft", "the policy's start and the reference")
+    model: str = opt("out/sft", "the policy's start and the reference", hub="all")
     data: str = opt(
         "out/comparisons.jsonl", "rankings or preference pairs; KTO: or labelled answers"
     )

@@ -62,7 +62,7 @@ FILE = "fisher.safetensors"
 
 @dataclass
 class Options:
-    model: str = opt("out/sft", "checkpoint that has learnt the old task: θ*")
+    model: str = opt("out/sft", "checkpoint that has learnt the old task: θ*", hub="all")
     data: str = opt("out/world/sft.jsonl", "the old task: chats or plain text")
     out: str = opt("out/fisher", f"folder for {FILE}")
     fisher: str = opt("true", "what F is; the last two only to compare with", choices=KINDS)

@@ -59,8 +59,8 @@ RATIO_BOUND = 1e-3  # |ρ - 1| before an update: rounding reaches 6e-5, a temper
 
 @dataclass
 class Options(Watching, tuning.Tuning):
-    model: str = opt("out/sft", "the policy's start and the reference")
-    reward: str = opt("out/reward", "reward model's folder, or FILE.py:function")
+    model: str = opt("out/sft", "the policy's start and the reference", hub="all")
+    reward: str = opt("out/reward", "reward model's folder, or FILE.py:function", hub="all")
     raw_reward: bool = opt(False, "do not divide the function's scores by their running deviation")
     data: str = opt("out/world/prompts.jsonl", "conversations that end in a user's turn")
     out: str = opt("out/ppo", "folder for the checkpoint")

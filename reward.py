@@ -30,7 +30,7 @@ ABSENT = -1
 
 @dataclass
 class Options(tuning.Tuning):
-    model: str = opt("out/sft", "checkpoint folder to start from")
+    model: str = opt("out/sft", "checkpoint folder to start from", hub="all")
     data: str = opt("out/comparisons.jsonl", "rankings, or preference pairs")
     reference: str = opt(
         "out/world/sft.jsonl", "chats whose answers' scores PPO scales to mean 0, deviation 1"

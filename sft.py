@@ -30,7 +30,7 @@ from packing import IGNORE, SHORTEST, count_targets, pack, usable
 class Options(Watching, tuning.Tuning):
     adapter: str = opt("none", "a lighter adapter than LoRA", choices=("none", *tuning.KINDS))
     virtual_tokens: int = opt(20, "in prompt or prefix", needs="adapter prompt prefix", at_least=1)
-    model: str = opt("data/base", "checkpoint folder to start from")
+    model: str = opt("data/base", "checkpoint folder to start from", hub="all")
     data: str = opt(
         "out/world/sft.jsonl", "conversations, or text for continued pre-training (data/shapes.py)"
     )

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import adapters
 import lora
+from common import download
 from common.files import hub_name, read_json, write_json
 from model import wide
 
@@ -39,6 +40,8 @@ def save_adapter(model, path, base=None, name="default"):
         config, tensors = light_config(model), state(model)
     config["task_type"] = task_type(model)
     config["base_model_name_or_path"] = base and str(base)
+    if origin := download.origin(base):
+        config["base_model_name_or_path"], config["revision"] = origin
     config["inference_mode"] = True
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS, {"format": "pt"})

@@ -37,23 +37,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from common import download
 from paged import PagedAdamW
 
 # ---------------------------------------------------------------- options
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
 
 
-def opt(default, help: str, choices=None, needs="", **bounds):
+def opt(default, help: str, choices=None, needs="", hub="", **bounds):
     """A field of an options dataclass: its default, its help, its bounds (names as in BOUNDS).
 
     A value beyond a bound that is a number is an error, and so is a float that is not finite. A
     bound may also name another option (below="steps"): a value beyond that one has no effect.
     needs: the option without which this one has no effect ("lora"), perhaps with that option's
     values ("loss simpo"). An option without effect is reported, but is no error.
+    hub: what is fetched where a checkpoint's name on the hub is given, download.folder's `part`.
     """
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, needs=needs, bounds=bounds)
-    )
+    help += ", or owner/name[@revision] on the Hugging Face hub" if hub else ""
+    known = dict(help=help, choices=choices, needs=needs, hub=hub, bounds=bounds)
+    return dataclasses.field(default=default, metadata=known)
 
 
 def spell(name: str) -> str:
@@ -72,8 +74,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(options, doc: str, argv=None):
-    """Command line → an options dataclass. One line and exit status 2 on an unknown option or an
-    impossible value.
+    """Command line → an options dataclass, with a folder for each checkpoint that was named as on
+    the hub (ValueError where it cannot be had). One line and exit status 2 on an unknown option or
+    an impossible value.
     """
     parser = Parser(
         description=doc.split("\n")[0],
@@ -85,7 +88,8 @@ def parse(options, doc: str, argv=None):
         kind = dict(type=f.type, default=f.default, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action="store_true")
-        parser.add_argument(spell(f.name), help=f.metadata["help"], **kind)
+        text = f.metadata["help"].replace("%", "%%")  # argparse fills in %(default)s
+        parser.add_argument(spell(f.name), help=text, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [spell(f.name) for f in fields]
@@ -96,6 +100,10 @@ def parse(options, doc: str, argv=None):
             parser.error(f"{spell(f.name)} is {value}, it must be {expected}")
     for remark in without_effect(options, values):
         print(f"{parser.prog}: {remark}", file=sys.stderr)
+    for f in fields:
+        value, part = getattr(values, f.name), f.metadata["hub"]
+        if part and value != f.default:
+            setattr(values, f.name, download.folder(value, part))
     return options(**vars(values))
 
 
@@ -488,11 +496,13 @@ class Run:
         self.state = self.home / "state"
         self.saved = self.state / SAVED
         known = dataclasses.asdict(options)
+        known = {k: download.name(v) if isinstance(v, str) else v for k, v in known.items()}
         for name in ("out", "overwrite", "save_every"):  # they change no result
             known.pop(name, None)
         if "device" in known:
             known["device"] = pick_device(known["device"]).type
-        hashes = code(script) | {str(p): fingerprint(p) for p in inputs} | (made or {})
+        hashes = code(script) | {download.name(p): fingerprint(p) for p in inputs} | (made or {})
+        hashes |= dict(filter(None, map(download.origin, inputs)))  # {owner/name: commit}
         self.identity = {"options": known, "inputs": hashes}
         self.tracked, self.extra = {}, {}
         self.beside = {}  # figures for the next line of the log

@@ -26,7 +26,7 @@ import torch
 
 import adapters
 import lora
-from common import hub, memory, peft
+from common import download, hub, memory, peft
 from common.run import SCHEDULES, has_bf16, load_function, opt
 from data import templates
 from data.tokenizer import Tokenizer
@@ -128,13 +128,16 @@ def base_of(path) -> str:
             f"{path} has no adapter: --keep-base goes on with one; train it with --lora, or leave"
             " --keep-base out"
         )
-    base = hub.read_json(file).get("base_model_name_or_path")
+    config = hub.read_json(file)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{file}: base_model_name_or_path is {json.dumps(base)}: the folder of the adapter's"
             " base was expected; write it there, or leave --keep-base out"
         )
-    return base
+    if revision and not Path(base).exists():
+        base = f"{base}@{revision}"
+    return download.folder(base)
 
 
 def expect_lora(path):

@@ -21,6 +21,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from common import download
 from data import calls, records, rows, shapes, templates, turns
 from data.tokenizer import Tokenizer
 
@@ -213,7 +214,7 @@ def leakage(files):
 
 
 def check(o) -> bool:
-    tok = Tokenizer.load(Path(o.model))
+    tok = Tokenizer.load(Path(download.folder(o.model, "tokenizer")))
     files = []
     for path in o.files:
         files.append(File(path))
@@ -317,7 +318,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check", help="what is in files of records, and what is wrong")
     one.add_argument("files", nargs="+", help="files of records")
-    one.add_argument("--model", default="data/base", help="folder with the tokenizer that counts")
+    one.add_argument(
+        "--model",
+        default="data/base",
+        help="folder, or owner/name on the hub, whose tokenizer counts",
+    )
     one = commands.add_parser("convert", help="the same records in another format")
     one.add_argument("file", help="a file of records")
     one.add_argument("out", help="JSONL file to write")

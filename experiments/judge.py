@@ -46,7 +46,7 @@ WAYS = {"once": ("one order", "base"), "points": ("both orders", "sft"),
 @dataclass
 class Options(lab.Options):
     n: int = opt(55, "pairs, the kinds in turn", at_least=2 * len(KINDS))
-    judge: str = opt("smollm2", "checkpoint folder of the judge")
+    judge: str = opt("smollm2", "checkpoint folder of the judge", hub="all")
 
 
 # ---------------------------------------------------------------- pairs whose truth is known

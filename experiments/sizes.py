@@ -50,7 +50,7 @@ COSTS = ("read", "written", "seconds", "flops")  # of an answer
 @dataclass
 class Options(lab.Options):
     n: int = opt(33, "how many held-out prompts a seed", at_least=2)
-    large: str = opt("smollm2", "checkpoint folder of the general model")
+    large: str = opt("smollm2", "checkpoint folder of the general model", hub="all")
     shots: int = opt(5, "solved prompts before each one", at_least=1)
 
 

@@ -55,7 +55,7 @@ SCALES = {"acc": (100, 1), "acc_norm": (100, 1), "right": (100, 1), "nats": (1, 
 @dataclass
 class Options(lab.Options):
     data: str = opt("", "the benchmarks' files, with a comma between")
-    model: str = opt("smollm2", "checkpoint folder to start from")
+    model: str = opt("smollm2", "checkpoint folder to start from", hub="all")
     steps: int = opt(32, "optimizer steps", at_least=1)
     batch: int = opt(8, "questions per step", at_least=2)
     characters: int = opt(130, "longest question with its longest choice", at_least=1)

@@ -62,7 +62,7 @@ RANK, LR = 16, 1e-4
 
 @dataclass
 class Options:
-    model: str = opt("smollm2", "checkpoint folder")
+    model: str = opt("smollm2", "checkpoint folder", hub="all")
     data: str = opt(
         "out/world/sft.jsonl", "conversations; for sampling, those that end in a user's turn"
     )

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from common import tuning
+from common import download, tuning
 from common.run import autocast, main, opt, pick_device
 from data import templates
 from sampling import decode
@@ -26,7 +26,7 @@ COMMANDS = re.findall(r"^/\w+", HELP, re.M)
 
 @dataclass
 class Options(tuning.Reading):
-    model: str = opt("out/ppo", "checkpoint folder to talk to")
+    model: str = opt("out/ppo", "checkpoint folder to talk to", hub="all")
     temperature: float = opt(0.7, "0: always the likeliest token", at_least=0)
     top_p: float = opt(
         1.0,
@@ -158,7 +158,7 @@ def converse(o: Options):
     model, tok = load(o)
     ends, talk, turn = {*templates.end_ids(tok, model.config), tok.eos_id}, [], 0
     size = sum(p.numel() for p in model.parameters())
-    say(f"{o.model}: {size:,} parameters, {templates.of(tok).name}; /help, /exit")
+    say(f"{download.name(o.model)}: {size:,} parameters, {templates.of(tok).name}; /help, /exit")
     if tok.chat_template is None:
         say(
             "(no chat template: a base model, which continues text and never learnt to answer;"

@@ -31,7 +31,7 @@ from tools.runs import run
 @dataclass
 class Options(tuning.Reading):
     out: str = opt("out", "folder of a finished `make all`")
-    base: str = opt("data/base", "the base model's folder")
+    base: str = opt("data/base", "the base model's folder", hub="all")
     n: int = opt(500, "how many held-out prompts", at_least=2)
     max_new_tokens: int = opt(64, "longest answer in tokens", at_least=1)
     batch: int = opt(128, "answers sampled together", at_least=1)

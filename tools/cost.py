@@ -45,7 +45,9 @@ SERVED = {"bf16": "LoRA", "nf4": "QLoRA"}  # weights in serving are as this meth
 @dataclass
 class Options:
     data: str = opt("", "your records: their tokens are counted, in training and per call")
-    model: str = opt("", "checkpoint folder: its tokenizer counts --data, its shape is the size")
+    model: str = opt(
+        "", "checkpoint folder: its tokenizer counts --data, its shape is the size", hub="tokenizer"
+    )
     size: str = opt("8B", "parameters of the model, without --model", choices=list(SIZES))
     tokens: float = opt(1e6, "training tokens per epoch, without --data", above=0)
     epochs: float = opt(3.0, "epochs", above=0)

@@ -59,8 +59,12 @@ class Options(tuning.Reading):
     out: str = opt("out/curated.jsonl", "file for the records that are kept")
     against: str = opt("", "evaluation that must not leak: a benchmark's file, or prompts")
     rules: str = opt(",".join(RULES), "rules to apply, separated by commas")
-    quality: str = opt("", "reward model's folder, or FILE.py:function; else --model's likelihood")
-    model: str = opt("data/base", "language model that measures likelihood and diversity")
+    quality: str = opt(
+        "", "reward model's folder, or FILE.py:function; else --model's likelihood", hub="all"
+    )
+    model: str = opt(
+        "data/base", "language model that measures likelihood and diversity", hub="all"
+    )
     seed: int = opt(0, "seed of MinHash, and of what chance decides", at_least=0, below=2**32)
     device: str = opt("auto", "cpu, cuda or auto")
     overwrite: bool = opt(False, "start anew over a finished run")

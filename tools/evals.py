@@ -44,7 +44,7 @@ MEASURES = ("rougeL", "exact_match", "token_f1")  # which see a reference instea
 @dataclass
 class Options(tuning.Reading):
     out: str = opt("out", "folder with the stages' checkpoints")
-    base: str = opt("data/base", "the base model's folder")
+    base: str = opt("data/base", "the base model's folder", hub="all")
     data: str = opt(
         "",
         "your own conversations: held-out loss instead of gold; default: OUT/world/heldout.jsonl",
@@ -61,8 +61,10 @@ class Options(tuning.Reading):
         "",
         "a benchmark's records, or FILE.py:function that scores answers to the prompts of --data",
     )
-    model: str = opt("", "the checkpoint that --task evaluates", needs="task")
-    against: str = opt("", "another one, compared with it record by record", needs="task")
+    model: str = opt("", "the checkpoint that --task evaluates", needs="task", hub="all")
+    against: str = opt(
+        "", "another one, compared with it record by record", needs="task", hub="all"
+    )
     shots: int = opt(0, "solved questions before each one", needs="task", at_least=0)
     chat: bool = opt(False, "choices and code in the chat format, not as plain text", needs="task")
     samples: int = opt(1, "programs per problem; one alone is greedy", needs="task", at_least=1)

@@ -68,7 +68,9 @@ API = "judge openai anthropic"  # without which an option has no effect
 
 @dataclass
 class Options(tuning.Reading):
-    judge: str = opt("", "checkpoint folder, openai, anthropic, FILE.py:function, or annotations")
+    judge: str = opt(
+        "", "checkpoint folder, openai, anthropic, FILE.py:function, or annotations", hub="all"
+    )
     a: str = opt("", "answers to judge, {prompt, answer} a line as tools.evals writes them")
     b: str = opt("", "the answers they are compared with, matched by prompt", needs="a")
     data: str = opt("", "instead: people's preference pairs or rankings")

@@ -64,7 +64,7 @@ PAIR = ("lora16", "qlora16")  # what is compared in the second table
 
 @dataclass
 class Options:
-    model: str = opt("smollm2", "checkpoint folder to start from")
+    model: str = opt("smollm2", "checkpoint folder to start from", hub="all")
     data: str = opt("out/world/sft.jsonl", "conversations")
     prefs: str = opt("", "rankings or pairs, for the preference accuracy of LoRA and QLoRA")
     out: str = opt("out/lighter", "folder for the runs")

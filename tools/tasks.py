@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from common import files, tuning, watch
+from common import download, files, tuning, watch
 from common.run import autocast, code, file_of, fingerprint, is_function, load_function, pick_device
 from data import benchmarks, records, templates
 from metrics import bootstrap, mean, paired_bootstrap, sign_test
@@ -254,14 +254,15 @@ def evaluate(o):
     for side, folder in (("model", o.model), ("against", o.against)):
         if not folder:
             continue
-        name = f"{re.sub(r'[^A-Za-z0-9]+', '-', folder).strip('-')}.{key(o, folder)}"
+        named = download.name(folder)
+        name = f"{re.sub(r'[^A-Za-z0-9]+', '-', named).strip('-')}.{key(o, folder)}"
         lines = lines_of(o, kind, items, folder, home / f"{name}.jsonl", device)
         found = figures(kind, lines, seed=o.seed)
         if not found:
             raise ValueError(f"{folder}: its context is too short for all {len(lines)} records")
         none = lines.count(None)
-        result[side] = {"folder": folder, "n": len(lines) - none, "too_long": none} | found
-        show(folder, result[side])
+        result[side] = {"folder": named, "n": len(lines) - none, "too_long": none} | found
+        show(named, result[side])
         names.append(name)
         every.append(lines)
     if o.against:
