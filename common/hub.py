@@ -1,9 +1,12 @@
 """Hugging Face folders ↔ our weights: config.json, model.safetensors, the tokenizer's files.
 
-What is written here transformers and vLLM open as it is; what they write is read here when it is of
-a family of common/families.py: `…ForCausalLM`, or `…ForSequenceClassification` with one label (the
-reward model, the critic). An unsupported setting is refused by name, never ignored. Pickled weights
-are not read: they can run code.
+What is written here transformers and vLLM open as it is, llama.cpp as tools/gguf.py puts it into a
+file; what they write is read here when it is of a family of common/families.py: `…ForCausalLM`, or
+`…ForSequenceClassification` with one label (the reward model, the critic). An unsupported setting
+is refused by name, never ignored. Pickled weights are not read: they can run code.
+
+(llama.cpp's own converter knows tokenizers by the hash of a text's ids, and stops at the embedded
+one: "BPE pre-tokenizer was not recognized".)
 """
 
 import json
