@@ -62,14 +62,12 @@ def turned(record: dict, form: str) -> dict:
 
 def mixed(found: list, share: float, forms, stay: bool) -> list:
     """A share of the records is turned, evenly over the file, formats in turn; or left out."""
-    out, due, n = [], 0.0, 0
-    for record in found:
-        due += share
-        if due < 1:
+    out = []
+    for i, record in enumerate(found):
+        n = int((i + 1) * share)
+        if n == int(i * share):
             out.append(record)
-            continue
-        due, n = due - 1, n + 1
-        if stay:
+        elif stay:
             out.append(turned(record, forms[n % len(forms)]))
     return out
 
