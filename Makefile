@@ -184,10 +184,11 @@ mutants: $(READY) ## put known bugs back, one at a time: each must fail a test; 
 bugs: $(READY) ## docs/bugs.md from tests/mutants/bugs.py, without running a test
 	$(PY) tests/mutants/run.py --book
 
-bench: .venv-peers/ready sft smollm2 ## speed and memory beside the peers; tools.bench has more
+bench: .venv-peers/ready comparisons smollm2 ## speed and memory beside the peers; tools.bench has more
 	$(PEERS) -m tools.bench sampling --model $(OUT)/sft --data $(WORLD)/heldout.jsonl
 	for task in sft lora qlora dequantise memory; do \
 	  $(PEERS) -m tools.bench $$task --data $(WORLD)/sft.jsonl || exit 1; done
+	$(PEERS) -m tools.bench dpo --batch 4 --data $(OUT)/comparisons.jsonl
 
 .venv-peers/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-peers

@@ -3,6 +3,7 @@ time is asserted.
 """
 
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -113,21 +114,25 @@ def talks(tmp_path_factory):
         for i in range(6)
     ]
     asked = [{"messages": user("what is two")}]
-    return dict(model=folder(at / "m"), data=write(at / "d.jsonl", rows)), dict(
-        model=str(at / "m"), data=write(at / "p.jsonl", asked)
-    )
+    said = [r["messages"][1]["content"] for r in rows]
+    pairs = [{"prompt": "what is one", "chosen": c, "rejected": said[0]} for c in said[1:]]
+    files = {"chats": rows, "asked": asked, "pairs": pairs}
+    model = folder(at / "m")
+    return {n: dict(model=model, data=write(at / f"{n}.jsonl", r)) for n, r in files.items()}
 
 
-@pytest.mark.parametrize("task", ("sft", "lora", "qlora", "sampling", "dequantise", "qlora7b"))
+@pytest.mark.parametrize(
+    "task", ("sft", "lora", "dpo", "qlora", "sampling", "dequantise", "qlora7b")
+)
 def test_our_side_of_each_task(task, talks):
     side, _, cases = bench.TASKS[task]
-    turn, first = side(
-        options(batch=4, case="64 96 float32" if cases[0] else "", **talks[task == "sampling"]),
-        True,
-    )
+    given = talks[{"sampling": "asked", "dpo": "pairs"}.get(task, "chats")]
+    turn, first = side(options(batch=4, case="64 96 float32" if cases[0] else "", **given), True)
     assert turn(0) > 0
+    if task == "dpo":  # the reference's other answers are likelier by a nat
+        assert first == pytest.approx(math.log1p(math.exp(-0.1)), abs=1e-5)
     if task in ("lora", "qlora"):
-        (_, again), (_, more) = (side(options(batch=b, **talks[0]), True) for b in (4, 6))
+        (_, again), (_, more) = (side(options(batch=b, **given), True) for b in (4, 6))
         assert first == again != more and 0 < first < 50
 
 
@@ -136,7 +141,7 @@ def test_a_training_step_moves_every_tensor_of_the_adapter(talks, monkeypatch):
     monkeypatch.setattr(
         bench, "step", lambda model, *rest: (kept.append(model), real(model, *rest))[1]
     )
-    turn, _ = bench.training(options(batch=4, **talks[0]), True, "nf4")
+    turn, _ = bench.training(options(batch=4, **talks["chats"]), True, "nf4")
     trained = [p for p in kept[0].parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     turn(0)

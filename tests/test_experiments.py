@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from data.world import world
-from experiments import judge, lab, ratings, rouge, sizes
+from experiments import formats, judge, lab, ratings, rouge, sizes
 from metrics import ratio, sign_test
 from tools import runs
 
@@ -224,3 +224,26 @@ def test_the_cost_of_a_run_is_of_the_last_one_that_trained(tmp_path, monkeypatch
     assert again["minutes"] is not None and (tmp_path / "ppo-0.05.json").exists()
     said = "finished already"
     assert runs.run("ppo.py", out) == again
+
+
+# ---------------------------------------------------------------- formats
+def test_a_mixture_has_its_shares_and_its_markers():
+    answers = [{"role": "assistant", "content": f"It is {i}."} for i in range(40)]
+    said = [{"messages": [*tiny.user("What is it?"), answer]} for answer in answers]
+    found = {way: formats.mixed(said, *how) for way, how in formats.WAYS.items()}
+    marked = {
+        way: sum(any(m in r["messages"][1]["content"] for m in formats.MARKERS) for r in records)
+        for way, records in found.items()
+    }
+    assert found["one format"] == said and len(found["a half alone"]) == 20
+    assert [*marked.values()] == [0, 4, 20, 30, 0]
+    forms = [r["messages"][0]["content"][:3] for r in found["three quarters in three others"]]
+    assert {form: forms.count(form) for form in forms} == {
+        "Wha": 10,
+        "###": 10,
+        "[IN": 10,
+        "<|u": 10,
+    }
+    turn = formats.turned(said[7], "alpaca")["messages"]
+    assert turn[0]["content"] == "### Instruction:\nWhat is it?\n\n### Response:\n"
+    assert turn[1]["content"] == "It is 7.</s>" and turn[1]["role"] == "assistant"

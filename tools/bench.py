@@ -8,7 +8,9 @@
                  ours packs, theirs pads; in both the head runs on the targets' places alone
     lora         a training step of --model, LoRA r = 16 on every linear layer, beside a loop over
                  PEFT: ours packs, theirs pads
-    qlora        the same on NF4, double-quantised, beside PEFT and bitsandbytes
+    dpo          a DPO step of --model, every weight, on --batch pairs of --data, beside TRL's
+                 DPOTrainer; both have the reference's log-probabilities from before
+    qlora        the same as lora on NF4, double-quantised, beside PEFT and bitsandbytes
     dequantise   double-quantised weights of two sizes and types, beside bitsandbytes
     qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512
                  tokens, checkpointed. With --limit GB the process has no more than that and the
@@ -43,6 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import dpo as preferences
 import lora
 from common import files, hub
 from common.memory import SIZES, UNIT, count, measured, shape
@@ -194,6 +197,52 @@ def sft(o, ours: bool):
     options = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(peer.parameters(), LR, **options)
     return step(peer, loss, optimizer, count, device)
+
+
+def dpo(o, ours: bool):
+    """Its number is the loss under a reference that prefers each rejected answer by one nat."""
+    device = pick_device(o.device)
+    model, tok = hub.load(o.model, device)
+    pairs = []
+    for r in records.batch(records.pairs(o.data, "best_worst"), 0, o.batch, 0):
+        prompt, answers = templates.ranked_ids(tok, r, (r["chosen"], r["rejected"]))
+        pairs.append((prompt, *answers))
+    with torch.no_grad():
+        chosen, rejected, *_ = preferences.sums(model, pairs)
+    count = sum(len(p) + len(answer) for p, *answers in pairs for answer in answers)
+    if ours:
+
+        def loss(m):
+            policy = preferences.sums(m, pairs)[:2]
+            return preferences.preference_loss(*policy, chosen, rejected + 1.0, 0.1)[0].mean()
+
+        return step(model, loss, adamw(model, LR), count, device)
+    del model
+    trainer, batch = trl(o, pairs, chosen, rejected + 1.0, device)
+    options = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), LR, **options)
+    loss = lambda m: trainer.compute_loss(m, batch)  # noqa: E731
+    return step(trainer.model.train(), loss, optimizer, count, device)
+
+
+def trl(o, pairs, chosen, rejected, device):
+    """TRL's DPOTrainer of --model, and its collator's batch of the pairs."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as out:
+        cpu, given = device.type == "cpu", dict(report_to=[], beta=0.1, bf16=False)
+        config = DPOConfig(out, use_cpu=cpu, precompute_ref_log_probs=True, **given)
+        some = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+        tok = AutoTokenizer.from_pretrained(o.model)
+        trainer = DPOTrainer(peer, None, config, train_dataset=some, processing_class=tok)
+    names = "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"
+    before = zip(chosen.tolist(), rejected.tolist(), strict=True)
+    rows = [(*pair, *logps) for pair, logps in zip(pairs, before, strict=True)]
+    batch = trainer.data_collator([dict(zip(names, row, strict=True)) for row in rows])
+    return trainer, {name: x.to(device) for name, x in batch.items()}
 
 
 def qlora(o, ours: bool):
@@ -409,12 +458,13 @@ TASKS = {
     "sampling": (sampling, "tokens", [""]),
     "sft": (sft, "tokens", [""]),
     "lora": (training, "tokens", [""]),
+    "dpo": (dpo, "tokens", [""]),
     "qlora": (qlora, "tokens", [""]),
     "dequantise": (dequantise, "matrices", MATRICES),
     "qlora7b": (qlora7b, "tokens", [""]),
     "choices": (choices, "records", ["1", "8", "32"]),  # lm-eval's batch sizes
 }
-PEERS = ("transformers", "peft", "bitsandbytes")
+PEERS = ("transformers", "peft", "bitsandbytes", "trl")
 
 
 # ---------------------------------------------------------------- two processes that take turns
