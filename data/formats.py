@@ -90,7 +90,7 @@ class Format:
         if messages[0]["role"] != "system":
             if self.default is None:
                 return messages
-            default = self.with_input[0] if given else self.default
+            default = self.with_input[0] if given and self.with_input else self.default
             return [{"role": "system", "content": default}, *messages]
         if self.system is None:
             raise ValueError(

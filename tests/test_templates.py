@@ -381,6 +381,14 @@ def test_alpaca_shows_an_input_apart():
     assert plain.endswith("request.\n\n### Instruction:\nSum.\n\n### Response:\n")
 
 
+def test_a_format_without_inputs_keeps_its_own_system_message_beside_one():
+    question = {"role": "user", "content": "Sum.\n\n1, 2", "input": "1, 2"}
+    plain = {"role": "user", "content": "Sum.\n\n1, 2"}
+    form = templates.TEMPLATES["smollm2"]
+    assert templates.text([question], format=form) == templates.text([plain], format=form)
+
+
+
 def test_a_beginning_stands_once():
     """Also where the template writes none, and in Llama 2's, which writes one a question."""
     t = load("llama3_kind")

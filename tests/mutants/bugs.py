@@ -1955,6 +1955,7 @@ BUGS = [
      'config["base_model_name_or_path"] = origin[0]'),
     (0, "an adapter is put on the newest revision of its base", "common/tuning.py", "download",
      "if revision and not Path(base).exists():",
+     "if False:"),
     # ---- GGUF files
     (0, "GGUF: q and k keep Hugging Face's order", "tools/gguf.py", "gguf",
      "x = pairs(x, x.shape[0] // c.head_dim)",
