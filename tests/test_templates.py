@@ -388,7 +388,6 @@ def test_a_format_without_inputs_keeps_its_own_system_message_beside_one():
     assert templates.text([question], format=form) == templates.text([plain], format=form)
 
 
-
 def test_a_beginning_stands_once():
     """Also where the template writes none, and in Llama 2's, which writes one a question."""
     t = load("llama3_kind")
