@@ -246,7 +246,7 @@ BROKEN = '{"messages": [{"role": "user"'
                 ),
                 (
                     {"messages": [{"role": "bot", "content": "Hi"}]},
-                    "message 1: role: one of system, user, assistant was expected",
+                    "message 1: role: one of system, user, assistant, tool was expected",
                 ),
             ],
         ),
@@ -442,7 +442,7 @@ def test_a_reference_answer_of_weight_0_is_none(refuses, lines):
     chat = {"messages": [*tiny.user("Hi"), {"role": "assistant", "content": "No.", "weight": 0}]}
     refuses(
         "reward",
-        "no usable reference answers in it (dropped: 2 of weight 0)",
+        "no usable reference answers in it (dropped: 2 of weight 0 or with tool calls)",
         reference=lines(chat, chat),
     )
     refuses(
