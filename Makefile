@@ -137,6 +137,7 @@ controls: eval ## what the results could be mistaken for: OUT/controls.json
 CLAIMS = $(patsubst %.py,%,$(filter-out experiments/lab.py,$(wildcard experiments/*.py)))
 experiments: $(CLAIMS) ## every claim tried, on SEEDS chains; experiments/NAME tries one
 
+experiments/judge experiments/sizes experiments/tuning: smollm2
 experiments/%: $(READY)
 	for s in $$(seq 0 $$(($(SEEDS) - 1))); do \
 	  $(MAKE) ppo dpo simpo OUT=$(OUT)/seed$$s SEED=$$s || exit 1; done

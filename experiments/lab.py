@@ -13,10 +13,12 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from common import tuning
 from common.run import opt, pick_device
 from data import records
-from metrics import kl
+from metrics import bootstrap, kl, mean
 from tools import evals
 from tools.report import light
 from tools.results import put, table
@@ -58,29 +60,99 @@ def held_out(o, seed: int) -> list[dict]:
     return records.conversations(chain(o, seed) / "world" / "heldout.jsonl", "prompt")[: o.n]
 
 
-def measure(o, folder: Path, seed: int, keep_in: Path, reference: Path | None = None) -> dict:
+def measure(o, folder, seed, keep_in, reference=None, reward=None, held=None) -> dict:
     """A checkpoint's answers to the held-out prompts at temperature 1, kept in a file: {"lines":
     what evals.rate() says of each, "kl": nats an answer from `reference`, by the policy's own
-    samples; None without one}.
+    samples, "scores": what `reward` gives each}; None without one.
+
+    held: other records than the held-out prompts, with a folder `keep_in` of their own.
     """
+    held = held or held_out(o, seed)
 
     def compute():
-        held, device = held_out(o, seed), pick_device(o.device)
+        device = pick_device(o.device)
         model, tok = evals.read(o, folder.name, folder, device)
         answers = evals.answer(model, tok, [r["messages"] for r in held], o, 1.0, seed)
-        found = {"lines": evals.rate(held, answers), "kl": None}
+        found = {"lines": evals.rate(held, answers), "kl": None, "scores": None}
         if reference is not None:
             ours = evals.token_logps(model, tok, held, answers)
             model, tok = evals.read(o, reference.name, reference, device)
             found["kl"] = kl(ours, evals.token_logps(model, tok, held, answers))
+        if reward is not None:
+            found["scores"] = proxy(o, reward, held, answers)
         return found
 
-    return kept(keep_in / f"{folder.name}-{o.n}.json", compute)
+    of = [folder, reference, reward, held, seed, *answering(o)]
+    return kept(keep_in / f"{folder.name}-{len(held)}.json", compute, of)
+
+
+def answering(o) -> list:
+    """The options that decide an answer."""
+    return [o.max_new_tokens, o.batch, o.quant, o.keep_base, pick_device(o.device).type]
+
+
+def proxy(o, reward: Path, held, answers) -> list[float]:
+    """What PPO maximises: a reward model's scores of answers in deviations, -1 without an end."""
+    model, tok = tuning.read(o, reward, pick_device(o.device), reward=True)
+    texts, ids = [a[0] for a in answers], [a[1] for a in answers]
+    raw = evals.score_texts(model, tok, [r["messages"] for r in held], texts, ids)
+    c = model.config
+    return [
+        (x - c.reward_mean) / c.reward_std if finished else -1.0
+        for x, (_, _, finished) in zip(raw, answers, strict=True)
+    ]
+
+
+def judged(o, policy: Path, rewards: dict, seed: int, keep_in: Path, k=4, prompts=250) -> dict:
+    """How reward models {name: folder} judge a policy: {name: [(pairs in gold order, pairs)] of
+    each prompt}, over its k answers to each of the first held-out prompts. Pairs of equal gold are
+    left out.
+    """
+
+    held = held_out(o, seed)[:prompts]
+
+    def compute():
+        device = pick_device(o.device)
+        asked = [r["messages"] for r in held for _ in range(k)]
+        model, tok = evals.read(o, policy.name, policy, device)
+        answers = evals.answer(model, tok, asked, o, 1.0, seed + 7)
+        texts, ids = [a[0] for a in answers], [a[1] for a in answers]
+        gold = evals.rubric(held, [answers[i : i + k] for i in range(0, len(answers), k)])[0]
+        better, found = evals.order(gold) > 0, {}
+        for name, folder in rewards.items():
+            model, tok = tuning.read(o, folder, device, reward=True)
+            scores = torch.tensor(evals.score_texts(model, tok, asked, texts, ids)).view(-1, k)
+            won = (((evals.order(scores) + 1) / 2) * better).sum((1, 2))
+            found[name] = list(zip(won.tolist(), better.sum((1, 2)).tolist(), strict=True))
+        return found
+
+    of = [policy, list(rewards), *rewards.values(), held, seed, k, *answering(o)]
+    return kept(keep_in / f"judged-{policy.name}-{prompts}.json", compute, of)
 
 
 def items(lines: list[dict], key: str) -> list[tuple]:
     """A figure of every line as [(value, 1)], for runs.figure() and runs.difference()."""
     return [(float(line[key]), 1) for line in lines]
+
+
+def pooled(seeds: list, statistic=mean) -> dict:
+    """A statistic of all seeds' items together, its interval over items, and each seed's own, as
+    runs.cell() shows it. For items that are not the same from seed to seed.
+    """
+    every = [item for items in seeds for item in items]
+    return {
+        "mean": statistic(every),
+        "ci": bootstrap(every, statistic),
+        "seeds": [statistic(items) for items in seeds],
+        "items": len(every),
+    }
+
+
+def shrink(path: Path):
+    """A picture in 64 colours: a third of the bytes."""
+    from PIL import Image  # matplotlib stands on it
+
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def begin(o, *names: str):
@@ -102,6 +174,7 @@ def publish(o, name: str, figures: dict, head: list, rows: list, note: str, pict
     if picture is not None:
         path = Path(o.pictures) / f"{name}.png"
         picture.savefig(path, dpi=110, facecolor=light("page"), metadata={"Software": None})
+        shrink(path)
         text += f"\n\n![{name}]({path.as_posix()})"
     print(text)
     put(Path(o.results), name, text)

@@ -160,7 +160,7 @@ def choosing_loss(o, folder: Path, way: str, cut: dict) -> float:
     def compute():
         return mean([line["nats"] for line in lines(*load(o, folder, way), right)])
 
-    return kept(folder / f"choose-{len(right)}-{o.characters}.json", compute)
+    return kept(folder / f"choose-{len(right)}-{o.characters}.json", compute, [folder, way, right])
 
 
 def measured(o, keep_in: Path, folder, way: str, cut: dict) -> dict:
@@ -176,7 +176,8 @@ def measured(o, keep_in: Path, folder, way: str, cut: dict) -> dict:
             return {name: lines(model, tok, x["measure"][here]) for name, x in cut.items()}
 
         name = f"{way}-{o.characters}-{here.start}-{here.stop}.json"
-        for benchmark, some in kept(keep_in / name, compute).items():
+        of = [Path(folder), way, {name: x["measure"][here] for name, x in cut.items()}]
+        for benchmark, some in kept(keep_in / name, compute, of).items():
             found[benchmark] += some
     return found | {"both": [line for some in found.values() for line in some]}
 

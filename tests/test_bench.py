@@ -17,7 +17,7 @@ from tiny import chat_tokenizer, folder, lm, user, write
 import quant
 from common import memory
 from metrics import bootstrap, ratio
-from tools import bench, lighter
+from tools import bench, lighter, runs
 
 ROOT = Path(__file__).parent.parent
 SIDE = """
@@ -218,7 +218,7 @@ def test_memory_is_counted(tmp_path, capsys):
 
 # ---------------------------------------------------------------- lighter
 def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lighter, "call", lambda script, **words: stages.done(script, **words).out)
+    monkeypatch.setattr(runs, "call", lambda script, **words: stages.done(script, **words).out)
     # no layer of the tiny world has rank 64
     monkeypatch.setitem(lighter.WAYS, "lora64", dict(lora=32))
     page = tmp_path / "R.md"
@@ -265,7 +265,7 @@ def test_every_way_on_a_tiny_world(small, tmp_path, monkeypatch, capsys):
         for f in (tmp_path / "l" / "full-1", o.model)
     )
     assert full["manual"]["seeds"][1] == pytest.approx(
-        lighter.ratio(after) - lighter.ratio(before), abs=1e-5
+        runs.ratio(after) - runs.ratio(before), abs=1e-5
     )
     assert lora["to_full"]["mean"] == pytest.approx(lora["held"]["mean"] - full["held"]["mean"])
     assert (

@@ -339,7 +339,7 @@ def noisy(folder):
         "empty": talk("Say it.", " "),
         "a refusal": talk("Say it now.", "I'm sorry, but I cannot help with that."),
         "asks a prompt of the evaluation": talk("How high is the sky?", "High."),
-        "an exact duplicate": talk(*(m["content"].upper() for m in found[-3]["messages"])),
+        "an exact duplicate": talk(*(m["content"].upper() for m in found[-4]["messages"])),
         "a near duplicate": talk("Tell me about the mill.", changed(STORY.replace("o", "ee"), rng)),
     }
     data = tiny.write(folder / "noisy.jsonl", [*found, *planted.values()])

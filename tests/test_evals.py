@@ -303,7 +303,7 @@ def test_the_world_s_results(tmp_path, capsys):
     evals.evaluate(options(out=str(out), base=base, n=11))
     results = json.loads((out / "results.json").read_text())
     assert (
-        list(results) == ["perfect", "base", "sft", "ppo", "dpo"]
+        list(results) == ["perfect", "base", "sft", "ppo", "dpo", "measures"]
         and results["perfect"] == world.PERFECT
     )
     asked = {
@@ -338,7 +338,8 @@ def test_the_world_s_results(tmp_path, capsys):
             ]
             assert [line["prompt"] for line in lines] == [r["messages"] for r in rows[:11]]
             for line, r in zip(lines, rows, strict=False):
-                assert set(line) == {"prompt", "answer", "finished", "gold", "right", "reasons"}
+                own = {"prompt", "answer", "finished", "gold", "right", "reasons"}
+                assert set(line) == own | set(evals.MEASURES)
                 assert line["gold"] == world.gold(r["item"], line["answer"], line["finished"])[0]
             figure = results[stage]["gold_greedy" if kind else "gold_sampled"]
             assert figure == pytest.approx(mean([line["gold"] for line in lines]))
@@ -377,7 +378,7 @@ def forked(tmp_path_factory):
 
 def test_a_fork_s_stage_is_evaluated_after_the_known_ones(forked):
     results = json.loads((forked / "results.json").read_text())
-    assert list(results) == ["perfect", "sft", "dpo", "a_first_try", "grpo", "reward"]
+    assert list(results) == ["perfect", "sft", "dpo", "a_first_try", "grpo", "reward", "measures"]
     assert evals.evaluated(results) == ["sft", "dpo", "a_first_try", "grpo"]
     assert results["grpo"] == results["dpo"]
     assert results["a_first_try"]["kl_vs_sft"] == 0 != results["grpo"]["kl_vs_sft"]

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import random
+import shutil
 import weakref
 from argparse import Namespace
 from dataclasses import replace
@@ -440,9 +441,11 @@ def test_evaluation_and_controls_hold_one_model_at_a_time(way, chain, small, mon
     assert results["sft"]["kl_vs_sft"] == 0 != results["dpo"]["kl_vs_sft"]
     assert most == [0] * 5
     most.clear()
-    monkeypatch.setattr(
-        controls, "again", lambda script, of, *rest, **_: chain / "dpo" if "ppo" in script else of
-    )
+
+    def again(script, out, of, **_):
+        shutil.copytree(chain / "dpo" if "ppo" in script else of, out, dirs_exist_ok=True)
+
+    monkeypatch.setattr(controls, "run", again)
     controls.controls(controls.Options(out=str(chain), n=4, max_new_tokens=6, device="cpu", **way))
     said = json.loads((chain / "controls.json").read_text())
     assert (

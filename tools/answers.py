@@ -52,7 +52,7 @@ def order_counts(xs, ys) -> tuple:
     """
     found = Counter()
     for (x, y), (v, w) in combinations(zip(xs, ys, strict=True), 2):
-        found[(x > v) - (x < v), (y > w) - (y < w)] += 1
+        found[int(x > v) - int(x < v), int(y > w) - int(y < w)] += 1
     alike, apart = found[1, 1] + found[-1, -1], found[1, -1] + found[-1, 1]
     return alike, apart, found[0, 1] + found[0, -1], found[1, 0] + found[-1, 0]
 

@@ -141,7 +141,7 @@ def rate(held, answers):
     for r, (text, _, finished) in zip(held, answers, strict=True):
         score, reasons = world.gold(r["item"], text, finished)
         line = {"prompt": r["messages"], "answer": text, "finished": finished, "gold": score}
-        found = beside(text, [r["reference"]])
+        found = beside(text, [world.perfect(r["item"])])
         lines.append(line | {"right": reasons["right"], "reasons": reasons})
         lines[-1] |= {name: found[name] for name in MEASURES}
     return lines

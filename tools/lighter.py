@@ -166,7 +166,8 @@ def losses(o, keep_in, path, held, device, quant=None) -> dict:
         return found
 
     name = f"losses-{len(held)}-{o.documents}-{o.length}{'-' + quant if quant else ''}.json"
-    return kept(keep_in / name, compute)
+    of = [Path(path), held, o.documents, o.length, quant]
+    return kept(keep_in / name, compute, of)
 
 
 def accuracies(path, sft, pairs, device) -> list:
@@ -288,7 +289,8 @@ def lighter(o: Options):
         accuracy[way] = []
         for (path, _), (sft, _) in zip(tuned, runs[way], strict=True):
             compute = partial(accuracies, path, sft, pairs, device)
-            accuracy[way].append(kept(path / f"pairs-{len(pairs)}.json", compute))
+            file = path / f"pairs-{len(pairs)}.json"
+            accuracy[way].append(kept(file, compute, [path, sft, pairs]))
 
     result = {"options": asdict(o), "ways": {}}
     for way in found:

@@ -2,6 +2,7 @@
 figures over seeds.
 """
 
+import hashlib
 import json
 import re
 import resource
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.run import read_record
+from common.run import fingerprint, read_record
 from metrics import bootstrap, mean, ratio
 
 
@@ -54,35 +55,38 @@ def run(script: str, out: Path, of: Path | None = None, **options) -> dict:
     beside it: {"minutes" of the clock and "core_minutes" of the processors (None where it was
     resumed), "gb", "trained", "share" in %}.
     """
-    note = out.with_suffix(".json")
-    finished = (out / "config.json").exists()
-    resumed = (out / "state" / "state.safetensors").exists()
-    start, before = time.time(), computed()
+    note = out.with_name(f"{out.name}.json")  # a name may have a dot
     if of is not None:
         options = options_of(of) | {"overwrite": False} | options
+    begun = (out / "state" / "state.safetensors").exists()
+    resumed = begun and not options.get("overwrite")
+    start, before = time.time(), computed()
     printed = call(script, **options | {"out": out})
     minutes = (time.time() - start) / 60
-    if not finished:
-        trained, share = re.search(r"trained: ([\d,]+) parameters, ([\d.]+)%", printed).groups()
-        gb = re.search(r"memory: ([\d.]+) GB at most", printed)[1]
-        cost = {
+    if trained := re.search(r"trained: ([\d,]+) parameters, ([\d.]+)%", printed):
+        cost = {  # a run that had finished before trains nothing, and its cost stays
             "minutes": None if resumed else minutes,
             "core_minutes": None if resumed else computed() - before,
-            "gb": float(gb),
-            "trained": int(trained.replace(",", "")),
-            "share": float(share),
+            "gb": float(re.search(r"memory: ([\d.]+) GB at most", printed)[1]),
+            "trained": int(trained[1].replace(",", "")),
+            "share": float(trained[2]),
         }
         note.write_text(json.dumps(cost) + "\n")
     return json.loads(note.read_text()) if note.exists() else {}
 
 
-def kept(file: Path, compute):
-    """compute(), kept in a file, so that a second start computes nothing twice. A run's file lies
-    in its folder, and goes with it.
+def kept(file: Path, compute, of: list):
+    """compute(), kept in a file, so that a second start computes nothing twice. of: all that
+    decides it, checkpoints and files as Paths; where that has changed it is computed anew.
     """
-    if not file.exists():
-        file.write_text(json.dumps(compute()))
-    return json.loads(file.read_text())
+    known = [fingerprint(x) if isinstance(x, Path) else x for x in of]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    old = json.loads(file.read_text()) if file.exists() else None
+    if not isinstance(old, dict) or old.get("of") != digest:
+        part = file.with_name(file.name + ".part")  # an interruption leaves no half of a file
+        part.write_text(json.dumps({"of": digest, "found": compute()}))
+        part.replace(file)
+    return json.loads(file.read_text())["found"]
 
 
 # ---------------------------------------------------------------- figures over seeds

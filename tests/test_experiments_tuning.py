@@ -113,7 +113,7 @@ def test_from_files_to_the_table(tmp_path, monkeypatch, capsys):
     model, tok = tuning.read(how, folder, torch.device("cpu"))
     part = experiment.parts(items("a"), o)["measure"]
     kept = json.loads((folder / "qlora-130-0-6.json").read_text())
-    assert kept["a"] == experiment.lines(model, tok, part)
+    assert kept["found"]["a"] == experiment.lines(model, tok, part)
 
 
 def test_without_files_it_is_left_out(capsys):
