@@ -2,189 +2,240 @@
 
     python -m experiments.forgetting --out out
 
-The SFT model is taught short commands, answered in JSON, which it scores 0 on and which share
-neither words nor manner with what it knows:
-
-    lamp kitchen 40   →   {"set": "lamp", "in": "kitchen", "to": 40}
-
-    new       the share of held-out commands answered to the letter, greedy
-    old       the share of the world's held-out instructions answered right, greedy
-    watched   accuracy on the world's benchmark of facts and arithmetic (data/world/watch.py)
-    lost      old before - old after, prompt by prompt
-
-Ways of one kind differ in strength: a lower rate, a smaller rank, more replay, a larger λ keep more
-and learn less. All are run on seed 0; of each kind the one that lost least, among those that reach
+The SFT model is taught commands (experiments/commands.py) in every way of WAYS. Ways of one kind
+differ in strength: a lower rate, a smaller rank, more replay, a larger λ keep more and learn less.
+All are run on seed 0. Of each kind the one that kept most of the old task, among those that reach
 95 % of what nothing else learnt, is run on the other seeds too.
+
+    lost = before - after, item by item
+
+Three tables: the ways; the learning rate alone, from far too low to far too high; and which of the
+figures that can be watched without the old task's own items predicts what of that is lost:
+Spearman's ρ over seed 0's ways, with an interval over ways.
 
 What it cannot show: another pair of tasks, or a model so large that both fit side by side.
 """
 
-import itertools
-import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import write_jsonl
-from common.run import main, opt, pick_device
-from common.watch import choices
-from data import benchmarks, records
-from experiments import lab
-from metrics import mean
-from tools import evals
+from common.run import main, opt
+from experiments import commands, lab
+from experiments.commands import KEYS, value
+from experiments.rouge import spearman
+from metrics import bootstrap, mean
 from tools.report import light, new_figure
-from tools.runs import call, cell, difference, figure, kept, run
+from tools.runs import call, cell, difference, figure
 
-DEVICES = "lamp heater fan radio pump door oven clock".split()
-ROOMS = "kitchen garden library bedroom hall cellar attic office".split()
-OLD, TEXT = "world/sft.jsonl", "world/replay.jsonl"  # of a seed's chain
-# kind → way → what is changed; folders of a Fisher by the name of its kind
+RATE, LORA_RATE = 5e-4, 2.5e-3  # sft.py's own for every weight, and for LoRA
+OLD, TEXT, BENCHMARK = "sft.jsonl", "replay.jsonl", "watch.jsonl"  # of a chain's world
+RATES = {f"rate × {x:g}": {"lr": RATE * x} for x in (0.01, 0.03, 0.1, 0.3, 3, 10)}
+RECIPE = {"lora": 16, "lr": LORA_RATE / 3, "watch": BENCHMARK, "watch_every": 25}
+# kind → way → what is changed; a Fisher by the name of its kind, files by their names in the world
 KINDS = {
     "nothing else": {"plain": {}},
-    "low rate": {"rate / 3": {"lr": 1.7e-4}, "rate / 10": {"lr": 5e-5}},
+    "rate": RATES,
     "schedule": {"constant rate": {"schedule": "constant", "warmup": 0}},
     "LoRA": {f"LoRA {r}": {"lora": r} for r in (4, 16, 64)},
-    "replay": {
-        f"replay {p} %": {"replay": OLD, "replay_ratio": p / 100} for p in (1, 5, 10)
+    "replay": {f"replay {p} %": {"replay": OLD, "replay_ratio": p / 100} for p in (1, 5, 10, 25)},
+    "text": {f"text {p} %": {"replay": TEXT, "replay_ratio": p / 100} for p in (10, 25)},
+    "EWC": {f"EWC, λ {x:g}": {"ewc": "true", "ewc_lambda": x} for x in (1, 10, 100, 1000)},
+    "empirical": {
+        f"empirical, λ {x:g}": {"ewc": "empirical", "ewc_lambda": x} for x in (1, 10, 100, 1000)
     },
-    "replay of text": {"text 10 %": {"replay": TEXT, "replay_ratio": 0.1}},
-    "EWC": {f"EWC, λ {x}": {"ewc": "true", "ewc_lambda": x} for x in (1, 10, 100, 1000)},
-    "EWC, empirical": {
-        f"empirical, λ {x}": {"ewc": "empirical", "ewc_lambda": x} for x in (1, 10, 100)
+    "wrong Fisher": {
+        f"wrong, λ {x:g}": {"ewc": "mean-squared", "ewc_lambda": x} for x in (1e2, 1e3, 1e4, 1e5)
     },
-    "EWC, wrong Fisher": {
-        f"wrong, λ {x}": {"ewc": "mean-squared", "ewc_lambda": x} for x in (100, 1000, 10000)
+    "decay to θ*": {
+        f"decay, λ {x:g}": {"ewc": "identity", "ewc_lambda": x} for x in (1e-3, 1e-2, 1e-1, 1)
     },
-    "decay to θ*": {f"decay, λ {x}": {"ewc": "identity", "ewc_lambda": x} for x in (0.1, 1, 10)},
-    "LoRA, low rate": {"LoRA 16, rate / 3": {"lora": 16, "lr": 8e-4}},
-}  # fmt: skip
+    "the recipe": {"LoRA 16, rate / 3, watched": RECIPE | {"watch_stop": True}},
+}
 WAYS = {way: changes for ways in KINDS.values() for way, changes in ways.items()}
+SHOWN = dict(
+    zip(KINDS, "ink sft soft own1 ppo reward dpo simpo bad own2 own0".split(), strict=True)
+)
 
 
 @dataclass
 class Options(lab.Options):
-    steps: int = opt(60, "optimizer steps of the new task", at_least=1)
     n: int = opt(300, "how many held-out prompts of the old task", at_least=2)
-    commands: int = opt(1000, "commands to learn from; one in ten is held out", at_least=10)
-    asked: int = opt(200, "commands asked", at_least=2)
 
 
-def commands(seed: int, n: int) -> list[dict]:
-    """n conversations, each another command."""
-    every = [*itertools.product(DEVICES, ROOMS, range(10, 100))]
-    made = []
-    for device, room, level in random.Random(seed).sample(every, n):
-        said = json.dumps({"set": device, "in": room, "to": level})
-        turns = (("user", f"{device} {room} {level}"), ("assistant", said))
-        made.append({"messages": [{"role": r, "content": c} for r, c in turns]})
-    return made
-
-
-def train(o, seed: int, way: str, data: Path, home: Path) -> tuple[Path, dict]:
+def train(o, seed: int, way: str, home: Path) -> tuple[Path, dict]:
     """One way's run → its folder and its cost."""
     chain, options = lab.chain(o, seed), dict(WAYS[way])
-    if "ewc" in options:
-        options["ewc"] = home / f"fisher-{options['ewc']}"
+    if kind := options.get("ewc"):
+        options["ewc"] = home / f"fisher-{kind}"
         if not (options["ewc"] / "run.json").exists():
-            fisher = WAYS[way]["ewc"]
-            data_of_old = {"model": chain / "sft", "data": chain / OLD, "fisher": fisher}
-            call("forget.py", out=options["ewc"], seed=seed, examples=500, **data_of_old)
-    if "replay" in options:
-        options["replay"] = chain / options["replay"]
-    folder = home / way.replace(" ", "").replace("/", "over").replace(",", "-").replace("%", "")
-    options = dict(steps=o.steps, batch=16, warmup=5, seed=seed, device=o.device) | options
-    return folder, run("sft.py", folder, model=chain / "sft", data=data, **options)
+            of = {"model": chain / "sft", "data": chain / "world" / OLD, "fisher": kind}
+            call("forget.py", **of, out=options["ewc"], examples=500, seed=seed, device=o.device)
+    for name in ("replay", "watch"):
+        if name in options:
+            options[name] = chain / "world" / options[name]
+    folder = home / "".join(c for c in way if c.isalnum() or c == ".")
+    return folder, commands.learn(o, chain / "sft", folder, seed, **options)
 
 
-def measure(o, folder: Path, seed: int, held: list, asked: list, keep_in: Path) -> dict:
-    """{"old", "new", "watched": [0 or 1, …]} of a checkpoint, greedy."""
-
-    def compute():
-        model, tok = evals.read(o, folder.name, folder, pick_device(o.device))
-        said = evals.answer(model, tok, [r["messages"] for r in held], o, 0.0, seed)
-        found = {"old": [float(line["right"]) for line in evals.rate(held, said)]}
-        said = evals.answer(model, tok, [r["messages"][:1] for r in asked], o, 0.0, seed)
-        wanted = [r["messages"][1]["content"] for r in asked]
-        found["new"] = [float(a.strip() == w) for (a, *_), w in zip(said, wanted, strict=True)]
-        items = benchmarks.items(lab.chain(o, seed) / "world" / "watch.jsonl")[1]
-        return found | {"watched": [line["acc"] for line in choices(model, tok, items)]}
-
-    return kept(keep_in / f"{folder.name}-{o.n}.json", compute)
-
-
-def seeds_of(o, seed: int, ways) -> dict:
+def of_seed(o, seed: int, ways) -> dict:
     """{way: (measures, cost)} of one seed, "before" first."""
-    home, device = lab.place(o, "forgetting", seed), pick_device(o.device)
-    data = home / "commands.jsonl"
-    write_jsonl(data, commands(seed, o.commands))
-    held = lab.held_out(o, seed)
-    asked = records.split(records.conversations(data))[1][: o.asked]
-    found = {"before": (measure(o, lab.chain(o, seed) / "sft", seed, held, asked, home), {})}
+    home = lab.place(o, "forgetting", seed)
+    sft = lab.chain(o, seed) / "sft"
+    found = {"before": (commands.measure(o, sft, seed, home), {})}
     for way in ways:
-        folder, cost = train(o, seed, way, data, home)
-        found[way] = measure(o, folder, seed, held, asked, home), cost
-        figures = found[way][0]
-        print(way, {key: round(mean(xs), 3) for key, xs in figures.items()}, device, flush=True)
+        folder, cost = train(o, seed, way, home)
+        found[way] = commands.measure(o, folder, seed, home), cost
+        print(way, {key: round(value(found[way][0], key), 3) for key in KEYS}, flush=True)
     return found
 
 
-def best_of_each(found: dict) -> list[str]:
-    """Of each kind the way that kept most of the old task, among those that learnt 95 % of what
-    nothing else did; where none did, the one that learnt most.
+def best_of_each(found: dict) -> dict:
+    """{kind: its best way}: what kept most of the old task, among those that learnt 95 % of what
+    nothing else did; where none did, what learnt most.
     """
-    enough = 0.95 * mean(found["plain"][0]["new"])
-    best = []
-    for ways in KINDS.values():
-        figures = {way: found[way][0] for way in ways}
-        good = [w for w in ways if mean(figures[w]["new"]) >= enough]
+
+    def score(way, key):
+        return value(found[way][0], key)
+
+    enough, best = 0.95 * score("plain", "new"), {}
+    for kind, ways in KINDS.items():
+        good = [way for way in ways if score(way, "new") >= enough]
         key = "old" if good else "new"
-        best.append(max(good or ways, key=lambda w: mean(figures[w][key])))
+        best[kind] = max(good or ways, key=lambda way, key=key: score(way, key))
     return best
 
 
-def items(xs: list) -> list[tuple]:
-    return [(x, 1) for x in xs]
+def figures(runs: list, way: str) -> dict:
+    """A way's figures over the seeds that ran it: each key's, and what is lost of it."""
+    runs = [found for found in runs if way in found]
+    entry = {"seeds": len(runs), "costs": [found[way][1] for found in runs if found[way][1]]}
+    for key in KEYS:
+        before, after = (
+            [found[which][0][key] for found in runs] for which in ("before", way)
+        )  # fmt: skip
+        if key != "text":
+            before, after = (lab.ones(seeds) for seeds in (before, after))
+            entry[f"{key}_lost"] = difference(before, after)
+        entry[key] = figure(after)
+    return entry
 
 
-def draw(rows: list):
-    """Old against new: the frontier."""
-    picture, (ax,) = new_figure(7, 4.6)
-    for way, old, new in rows:
-        ax.plot(new, old, "o", color=light("ink"), markersize=4)
-        ax.annotate(way, (new, old), (4, 3), textcoords="offset points", fontsize=7)
-    ax.set_xlabel("new task, % to the letter")
-    ax.set_ylabel("old task, % right")
+def beside(runs: list, best: dict) -> dict:
+    """{other kind: old score of the best EWC minus the other's best, item by item}"""
+    runs = [found for found in runs if all(way in found for way in best.values())]
+
+    def old(kind):
+        return lab.ones([found[best[kind]][0]["old"] for found in runs])
+
+    kinds = ("nothing else", "empirical", "wrong Fisher", "decay to θ*", "replay")
+    return {kind: difference(old("EWC"), old(kind)) for kind in kinds}
+
+
+# ---------------------------------------------------------------- what predicts what is lost
+def falls(found: dict) -> dict:
+    """{what can be watched: its fall in each way of one seed}, and the old task's own."""
+    before = found["before"][0]
+    ways = [measures for way, (measures, _) in found.items() if way != "before"]
+    fallen = {key: [value(before, key) - value(measures, key) for measures in ways] for key in KEYS}
+    fallen["new"] = [-x for x in fallen["new"]]  # what is learnt, not what is lost
+    return fallen
+
+
+def predictions(found: dict) -> dict:
+    """{what is watched: ρ of its fall with the old task's over the ways}"""
+    fallen = falls(found)
+
+    def rho(pairs):
+        return spearman([tuple(zip(*pairs, strict=True))])
+
+    shown = {}
+    for key in ("watched", "text", "new"):
+        pairs = [*zip(fallen[key], fallen["old"], strict=True)]
+        shown[key] = {"mean": rho(pairs), "ci": bootstrap(pairs, rho), "items": len(pairs)}
+        shown[key]["seeds"] = [shown[key]["mean"]]
+    return shown
+
+
+# ---------------------------------------------------------------- tables and pictures
+def draw(ways: dict, best: dict):
+    """Old against new, a line through the ways of a kind; and the rates."""
+    picture, (left, right) = new_figure(11, 4.8, 2)
+    for kind, of in KINDS.items():
+        points = sorted((ways[way]["new"]["mean"], ways[way]["old"]["mean"]) for way in of)
+        xs, ys = ([100 * p[i] for p in points] for i in (0, 1))
+        left.plot(xs, ys, "o-", color=light(SHOWN[kind]), markersize=3, linewidth=1, alpha=0.5)
+        x, y = (100 * ways[best[kind]][key]["mean"] for key in ("new", "old"))
+        left.plot(x, y, "o", color=light(SHOWN[kind]), markersize=6)
+        left.annotate(kind, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+    left.axhline(100 * ways["before"]["old"]["mean"], color=light("line"), linestyle="--")
+    left.set_xlabel("new task, % to the letter", fontsize=9, color=light("soft"))
+    left.set_title("old task, % right: the best of each kind", fontsize=11, color=light("ink"))
+    left.margins(x=0.15)
+    order = sorted([*RATES, "plain"], key=lambda way: WAYS[way].get("lr", RATE))
+    xs = [WAYS[way].get("lr", RATE) for way in order]
+    for key, name, colour in (
+        ("old", "old", "sft"),
+        ("new", "new", "ppo"),
+        ("watched", "watched", "soft"),
+    ):
+        ys = [100 * ways[way][key]["mean"] for way in order]
+        right.plot(xs, ys, "o-", color=light(colour), markersize=4)
+        right.annotate(
+            name, (xs[0], ys[0]), (0, 6), textcoords="offset points", color=light(colour)
+        )
+    right.set_xscale("log")
+    right.set_xlabel("peak learning rate", fontsize=9, color=light("soft"))
+    right.set_title("%, by learning rate", fontsize=11, color=light("ink"))
     return picture
 
 
+def row(way: str, entry: dict, bold: bool) -> list[str]:
+    shown = [f"**{way}**" if bold else way, str(entry["seeds"])]
+    shown += [cell(entry[key], 100, 1) for key in ("old", "old_lost", "new", "watched_lost")]
+    costs = entry["costs"]
+    for key in ("core_minutes", "gb"):
+        known = [cost[key] for cost in costs if cost[key] is not None]
+        shown.append(f"{mean(known):.2f}" if known else "–")
+    return shown
+
+
 def forgetting(o: Options):
-    lab.begin(o, "forgetting")
-    first = seeds_of(o, 0, WAYS)
+    lab.begin(o, "forgetting", "rates", "predicts")
+    first = of_seed(o, 0, WAYS)
     best = best_of_each(first)
-    others = [seeds_of(o, seed, best) for seed in range(1, o.seeds)]
-    rows, figures, points = [], {}, []
-    for way in first:
-        runs = [first, *(found for found in others if way in found)]
-        each = {key: [items(r[way][0][key]) for r in runs] for key in ("old", "new", "watched")}
-        before = {key: [items(r["before"][0][key]) for r in runs] for key in each}
-        entry = {key: figure(xs) for key, xs in each.items()}
-        entry |= {f"{key}_lost": difference(before[key], each[key]) for key in ("old", "watched")}
-        costs = [r[way][1] for r in runs if r[way][1]]
-        entry["cost"] = costs
-        figures[way] = entry
-        row = [f"**{way}**" if way in best else way, str(len(runs))]
-        row += [cell(entry[key], 100, 1) for key in ("old", "old_lost", "new", "watched_lost")]
-        row += [
-            f"{mean([c[k] for c in costs]):.2f}" if costs else "–" for k in ("core_minutes", "gb")
-        ]
-        rows.append(row)
-        points.append((way, entry["old"]["mean"] * 100, entry["new"]["mean"] * 100))
+    runs = [first, *(of_seed(o, seed, best.values()) for seed in range(1, o.seeds))]
+    ways = {way: figures(runs, way) for way in first}
     head = ["", "seeds", "old %", "old lost", "new %", "watched lost", "core-minutes", "GB"]
+    rows = [
+        row(way, entry, way in best.values()) for way, entry in ways.items() if way not in RATES
+        or way in best.values()
+    ]  # fmt: skip
+    compared = beside(runs, best)
+    said = ", ".join(f"{kind} {cell(f, 100, 1, '+')}" for kind, f in compared.items())
     note = (
-        f"{o.steps} steps of 16 commands; {o.n} old prompts and {len(first['plain'][0]['new'])}"
-        f" commands, greedy. Bold: the best of its kind, on {o.seeds} seeds."
+        f"{commands.STEPS} steps of {commands.BATCH} commands; {o.n} old prompts and {commands.ASKED} commands, greedy;"
+        f" 200 items watched. Bold: the best of its kind, on {o.seeds} seeds. The old score of the"
+        f" best EWC ({best['EWC']}) minus that of the best of another kind, in points: {said}."
     )
-    lab.publish(o, "forgetting", {"ways": figures}, head, rows, note, draw(points))
+    result = {"ways": ways, "best": best, "ewc_minus": compared}
+    lab.publish(o, "forgetting", result, head, rows, note, draw(ways, best))
+    order = sorted([*RATES, "plain"], key=lambda way: WAYS[way].get("lr", RATE))
+    rows = [
+        [f"{WAYS[way].get('lr', RATE):.1e}", *row(way, figures([first], way), False)[2:6]]
+        for way in order
+    ]
+    note = f"One seed, the same {o.n} prompts and {commands.ASKED} commands."
+    lab.publish(o, "rates", {}, ["peak learning rate", *head[2:6]], rows, note)
+    shown = predictions(first)
+    names = {
+        "watched": "accuracy on the watched benchmark",
+        "text": "likelihood of the world's documents",
+        "new": "what is learnt of the new task",
+    }
+    rows = [[names[key], cell(f, 1, 2)] for key, f in shown.items()]
+    note = f"Over the {len(first) - 1} ways of seed 0."
+    head = ["fall of", "Spearman ρ with the fall of the old task"]
+    lab.publish(o, "predicts", shown, head, rows, note)
 
 
 if __name__ == "__main__":

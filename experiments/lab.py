@@ -135,6 +135,11 @@ def items(lines: list[dict], key: str) -> list[tuple]:
     return [(float(line[key]), 1) for line in lines]
 
 
+def ones(seeds: list[list]) -> list[list]:
+    """Each seed's values as [(value, 1)], for runs.figure() and runs.difference()."""
+    return [[(x, 1) for x in values] for values in seeds]
+
+
 def pooled(seeds: list, statistic=mean) -> dict:
     """A statistic of all seeds' items together, its interval over items, and each seed's own, as
     runs.cell() shows it. For items that are not the same from seed to seed.
