@@ -21,7 +21,7 @@ from metrics import mean
 from tools.report import light, new_figure
 from tools.runs import cell, difference, figure, run
 
-TARGETS = {  # choice: --lora-targets, rank
+TARGETS = {  # choice: --targets, rank
     "attention": ("attention", 42),
     "MLP": ("mlp", 26),
     "attention and MLP": ("all", 16),
@@ -40,7 +40,7 @@ def answering(o, seed: int, choice: str, rate: float) -> tuple[Path, dict]:
     """The base learns to answer → the checkpoint and its cost."""
     targets, rank = TARGETS[choice]
     folder = lab.place(o, "layers", seed) / f"old-{targets.replace(',', '-')}-{rate:g}"
-    of = {"lora": rank, "lora_targets": targets, "lr": rate, "steps": STEPS, "batch": BATCH}
+    of = {"lora": rank, "targets": targets, "lr": rate, "steps": STEPS, "batch": BATCH}
     return folder, run("sft.py", folder, lab.chain(o, seed) / "sft", **of)
 
 
@@ -48,7 +48,7 @@ def learning(o, seed: int, choice: str, rate: float) -> tuple[Path, dict]:
     """The SFT model learns commands → the checkpoint and its cost."""
     targets, rank = TARGETS[choice]
     folder = lab.place(o, "layers", seed) / f"new-{targets.replace(',', '-')}"
-    of = {"lora": rank, "lora_targets": targets, "lr": rate}
+    of = {"lora": rank, "targets": targets, "lr": rate}
     return folder, commands.learn(o, lab.chain(o, seed) / "sft", folder, seed, **of)
 
 
