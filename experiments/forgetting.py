@@ -213,7 +213,8 @@ def forgetting(o: Options):
     compared = beside(runs, best)
     said = ", ".join(f"{kind} {cell(f, 100, 1, '+')}" for kind, f in compared.items())
     note = (
-        f"{commands.STEPS} steps of {commands.BATCH} commands; {o.n} old prompts and {commands.ASKED} commands, greedy;"
+        f"{commands.STEPS} steps of {commands.BATCH} commands; {o.n} old prompts and {commands.ASKED}"
+        f" commands, greedy;"
         f" 200 items watched. Bold: the best of its kind, on {o.seeds} seeds. The old score of the"
         f" best EWC ({best['EWC']}) minus that of the best of another kind, in points: {said}."
     )
