@@ -207,15 +207,15 @@ def forgetting(o: Options):
     ways = {way: figures(runs, way) for way in first}
     head = ["", "seeds", "old %", "old lost", "new %", "watched lost", "core-minutes", "GB"]
     rows = [
-        row(way, entry, way in best.values()) for way, entry in ways.items() if way not in RATES
-        or way in best.values()
-    ]  # fmt: skip
+        row(way, entry, way in best.values())
+        for way, entry in ways.items()
+        if way not in RATES or way in best.values()
+    ]
     compared = beside(runs, best)
     said = ", ".join(f"{kind} {cell(f, 100, 1, '+')}" for kind, f in compared.items())
     note = (
-        f"{commands.STEPS} steps of {commands.BATCH} commands; {o.n} old prompts and {commands.ASKED}"
-        f" commands, greedy;"
-        f" 200 items watched. Bold: the best of its kind, on {o.seeds} seeds. The old score of the"
+        f"{commands.STEPS} steps of {commands.BATCH} commands; {o.n} old prompts,"
+        f" {commands.ASKED} commands, greedy; 200 items watched. Bold: the best of its kind, on {o.seeds} seeds. The old score of the"
         f" best EWC ({best['EWC']}) minus that of the best of another kind, in points: {said}."
     )
     result = {"ways": ways, "best": best, "ewc_minus": compared}
