@@ -215,8 +215,9 @@ def forgetting(o: Options):
     said = ", ".join(f"{kind} {cell(f, 100, 1, '+')}" for kind, f in compared.items())
     note = (
         f"{commands.STEPS} steps of {commands.BATCH} commands; {o.n} old prompts,"
-        f" {commands.ASKED} commands, greedy; 200 items watched. Bold: the best of its kind, on {o.seeds} seeds. The old score of the"
-        f" best EWC ({best['EWC']}) minus that of the best of another kind, in points: {said}."
+        f" {commands.ASKED} commands, greedy; 200 items watched. Bold: the best of its kind, on"
+        f" {o.seeds} seeds. The old score of the best EWC ({best['EWC']}) minus that of the best of"
+        f" another kind, in points: {said}."
     )
     result = {"ways": ways, "best": best, "ewc_minus": compared}
     lab.publish(o, "forgetting", result, head, rows, note, draw(ways, best))
