@@ -37,6 +37,10 @@ KINDS = {
     "rate": RATES,
     "schedule": {"constant rate": {"schedule": "constant", "warmup": 0}},
     "LoRA": {f"LoRA {r}": {"lora": r} for r in (4, 16, 64)},
+    "LoRA, low rate": {
+        f"LoRA {r}, rate / {x}": {"lora": r, "lr": LORA_RATE / x}
+        for r, x in ((16, 3), (64, 3), (64, 10))
+    },
     "replay": {f"replay {p} %": {"replay": OLD, "replay_ratio": p / 100} for p in (1, 5, 10, 25)},
     "text": {f"text {p} %": {"replay": TEXT, "replay_ratio": p / 100} for p in (10, 25)},
     "EWC": {f"EWC, λ {x:g}": {"ewc": "true", "ewc_lambda": x} for x in (1, 10, 100, 1000)},
@@ -53,7 +57,7 @@ KINDS = {
 }
 WAYS = {way: changes for ways in KINDS.values() for way, changes in ways.items()}
 SHOWN = dict(
-    zip(KINDS, "ink sft soft own1 ppo reward dpo simpo bad own2 own0".split(), strict=True)
+    zip(KINDS, "ink sft soft own1 own5 ppo reward dpo simpo bad own2 own0".split(), strict=True)
 )
 
 

@@ -9,8 +9,8 @@ brings it near one number of them (TARGETS). Two domains:
     old    the base learns to answer: the facts are known from pre-training, the manner is new
     new    the SFT model learns commands (experiments/commands.py), which it has never seen
 
-Of RATES the one with the most right answers of the old domain on seed 0 is taken for each choice.
-What it cannot show: layers of other shapes; here the MLP has three fifths of a layer's weights.
+One rate for all choices, RATES: sft.py's own for LoRA, and less where a finished model learns
+further. What it cannot show: layers of other shapes; here the MLP has three fifths of a layer's weights.
 """
 
 from pathlib import Path
@@ -23,11 +23,10 @@ from tools.runs import cell, difference, figure, run
 
 TARGETS = {  # choice: --targets, rank
     "attention": ("attention", 42),
-    "MLP": ("mlp", 26),
     "attention and MLP": ("all", 16),
     "all and lm_head": ("all,lm_head", 15),
 }
-RATES = (1e-3, 2.5e-3)
+RATES = {"old": 2.5e-3, "new": 1e-3}
 STEPS, BATCH = 200, 16  # of the old domain
 SCORES = {
     "old": "old domain, from the base",
@@ -36,29 +35,25 @@ SCORES = {
 }
 
 
-def answering(o, seed: int, choice: str, rate: float) -> tuple[Path, dict]:
+def answering(o, seed: int, choice: str) -> tuple[Path, dict]:
     """The base learns to answer → the checkpoint and its cost."""
     targets, rank = TARGETS[choice]
-    folder = lab.place(o, "layers", seed) / f"old-{targets.replace(',', '-')}-{rate:g}"
-    of = {"lora": rank, "targets": targets, "lr": rate, "steps": STEPS, "batch": BATCH}
+    folder = lab.place(o, "layers", seed) / f"old-{targets.replace(',', '-')}"
+    of = {"lora": rank, "targets": targets, "lr": RATES["old"], "steps": STEPS, "batch": BATCH}
     return folder, run("sft.py", folder, lab.chain(o, seed) / "sft", **of)
 
 
-def learning(o, seed: int, choice: str, rate: float) -> tuple[Path, dict]:
+def learning(o, seed: int, choice: str) -> tuple[Path, dict]:
     """The SFT model learns commands → the checkpoint and its cost."""
     targets, rank = TARGETS[choice]
     folder = lab.place(o, "layers", seed) / f"new-{targets.replace(',', '-')}"
-    of = {"lora": rank, "targets": targets, "lr": rate}
+    of = {"lora": rank, "targets": targets, "lr": RATES["new"]}
     return folder, commands.learn(o, lab.chain(o, seed) / "sft", folder, seed, **of)
 
 
-def right(o, run, seed: int, choice: str, rate: float) -> dict:
-    folder, cost = run(o, seed, choice, rate)
+def right(o, run, seed: int, choice: str) -> dict:
+    folder, cost = run(o, seed, choice)
     return commands.measure(o, folder, seed, lab.place(o, "layers", seed)) | {"cost": cost}
-
-
-def best_rate(o, choice: str) -> float:
-    return max(RATES, key=lambda rate: mean(right(o, answering, 0, choice, rate)["old"]))
 
 
 def draw(found: dict):
@@ -74,20 +69,19 @@ def draw(found: dict):
 
 def layers(o: lab.Options):
     lab.begin(o, "layers")
-    rates = {choice: best_rate(o, choice) for choice in TARGETS}
     items, trained = {}, {}
-    for choice, rate in rates.items():
-        old = [right(o, answering, seed, choice, rate) for seed in range(o.seeds)]
-        new = [right(o, learning, seed, choice, rate) for seed in range(o.seeds)]
+    for choice in TARGETS:
+        old = [right(o, answering, seed, choice) for seed in range(o.seeds)]
+        new = [right(o, learning, seed, choice) for seed in range(o.seeds)]
         each = {"old": [m["old"] for m in old], "new": [m["new"] for m in new]}
         items[choice] = {k: lab.ones(v) for k, v in each.items()}
         items[choice]["kept"] = lab.ones([m["old"] for m in new])
         trained[choice] = old[0]["cost"]["trained"]
-        print(choice, rate, {k: [mean(x) for x in v] for k, v in each.items()}, flush=True)
+        print(choice, {k: [mean(x) for x in v] for k, v in each.items()}, flush=True)
     found = {c: {k: figure(v) for k, v in of.items()} for c, of in items.items()}
     rows = []
     for choice, (_, rank) in TARGETS.items():
-        row = [choice, str(rank), f"{trained[choice]:,}", f"{rates[choice]:g}"]
+        row = [choice, str(rank), f"{trained[choice]:,}"]
         rows.append(row + [cell(found[choice][score], 100, 1) for score in SCORES])
     apart = {
         score: difference(items["attention and MLP"][score], items["attention"][score])
@@ -95,12 +89,13 @@ def layers(o: lab.Options):
     }
     note = (
         f"% right, greedy; seeds: {o.seeds}, {o.n} held-out prompts and {commands.ASKED} commands"
-        f" each; old domain: {STEPS} steps of {BATCH}. Attention and MLP minus attention alone: old"
+        f" each; old domain: {STEPS} steps of {BATCH} at"
+        f" {RATES['old']:g}, new {commands.STEPS} of {commands.BATCH} at {RATES['new']:g}. Attention and MLP minus attention alone: old"
         f" {cell(apart['old'], 100, 1, '+')}, new {cell(apart['new'], 100, 1, '+')}, kept"
         f" {cell(apart['kept'], 100, 1, '+')}."
     )
-    head = ["LoRA on", "rank", "parameters", "rate", *SCORES.values()]
-    lab.publish(o, "layers", {"figures": found, "rates": rates}, head, rows, note, draw(found))
+    head = ["LoRA on", "rank", "parameters", *SCORES.values()]
+    lab.publish(o, "layers", {"figures": found}, head, rows, note, draw(found))
 
 
 if __name__ == "__main__":
