@@ -89,8 +89,8 @@ def layers(o: lab.Options):
     }
     note = (
         f"% right, greedy; seeds: {o.seeds}, {o.n} held-out prompts and {commands.ASKED} commands"
-        f" each; old domain: {STEPS} steps of {BATCH} at"
-        f" {RATES['old']:g}, new {commands.STEPS} of {commands.BATCH} at {RATES['new']:g}. Attention and MLP minus attention alone: old"
+        f" each; old domain: {STEPS} steps of {BATCH} at {RATES['old']:g}, new {commands.STEPS} of"
+        f" {commands.BATCH} at {RATES['new']:g}. Attention and MLP minus attention alone: old"
         f" {cell(apart['old'], 100, 1, '+')}, new {cell(apart['new'], 100, 1, '+')}, kept"
         f" {cell(apart['kept'], 100, 1, '+')}."
     )
