@@ -10,7 +10,7 @@ brings it near one number of them (TARGETS). Two domains:
     new    the SFT model learns commands (experiments/commands.py), which it has never seen
 
 One rate for all choices, RATES: sft.py's own for LoRA, and less where a finished model learns
-further. What it cannot show: layers of other shapes; here the MLP has three fifths of a layer's weights.
+further. What it cannot show: layers of other shapes; here the MLP has three fifths of the weights.
 """
 
 from pathlib import Path
