@@ -29,7 +29,7 @@ from tools.runs import call, cell, difference, figure
 
 RATE, LORA_RATE = 5e-4, 2.5e-3  # sft.py's own for every weight, and for LoRA
 OLD, TEXT, BENCHMARK = "sft.jsonl", "replay.jsonl", "watch.jsonl"  # of a chain's world
-RATES = {f"rate × {x:g}": {"lr": RATE * x} for x in (0.01, 0.03, 0.1, 0.3, 3, 10)}
+RATES = {f"rate × {x:g}": {"lr": RATE * x} for x in (0.01, 0.1, 0.3, 0.5, 3, 10)}
 RECIPE = {"lora": 16, "lr": LORA_RATE / 3, "watch": BENCHMARK, "watch_every": 25}
 # kind → way → what is changed; a Fisher by the name of its kind, files by their names in the world
 KINDS = {
