@@ -23,9 +23,9 @@ from common.run import main, opt
 from experiments import commands, lab
 from experiments.commands import KEYS, value
 from experiments.rouge import spearman
-from metrics import bootstrap, mean
+from metrics import bootstrap, mean, ratio
 from tools.report import light, new_figure
-from tools.runs import call, cell, difference, figure
+from tools.runs import call, cell
 
 RATE, LORA_RATE = 5e-4, 2.5e-3  # sft.py's own for every weight, and for LoRA
 OLD, TEXT, BENCHMARK = "sft.jsonl", "replay.jsonl", "watch.jsonl"  # of a chain's world
@@ -114,13 +114,10 @@ def figures(runs: list, way: str) -> dict:
     runs = [found for found in runs if way in found]
     entry = {"seeds": len(runs), "costs": [found[way][1] for found in runs if found[way][1]]}
     for key in KEYS:
-        before, after = (
-            [found[which][0][key] for found in runs] for which in ("before", way)
-        )  # fmt: skip
+        before, after = ([f[which][0][key] for f in runs] for which in ("before", way))
+        entry[key] = lab.pooled(after, ratio if key == "text" else mean)
         if key != "text":
-            before, after = (lab.ones(seeds) for seeds in (before, after))
-            entry[f"{key}_lost"] = difference(before, after)
-        entry[key] = figure(after)
+            entry[f"{key}_lost"] = lab.apart(before, after)
     return entry
 
 
@@ -129,10 +126,10 @@ def beside(runs: list, best: dict) -> dict:
     runs = [found for found in runs if all(way in found for way in best.values())]
 
     def old(kind):
-        return lab.ones([found[best[kind]][0]["old"] for found in runs])
+        return [found[best[kind]][0]["old"] for found in runs]
 
     kinds = ("nothing else", "empirical", "wrong Fisher", "decay to θ*", "replay")
-    return {kind: difference(old("EWC"), old(kind)) for kind in kinds}
+    return {kind: lab.apart(old("EWC"), old(kind)) for kind in kinds}
 
 
 # ---------------------------------------------------------------- what predicts what is lost
@@ -164,17 +161,24 @@ def predictions(found: dict) -> dict:
 def draw(ways: dict, best: dict):
     """Old against new, a line through the ways of a kind; and the rates."""
     picture, (left, right) = new_figure(11, 4.8, 2)
-    for kind, of in KINDS.items():
-        points = sorted((ways[way]["new"]["mean"], ways[way]["old"]["mean"]) for way in of)
+    shown = sorted(KINDS, key=lambda kind: -ways[best[kind]]["old"]["mean"])
+    free = 110.0  # where the next label may stand
+    for kind in shown:
+        points = sorted((ways[way]["new"]["mean"], ways[way]["old"]["mean"]) for way in KINDS[kind])
         xs, ys = ([100 * p[i] for p in points] for i in (0, 1))
-        left.plot(xs, ys, "o-", color=light(SHOWN[kind]), markersize=3, linewidth=1, alpha=0.5)
+        colour = light(SHOWN[kind])
+        left.plot(xs, ys, "o-", color=colour, markersize=3, linewidth=1, alpha=0.5)
         x, y = (100 * ways[best[kind]][key]["mean"] for key in ("new", "old"))
-        left.plot(x, y, "o", color=light(SHOWN[kind]), markersize=6)
-        left.annotate(kind, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+        left.plot(x, y, "o", color=colour, markersize=6)
+        if learnt := x > 90:
+            free = min(y, free - 5)
+        at = (104, free) if learnt else (x + 3, y + 2)
+        left.annotate(kind, at, color=colour, fontsize=8, va="center", annotation_clip=False)
     left.axhline(100 * ways["before"]["old"]["mean"], color=light("line"), linestyle="--")
     left.set_xlabel("new task, % to the letter", fontsize=9, color=light("soft"))
     left.set_title("old task, % right: the best of each kind", fontsize=11, color=light("ink"))
-    left.margins(x=0.15)
+    left.set_xlim(-4, 140)
+    left.set_xticks(range(0, 101, 20))
     order = sorted([*RATES, "plain"], key=lambda way: WAYS[way].get("lr", RATE))
     xs = [WAYS[way].get("lr", RATE) for way in order]
     for key, name, colour in (

@@ -135,11 +135,6 @@ def items(lines: list[dict], key: str) -> list[tuple]:
     return [(float(line[key]), 1) for line in lines]
 
 
-def ones(seeds: list[list]) -> list[list]:
-    """Each seed's values as [(value, 1)], for runs.figure() and runs.difference()."""
-    return [[(x, 1) for x in values] for values in seeds]
-
-
 def pooled(seeds: list, statistic=mean) -> dict:
     """A statistic of all seeds' items together, its interval over items, and each seed's own, as
     runs.cell() shows it. For items that are not the same from seed to seed.
@@ -151,6 +146,12 @@ def pooled(seeds: list, statistic=mean) -> dict:
         "seeds": [statistic(items) for items in seeds],
         "items": len(every),
     }
+
+
+def apart(ours: list, theirs: list) -> dict:
+    """Ours minus theirs, item by item, each a list of every seed's values, as in pooled()."""
+    both = zip(ours, theirs, strict=True)
+    return pooled([[a - b for a, b in zip(x, y, strict=True)] for x, y in both])
 
 
 def shrink(path: Path):

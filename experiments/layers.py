@@ -19,7 +19,7 @@ from common.run import main
 from experiments import commands, lab
 from metrics import mean
 from tools.report import light, new_figure
-from tools.runs import cell, difference, figure, run
+from tools.runs import cell, run
 
 TARGETS = {  # choice: --targets, rank
     "attention": ("attention", 42),
@@ -74,17 +74,16 @@ def layers(o: lab.Options):
         old = [right(o, answering, seed, choice) for seed in range(o.seeds)]
         new = [right(o, learning, seed, choice) for seed in range(o.seeds)]
         each = {"old": [m["old"] for m in old], "new": [m["new"] for m in new]}
-        items[choice] = {k: lab.ones(v) for k, v in each.items()}
-        items[choice]["kept"] = lab.ones([m["old"] for m in new])
+        items[choice] = each | {"kept": [m["old"] for m in new]}
         trained[choice] = old[0]["cost"]["trained"]
         print(choice, {k: [mean(x) for x in v] for k, v in each.items()}, flush=True)
-    found = {c: {k: figure(v) for k, v in of.items()} for c, of in items.items()}
+    found = {c: {k: lab.pooled(v) for k, v in of.items()} for c, of in items.items()}
     rows = []
     for choice, (_, rank) in TARGETS.items():
         row = [choice, str(rank), f"{trained[choice]:,}"]
         rows.append(row + [cell(found[choice][score], 100, 1) for score in SCORES])
     apart = {
-        score: difference(items["attention and MLP"][score], items["attention"][score])
+        score: lab.apart(items["attention and MLP"][score], items["attention"][score])
         for score in SCORES
     }
     note = (

@@ -21,7 +21,7 @@ from data import records
 from experiments import commands, lab
 from metrics import mean
 from tools.report import light, new_figure
-from tools.runs import cell, difference, figure, options_of, run
+from tools.runs import cell, options_of, run
 
 BACK = 40  # steps
 WAYS = ("general", "general, then special", "and back", "special, then general", "mixed")
@@ -70,9 +70,9 @@ def order(o: lab.Options):
         print(seed, [[round(mean(m[key]), 3) for key in KEYS] for m in runs[-1]], flush=True)
     found, rows = {}, []
     for i, way in enumerate(WAYS):
-        of = {key: lab.ones([seed[i][key] for seed in runs]) for key in KEYS}
-        start = lab.ones([seed[0]["old"] for seed in runs])
-        found[way] = {key: figure(of[key]) for key in KEYS} | {"lost": difference(start, of["old"])}
+        of = {key: [seed[i][key] for seed in runs] for key in KEYS}
+        found[way] = {key: lab.pooled(seeds) for key, seeds in of.items()}
+        found[way]["lost"] = lab.apart([seed[0]["old"] for seed in runs], of["old"])
         rows.append([way, *(cell(found[way][key], 100, 1) for key in ("old", "lost", *KEYS[1:]))])
     head = ["", "general %", "general lost", "special %", "watched %"]
     note = (
