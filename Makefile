@@ -138,7 +138,7 @@ controls: eval ## what the results could be mistaken for: OUT/controls.json
 	$(PY) -m tools.controls --out $(OUT) --base $(MODEL) $(COMMON) $(READ)
 
 # What is claimed, and whether it held: each a table and a picture in RESULTS.md
-CLAIMS = $(patsubst %.py,%,$(filter-out experiments/lab.py,$(wildcard experiments/*.py)))
+CLAIMS = $(patsubst %.py,%,$(filter-out experiments/lab.py experiments/commands.py,$(wildcard experiments/*.py)))
 experiments: $(CLAIMS) ## every claim tried, on SEEDS chains; experiments/NAME tries one
 
 experiments/judge experiments/sizes experiments/tuning: smollm2

@@ -148,6 +148,12 @@ def pooled(seeds: list, statistic=mean) -> dict:
     }
 
 
+def apart(ours: list, theirs: list) -> dict:
+    """Ours minus theirs, item by item, each a list of every seed's values, as in pooled()."""
+    both = zip(ours, theirs, strict=True)
+    return pooled([[a - b for a, b in zip(x, y, strict=True)] for x, y in both])
+
+
 def shrink(path: Path):
     """A picture in 64 colours: a third of the bytes."""
     from PIL import Image  # matplotlib stands on it

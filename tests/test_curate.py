@@ -257,7 +257,8 @@ def test_boilerplate_of_an_evaluation_and_system_messages_are_no_leak(tmp_path):
     record = talk("Go on.", "Yes.")
     record["messages"] = system + record["messages"]
     asked = [{"messages": system + tiny.user("Who is it?"), "reference": "He."}]
-    assert not filters.leaks([record], tiny.write(tmp_path / "system.jsonl", asked))
+    path = tiny.write(tmp_path / "system.jsonl", asked)
+    assert not filters.leaks([record, talk("Go on.", STORY)], path)
 
 
 # ---------------------------------------------------------------- quality and diversity
@@ -406,6 +407,8 @@ def test_each_rule_alone(folder, tmp_path, monkeypatch):
     for rule, first, end in (("format", 0, 2), ("contamination", 2, 3), ("duplicates", 3, 5)):
         report, _ = left(rule)
         assert set(report["gone"]) == set(list(planted)[first:end])
+    twins = left("duplicates,quality")[0]["gone"]["a near duplicate"]["example"]
+    assert len(twins["answer"]) > len(twins["like"]["answer"])  # own.py: the shorter the better
     report, kept = left("quality", 20)
     size = [sorted(len(r["messages"][1]["content"]) for r in rows) for rows in (kept, every)]
     assert not report["gone"] and size[0] == size[1][:20]

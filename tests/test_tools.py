@@ -404,6 +404,15 @@ def test_report_shows_where_a_measure_and_gold_part(tmp_path):
     assert "Where Token F1 errs most" not in text and "base" not in page.text.lower()
 
 
+def test_report_shows_what_was_watched(tmp_path):
+    out = a_run(tmp_path)
+    before = Page(made(out)).tags.count("svg")
+    lines = [{"step": t, "loss": 0.5, "watch_acc": 0.8 - t / 100} for t in range(3)]
+    write(out / "sft" / "metrics.jsonl", lines)
+    page = Page(made(out))
+    assert page.tags.count("svg") == before + 1 and "A fall is what training costs" in page.text
+
+
 def test_pictures_follow_the_page_from_light_to_dark(tmp_path):
     text = made(a_run(tmp_path))
     pictures = text[text.index("<svg") :]

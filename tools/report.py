@@ -102,6 +102,12 @@ CURVES = {
     "dpo": PAIRS,
     "simpo": PAIRS,
 }
+WATCHED = [  # of any stage with --watch
+    ("Watched", {"watch_acc": ""},
+     "Share of the watched benchmark's items that are right. A fall is what training costs."),
+    ("Watched", {"watch_perplexity_per_token": ""},
+     "Perplexity per token of the watched text. A rise is what training costs."),
+]
 # rows of the tables: key in results.json, name, in per cent (None: a count), what it means
 FIGURES = [
     ("gold_sampled", "Gold, sampled", False, "mean score at temperature 1"),
@@ -308,7 +314,7 @@ def curves_of(stage: str, lines: list[dict]) -> list[tuple]:
     logs, except where one key means several things (`loss`), and one for each other figure.
     """
     if stage in CURVES:
-        return CURVES[stage]
+        return CURVES[stage] + WATCHED
     logged = list(dict.fromkeys(key for r in lines for key in r if key != "step"))
     known = [curves for panels in CURVES.values() for curves in panels]
     shown = []

@@ -1,0 +1,101 @@
+"""Which layers should LoRA change? Attention, the MLP, both, lm_head too: at equal parameters.
+
+    python -m experiments.layers --out out
+
+Hu et al. 2021 changed attention alone; Biderman et al. 2024 and the trainers' defaults change all
+linear layers. One rank over more layers has more parameters, so each choice gets the rank that
+brings it near one number of them (TARGETS). Two domains:
+
+    old    the base learns to answer: the facts are known from pre-training, the manner is new
+    new    the SFT model learns commands (experiments/commands.py), which it has never seen
+
+One rate for all choices, RATES: sft.py's own for LoRA, and less where a finished model learns
+further. What it cannot show: layers of other shapes; here the MLP has three fifths of the weights.
+"""
+
+from pathlib import Path
+
+from common.run import main
+from experiments import commands, lab
+from metrics import mean
+from tools.report import light, new_figure
+from tools.runs import cell, run
+
+TARGETS = {  # choice: --targets, rank
+    "attention": ("attention", 42),
+    "attention and MLP": ("all", 16),
+    "all and lm_head": ("all,lm_head", 15),
+}
+RATES = {"old": 2.5e-3, "new": 1e-3}
+STEPS, BATCH = 200, 16  # of the old domain
+SCORES = {
+    "old": "old domain, from the base",
+    "new": "new domain, from SFT",
+    "kept": "old domain kept",
+}
+
+
+def answering(o, seed: int, choice: str) -> tuple[Path, dict]:
+    """The base learns to answer → the checkpoint and its cost."""
+    targets, rank = TARGETS[choice]
+    folder = lab.place(o, "layers", seed) / f"old-{targets.replace(',', '-')}"
+    of = {"lora": rank, "targets": targets, "lr": RATES["old"], "steps": STEPS, "batch": BATCH}
+    return folder, run("sft.py", folder, lab.chain(o, seed) / "sft", **of)
+
+
+def learning(o, seed: int, choice: str) -> tuple[Path, dict]:
+    """The SFT model learns commands → the checkpoint and its cost."""
+    targets, rank = TARGETS[choice]
+    folder = lab.place(o, "layers", seed) / f"new-{targets.replace(',', '-')}"
+    of = {"lora": rank, "targets": targets, "lr": RATES["new"]}
+    return folder, commands.learn(o, lab.chain(o, seed) / "sft", folder, seed, **of)
+
+
+def right(o, run, seed: int, choice: str) -> dict:
+    folder, cost = run(o, seed, choice)
+    return commands.measure(o, folder, seed, lab.place(o, "layers", seed)) | {"cost": cost}
+
+
+def draw(found: dict):
+    picture, axes = new_figure(10, 3.2, len(SCORES))
+    for ax, (score, title) in zip(axes, SCORES.items(), strict=True):
+        ys, cis = ([100 * found[c][score][part] for c in TARGETS] for part in ("mean", "ci"))
+        ax.errorbar(ys, range(len(TARGETS)), xerr=cis, fmt="o", color=light("sft"))
+        ax.set_yticks(range(len(TARGETS)), TARGETS if ax is axes[0] else [""] * len(TARGETS))
+        ax.invert_yaxis()
+        ax.set_title(f"{title}, % right", fontsize=10, color=light("ink"))
+    return picture
+
+
+def layers(o: lab.Options):
+    lab.begin(o, "layers")
+    items, trained = {}, {}
+    for choice in TARGETS:
+        old = [right(o, answering, seed, choice) for seed in range(o.seeds)]
+        new = [right(o, learning, seed, choice) for seed in range(o.seeds)]
+        each = {"old": [m["old"] for m in old], "new": [m["new"] for m in new]}
+        items[choice] = each | {"kept": [m["old"] for m in new]}
+        trained[choice] = old[0]["cost"]["trained"]
+        print(choice, {k: [mean(x) for x in v] for k, v in each.items()}, flush=True)
+    found = {c: {k: lab.pooled(v) for k, v in of.items()} for c, of in items.items()}
+    rows = []
+    for choice, (_, rank) in TARGETS.items():
+        row = [choice, str(rank), f"{trained[choice]:,}"]
+        rows.append(row + [cell(found[choice][score], 100, 1) for score in SCORES])
+    apart = {
+        score: lab.apart(items["attention and MLP"][score], items["attention"][score])
+        for score in SCORES
+    }
+    note = (
+        f"% right, greedy; seeds: {o.seeds}, {o.n} held-out prompts and {commands.ASKED} commands"
+        f" each; old domain: {STEPS} steps of {BATCH} at {RATES['old']:g}, new {commands.STEPS} of"
+        f" {commands.BATCH} at {RATES['new']:g}. Attention and MLP minus attention alone: old"
+        f" {cell(apart['old'], 100, 1, '+')}, new {cell(apart['new'], 100, 1, '+')}, kept"
+        f" {cell(apart['kept'], 100, 1, '+')}."
+    )
+    head = ["LoRA on", "rank", "parameters", *SCORES.values()]
+    lab.publish(o, "layers", {"figures": found}, head, rows, note, draw(found))
+
+
+if __name__ == "__main__":
+    main(layers, lab.Options, __doc__)
