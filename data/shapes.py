@@ -144,7 +144,8 @@ def ours(record, hidden=()):
             found[field] = _truth(found[field])
     for field in MESSAGE_FIELDS:
         if isinstance(found.get(field), (list, dict)):
-            found[field] = _turns(found[field], names.get(field, field))
+            given = _spoken(found[field]) if field == "messages" else found[field]
+            found[field] = _turns(given, names.get(field, field))
     return kind, _dialogues(found), names
 
 
@@ -218,6 +219,18 @@ PARTS = {  # kinds of a content's parts that are no text → why they are refuse
     **dict.fromkeys("functionResponse function_call tool_call".split(), calls.SHAPE),
     **dict.fromkeys("thinking reasoning reasoningContent thought".split(), NO_THOUGHT),
 }
+
+
+def _spoken(turns):
+    """Turns without roles, a list of texts (LIMA) or of {input, output} (Capybara), with them."""
+    if not isinstance(turns, list):
+        return turns
+    if all(isinstance(t, dict) and t.keys() == {"input", "output"} for t in turns):
+        turns = [text for t in turns for text in (t["input"], t["output"])]
+    if not all(isinstance(t, str) for t in turns):
+        return turns
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def _turns(given, field):

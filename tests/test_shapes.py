@@ -46,6 +46,8 @@ CONVERSATIONS = [  # (record, its messages)
         [Q, A],
     ),
     ({"conversation": [Q, A]}, [Q, A]),
+    ({"conversations": ["Q?", "A."], "source": "stackexchange"}, [Q, A]),
+    ({"conversation": [{"input": "Q?", "output": "A."}] * 2, "source": "x"}, [Q, A, Q, A]),
     ({"question": "Q?", "answer": "A."}, [Q, A]),
     ({"query": "Q?", "response": "A.", "history": [["Q?", "A."]]}, [Q, A, Q, A]),
     ({"query": "Q?", "response": "A.", "history": [Q, A]}, [Q, A, Q, A]),
