@@ -144,8 +144,9 @@ def ours(record, hidden=()):
             found[field] = _truth(found[field])
     for field in MESSAGE_FIELDS:
         if isinstance(found.get(field), (list, dict)):
-            given = _spoken(found[field]) if field == "messages" else found[field]
-            found[field] = _turns(given, names.get(field, field))
+            name = names.get(field, field)
+            given = _spoken(found[field]) if name.startswith("conversation") else found[field]
+            found[field] = _turns(given, name)
     return kind, _dialogues(found), names
 
 
