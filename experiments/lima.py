@@ -24,7 +24,6 @@ What it cannot show: more knowledge from more data. The base has read this world
 demonstrations teach manner; where they must teach facts, a thousand cannot cover them.
 """
 
-import os
 import random
 import shlex
 import subprocess
@@ -75,6 +74,16 @@ def gold(prompts, answers, found) -> list[float]:
     return [world.gold(r["item"], a)[0] for r, a in zip(found, answers, strict=True)]
 
 
+# A large parent's memory would count as its child's; this one is small.
+WEIGH = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+sys.exit(status)
+"""
+
+
 def curated(o, seed: int, data: Path, rules: str, signal="") -> tuple[Path, dict]:
     """The file of the FEW records that tools/curate.py keeps, and what that cost: {"core_minutes",
     "gb"}. signal: of quality, one of SIGNALS.
@@ -88,11 +97,11 @@ def curated(o, seed: int, data: Path, rules: str, signal="") -> tuple[Path, dict
         given = dict(data=data, keep=FEW, out=out, rules=rules, quality=judge, seed=seed)
         given |= dict(against=chain / "world" / "heldout.jsonl", device=o.device, overwrite=True)
         command = [sys.executable, "-m", "tools.curate", *words(given)]
-        _, status, used = os.wait4(subprocess.Popen(command).pid, 0)
-        if status:
-            raise ValueError(f"{shlex.join(command)} failed; its error stands above")
-        minutes = (used.ru_utime + used.ru_stime) / 60
-        return {"core_minutes": minutes, "gb": used.ru_maxrss * 1024 / 1e9}
+        p = subprocess.run([sys.executable, "-c", WEIGH, *command], capture_output=True, text=True)
+        if p.returncode:
+            raise ValueError(f"{shlex.join(command)} failed: {p.stderr[-500:]}")
+        seconds, kilobytes = map(float, p.stdout.split()[-2:])
+        return {"core_minutes": seconds / 60, "gb": kilobytes * 1024 / 1e9}
 
     of = [data, rules, signal, *([judge] if isinstance(judge, Path) else [])]
     return out, kept(out.with_suffix(".json"), compute, of)
@@ -140,27 +149,13 @@ def arms(o) -> tuple[dict, dict]:
     return equal, {name: [tuned(o, 0, seeds[0][name], n)] for name, n in once.items()}
 
 
-ALONE = [("format", ""), ("duplicates", ""), ("diversity", "")]
-ALONE += [*(("quality", signal) for signal in SIGNALS), (RULES, "gold")]
-
-
-def rules_alone(o) -> dict:
-    """{rule: a run on FEW of what it leaves of SOME records}; one seed."""
-    some, found = files(o, 0)[SOME], {"none": [tuned(o, 0, files(o, 0)[FEW])]}
-    for rules, signal in ALONE:
-        name = "all" if rules == RULES else rules
-        name += f", by {signal}" if signal else ""
-        found[name] = [tuned(o, 0, curated(o, 0, some, rules, signal)[0])]
-    return found
-
-
 # ---------------------------------------------------------------- what is shown
 def row_of(name: str, runs: list) -> tuple[dict, list]:
     """A figure of an arm's runs over the seeds, and its row."""
     lines, what = [r["lines"] for r in runs], [r["about"] for r in runs]
     f = {key: figure([lab.items(x, key) for x in lines]) for key in ("gold", "right")}
     shares = [w["sources"].get("demonstrator", 0) / sum(w["sources"].values()) for w in what]
-    f["noise"] = 1 - mean(shares)
+    f["noise"], f["sources"] = 1 - mean(shares), [w["sources"] for w in what]
     f["in_file"] = {key: mean([w[key] for w in what]) for key in ("gold", "right")}
     inside = [f"{100 * f['noise']:.0f}", f"{f['in_file']['gold']:.2f}"]
     inside.append(f"{100 * f['in_file']['right']:.0f}")
@@ -189,22 +184,6 @@ def picture(equal: dict, epoch: dict):
     return drawn
 
 
-def publish_rules(o):
-    runs, rules, table = rules_alone(o), {}, []
-    gold = {name: [lab.items(r["lines"], "gold") for r in of] for name, of in runs.items()}
-    for name, of in runs.items():
-        f, row = row_of(name, of)
-        rules[name] = f | {"gained": difference(gold[name], gold["none"])}
-        gained = cell(rules[name]["gained"], digits=2, sign="+") if name != "none" else "–"
-        table.append([*row, gained])
-    note = (
-        f"One seed; {FEW:,} records that a rule alone leaves or chooses of {SOME:,}; {STEPS} steps"
-        f" of {BATCH}; {o.n} held-out prompts. Contamination is left out: no prompt of the file is"
-        " held out."
-    )
-    lab.publish(o, "lima_rules", rules, ["rule", *HEAD, "gold gained"], table, note)
-
-
 def costs(o) -> str:
     """What curating all records took: duplicates alone, and every rule with a model's scores."""
     data, said = files(o, 0)[ALL], []
@@ -219,8 +198,7 @@ def costs(o) -> str:
 
 
 def lima(o: Options):
-    lab.begin(o, "lima", "lima_rules")
-    publish_rules(o)
+    lab.begin(o, "lima")
     equal, epoch = arms(o)
     shown = [{name: row_of(name, runs) for name, runs in part.items()} for part in (equal, epoch)]
     table = [[*row[:1], "equal steps", *row[1:]] for _, row in shown[0].values()]
