@@ -17,7 +17,7 @@ another demonstrator, with wrong and cut answers, refusals, foreign scripts, rep
 copies planted in it. Nothing of it asks for held-out content.
 
 All arms start from the base and differ in their file alone. Equal steps: STEPS steps of BATCH, so
-that a thousand is seen two and a half times. One epoch: each record once. The score is gold and the
+that a thousand is seen more than once. One epoch: each record once. The score is gold and the
 share right of answers to held-out prompts, at temperature 1.
 
 What it cannot show: more knowledge from more data. The base has read this world's facts, and the
@@ -129,10 +129,12 @@ def tuned(o, seed: int, file: Path, steps=STEPS) -> dict:
 def files_of(o, seed: int) -> dict:
     """{arm: its file}; of the first seed all arms, of the others the two that are claimed."""
     given = files(o, seed)
-    found = {BY_GOLD: curated(o, seed, given[ALL], RULES, "gold")[0], AT_RANDOM: given[FEW]}
+    found = {BY_GOLD: curated(o, seed, given[ALL], RULES, "gold")[0]}
     if seed == 0:
         by_reward = curated(o, seed, given[ALL], RULES, "reward model")[0]
         found |= {f"{FEW:,} curated, by the reward model": by_reward}
+    found |= {AT_RANDOM: given[FEW]}
+    if seed == 0:
         found |= {f"{SOME:,} at random": given[SOME], WHOLE: given[ALL]}
     return found
 
@@ -209,7 +211,7 @@ def lima(o: Options):
     said = ", ".join(f"minus {name} {cell(f, digits=2, sign='+')}" for name, f in gaps.items())
     note = (
         f"seeds: {o.seeds} of {FEW:,} by gold and at random at equal steps, else one;"
-        f" {STEPS} steps of {BATCH}, or one epoch; {o.n} held-out prompts each. Gold at equal"
+        f" {STEPS} steps of {BATCH}{', or one epoch' if epoch else ''}; {o.n} held-out prompts each. Gold at equal"
         f" steps, curated by gold {said}. Curating {ALL:,} records: {costs(o)}."
     )
     figures = [{name: f for name, (f, _) in part.items()} for part in shown]
