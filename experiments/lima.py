@@ -209,10 +209,11 @@ def lima(o: Options):
     gaps = {"at random": difference(scores[BY_GOLD], scores[AT_RANDOM])}
     gaps[WHOLE] = difference(scores[BY_GOLD][:1], scores[WHOLE])
     said = ", ".join(f"minus {name} {cell(f, digits=2, sign='+')}" for name, f in gaps.items())
+    once = ", or one epoch" if epoch else ""
     note = (
         f"seeds: {o.seeds} of {FEW:,} by gold and at random at equal steps, else one;"
-        f" {STEPS} steps of {BATCH}{', or one epoch' if epoch else ''}; {o.n} held-out prompts each. Gold at equal"
-        f" steps, curated by gold {said}. Curating {ALL:,} records: {costs(o)}."
+        f" {STEPS} steps of {BATCH}{once}; {o.n} held-out prompts each. Gold at equal steps,"
+        f" curated by gold {said}. Curating {ALL:,} records: {costs(o)}."
     )
     figures = [{name: f for name, (f, _) in part.items()} for part in shown]
     drawn = picture(*figures)
