@@ -4,8 +4,8 @@ Ouyang et al. 2022 (InstructGPT), section 3.5:
 
     loss = - Σ_t log p(y_t | x, y_<t) / number of targets          y: an answer, end token included
 
-The prompt x is read but not trained on: its labels are -100. Two things are easy to get wrong, and
-tests assert them:
+The prompt x is read but not trained on: its labels are -100, unless --prompt-loss asks for them.
+Two things are easy to get wrong, and tests assert them:
 - The denominator is the number of targets in the whole optimizer step. A mean of the micro-batches'
   means would weigh a token more the fewer targets its micro-batch has.
 - Conversations are packed end to end into rows, so that nothing is computed on padding. Each one
@@ -53,6 +53,7 @@ class Options(Watching, tuning.Tuning):
     replay_ratio: float = opt(
         0.05, "its share of all target tokens", needs="replay", above=0, below=1
     )
+    prompt_loss: bool = opt(False, "train on the prompts too, as other trainers' train_on_inputs")
     ewc: str = opt("", "Fishers of old tasks, folders of forget.py separated by commas")
     ewc_lambda: float = opt(10.0, "λ: strength of EWC's penalty", needs="ewc", at_least=0)
     format: str = opt("", "chat format; default: the checkpoint's own, or chatml")
@@ -68,14 +69,18 @@ def sft_loss(model, tokens, labels, segments):
     return nll(model, tokens, labels, segments).sum()
 
 
-def prepare(path, tok, length: int, **allowed):
+def prepare(path, tok, length: int, prompt_loss=False, **allowed):
     """The training split of a file → [(ids, labels)]; conversations longer than a row, or without a
-    target, are dropped and counted. Plain text is trained whole, in pieces of a row.
+    target, are dropped and counted. prompt_loss: every token but the first is a target. Plain text
+    is trained whole, in pieces of a row.
     """
     if records.is_text(path):
         return forget.examples(path, tok, length, **allowed)
     train, held = records.split(records.conversations(path, **allowed))
-    kept, dropped = usable([templates.render(tok, c["messages"]) for c in train], length)
+    found = [templates.render(tok, c["messages"]) for c in train]
+    if prompt_loss:
+        found = [(ids, [IGNORE, *ids[1:]]) for ids, _ in found]
+    kept, dropped = usable(found, length)
     records.report(path, len(kept), dropped, "conversations", len(held))
     return kept
 
@@ -111,7 +116,7 @@ def sft(o: Options):
     form = templates.adopt(tok, o.format or None)
     records.say_cut(o.length, model.context)
     length = min(o.length, model.context)
-    data = prepare(o.data, tok, length, **tuning.allowed(o, tok))
+    data = prepare(o.data, tok, length, o.prompt_loss, **tuning.allowed(o, tok))
     old = forget.examples(o.replay, tok, length, **tuning.allowed(o, tok)) if o.replay else []
     replay = forget.replay(data, old, o.replay_ratio, o.batch, o.seed)
     if o.show_batch:

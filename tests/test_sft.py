@@ -381,7 +381,8 @@ def test_a_row_without_a_target_is_dropped_and_counted(tmp_path, capsys, monkeyp
     )
 
 
-def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
+def shown_green(tmp_path, capsys, **options):
+    """What show_batch colours as trained, of one conversation."""
     file = write(
         tmp_path / "chats.jsonl",
         [{"messages": user("a w?") + [{"role": "assistant", "content": "no"}]}],
@@ -394,16 +395,32 @@ def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
             batch=1,
             show_batch=True,
             device="cpu",
+            **options,
         )
     )
     line = capsys.readouterr().out
-    green = [
+    assert not (tmp_path / "out" / "config.json").exists()
+    return [
         part.split("m", 1)[1].removesuffix("\033[0m")
         for part in line.strip().split("|\033[")
         if "32m" in part[:6]
     ]
-    assert green == ["n", "o", "<|im_end|>"]
-    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_show_batch_colours_exactly_what_is_trained(tmp_path, capsys):
+    assert shown_green(tmp_path, capsys) == ["n", "o", "<|im_end|>"]
+
+
+def test_prompt_loss_trains_every_token_but_the_first(tmp_path, capsys):
+    tok = chat_tokenizer()
+    path = write(tmp_path / "chats.jsonl", [{"messages": c} for c in CHATS])
+    masked, whole = (sft.prepare(path, tok, 64, prompt_loss) for prompt_loss in (False, True))
+    assert len(masked) == len(whole) > 9
+    for (ids, labels), (same, targets) in zip(masked, whole, strict=True):
+        assert same == ids and targets == [sft.IGNORE, *ids[1:]] != labels
+    green = shown_green(tmp_path, capsys, prompt_loss=True)
+    ids, _ = templates.render(tok, user("a w?") + [{"role": "assistant", "content": "no"}])
+    assert "".join(green) == sft.spelt_out(tok.decode(ids[1:]))
 
 
 def test_show_batch_can_be_read_and_sends_a_terminal_nothing_but_its_colours(capsys):
