@@ -9,8 +9,8 @@ brings it near one number of them (TARGETS). Two domains:
     old    the base learns to answer: the facts are known from pre-training, the manner is new
     new    the SFT model learns commands (experiments/commands.py), which it has never seen
 
-One rate for all choices, RATES: sft.py's own for LoRA, and less where a finished model learns
-further. What it cannot show: layers of other shapes; here the MLP has three fifths of the weights.
+One rate for all choices, sft.py's own for LoRA. What it cannot show: layers of other shapes; here
+the MLP has three fifths of the weights.
 """
 
 from pathlib import Path
@@ -26,7 +26,6 @@ TARGETS = {  # choice: --targets, rank
     "attention and MLP": ("all", 16),
     "all and lm_head": ("all,lm_head", 15),
 }
-RATES = {"old": 2.5e-3, "new": 1e-3}
 STEPS, BATCH = 200, 16  # of the old domain
 SCORES = {
     "old": "old domain, from the base",
@@ -39,7 +38,7 @@ def answering(o, seed: int, choice: str) -> tuple[Path, dict]:
     """The base learns to answer → the checkpoint and its cost."""
     targets, rank = TARGETS[choice]
     folder = lab.place(o, "layers", seed) / f"old-{targets.replace(',', '-')}"
-    of = {"lora": rank, "targets": targets, "lr": RATES["old"], "steps": STEPS, "batch": BATCH}
+    of = {"lora": rank, "targets": targets, "steps": STEPS, "batch": BATCH}
     return folder, run("sft.py", folder, lab.chain(o, seed) / "sft", **of)
 
 
@@ -47,7 +46,7 @@ def learning(o, seed: int, choice: str) -> tuple[Path, dict]:
     """The SFT model learns commands → the checkpoint and its cost."""
     targets, rank = TARGETS[choice]
     folder = lab.place(o, "layers", seed) / f"new-{targets.replace(',', '-')}"
-    of = {"lora": rank, "targets": targets, "lr": RATES["new"]}
+    of = {"lora": rank, "targets": targets}
     return folder, commands.learn(o, lab.chain(o, seed) / "sft", folder, seed, **of)
 
 
@@ -88,10 +87,9 @@ def layers(o: lab.Options):
     }
     note = (
         f"% right, greedy; seeds: {o.seeds}, {o.n} held-out prompts and {commands.ASKED} commands"
-        f" each; old domain: {STEPS} steps of {BATCH} at {RATES['old']:g}, new {commands.STEPS} of"
-        f" {commands.BATCH} at {RATES['new']:g}. Attention and MLP minus attention alone: old"
-        f" {cell(apart['old'], 100, 1, '+')}, new {cell(apart['new'], 100, 1, '+')}, kept"
-        f" {cell(apart['kept'], 100, 1, '+')}."
+        f" each; old domain: {STEPS} steps of {BATCH}, new: {commands.STEPS} of {commands.BATCH}."
+        f" Attention and MLP minus attention alone: old {cell(apart['old'], 100, 1, '+')}, new"
+        f" {cell(apart['new'], 100, 1, '+')}, kept {cell(apart['kept'], 100, 1, '+')}."
     )
     head = ["LoRA on", "rank", "parameters", *SCORES.values()]
     lab.publish(o, "layers", {"figures": found}, head, rows, note, draw(found))
