@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from packing import IGNORE, Layout, Rows, answer_mask, by_segments, pack_answers, padded
 
+PIECE = 2**26  # logits of a piece: 256 MB, and three times that in the backward pass
+
 
 @dataclass
 class Config:
@@ -362,8 +364,7 @@ def logprobs(model, prompts, answers, temperature=1.0, width=None):
     mask = answer_mask(answers, width)
     before = at[:, :-1][mask].to(flat.device)  # (M,) of all answers' tokens
     target = torch.tensor([i for a in answers for i in a], dtype=torch.long).to(flat.device)
-    logits = wide(model.logits(F.embedding(before, flat))) / temperature
-    found = -F.cross_entropy(logits, target, reduction="none")
+    found = -nll_of(model, F.embedding(before, flat), target, temperature)
     n, t = (i.to(flat.device) for i in mask.nonzero(as_tuple=True))
     return found.new_zeros(mask.shape).index_put((n, t), found)
 
@@ -385,16 +386,38 @@ def nll(model, tokens, labels, segments):
     tokens, labels, segments (R,W) on the host, where targets are found: whole conversations,
     several per row. Each label stands on its own token: the only shift by one is here.
     """
-    logits, targets, places = predicted(model, tokens, labels, segments)
-    found = F.cross_entropy(logits, targets, reduction="none")
+    h, targets, places = predicted(model, tokens, labels, segments)
+    found = nll_of(model, h, targets)
     return found.new_zeros(labels.shape).index_put(places, found)
 
 
 def predicted(model, tokens, labels, segments):
-    """nll()'s arguments → logits (M,V), the targets (M,), and their rows and columns in labels."""
+    """nll()'s arguments → hidden states (M,D), the targets that follow them (M,), and where these
+    stand in labels, rows and columns."""
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     h = model.packed(by_segments(tokens, segments))
     targets = labels[row, column + 1].to(h.device)
     row, column = row.to(h.device), column.to(h.device)
-    return wide(model.logits(h[row, column])), targets, (row, column + 1)
+    return h[row, column], targets, (row, column + 1)
+
+
+def nll_of(model, h, targets, temperature=1.0):
+    """-log softmax(logits(h) / temperature)[target] of hidden states (M,D) and targets (M,) → (M,).
+
+    Above 2 · PIECE logits they are computed in pieces: of each its hidden states are kept, and the
+    backward pass computes its logits z again, for dL/dz = dL/dnll · (softmax(z) - onehot).
+    """
+
+    def read(h, targets):
+        z = wide(model.logits(h))
+        z = z if temperature == 1 else z / temperature
+        return F.cross_entropy(z, targets, reduction="none")
+
+    size, found = max(1, PIECE // model.config.vocab_size), []
+    if len(h) <= 2 * size:
+        return read(h, targets)
+    for piece in zip(h.split(size), targets.split(size), strict=True):
+        torch.clear_autocast_cache()  # or pieces would add up the head's gradient in bf16
+        found.append(checkpoint(read, *piece, use_reentrant=False))
+    return torch.cat(found)

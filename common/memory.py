@@ -17,7 +17,7 @@ import sys
 import torch
 
 from lora import GROUPS as TARGETS
-from model import Config
+from model import PIECE, Config
 
 UNIT = 2**30  # what a graphics card's maker calls 1 GB
 
@@ -224,11 +224,17 @@ def kept_by_family(c: Config, norm: int, normalised: int, length: int) -> int:
     return norms + (0 if c.attention_cap is None else 2 * 4 * c.num_attention_heads * length)
 
 
-def logits(c: Config, targets: int) -> int:
+def logits(c: Config, targets: int, rank=0) -> int:
     """Bytes of the head's output over `targets` tokens at their peak, which is in the backward
-    pass: the log-softmax, its gradient and the logits' gradient, in float32. A scalar head has
+    pass: the log-softmax, its gradient and the logits' gradient, in float32. Where they come in
+    pieces: of one piece, or the last of these and its gradient of a trained head. A scalar head has
     none."""
-    return 0 if c.num_labels else 3 * 4 * targets * c.vocab_size
+    if c.num_labels:
+        return 0
+    size = max(1, PIECE // c.vocab_size)
+    if targets <= 2 * size:
+        return 3 * 4 * targets * c.vocab_size
+    return 4 * c.vocab_size * max(3 * size, 0 if rank else size + c.hidden_size)
 
 
 # ---------------------------------------------------------------- measured, and shown
@@ -293,7 +299,7 @@ def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
     rows["activations"] = activations(
         c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True
     )
-    rows["logits"] = logits(c, tokens)
+    rows["logits"] = logits(c, tokens, how.get("rank", 0))
     if how.get("quant"):  # the largest matrix, for a moment: in float32, then beside it in bf16
         rows["dequantised"] = 6 * max(i * o for i, o in linears(c).values())
     return rows

@@ -373,12 +373,13 @@ class Report:
             for n, m in model.named_modules()
             if isinstance(m, lora.LoRALinear)
         }
+        rank = max(ranks.values(), default=int(kind(o) != "weights"))
         rows = memory.count(*self.models)
         rows["activations (estimate)"] = memory.activations(
             model.config,
             tokens,
             length,
-            rank=max(ranks.values(), default=int(kind(o) != "weights")),
+            rank=rank,
             targets=list(ranks),
             dtype=model.embed_tokens.weight.dtype,
             quant=quantisation(o),
@@ -386,7 +387,7 @@ class Report:
             checkpointing=o.checkpointing,
             gpu=self.device.type == "cuda",
         )
-        rows["logits (estimate)"] = memory.logits(model.config, targets)
+        rows["logits (estimate)"] = memory.logits(model.config, targets, rank)
         print(memory.table(rows, model.config))
 
     def finish(self):
