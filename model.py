@@ -14,15 +14,15 @@ longest. Masks are bool, True on what counts.
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common.pieces import in_pieces
 from packing import IGNORE, Layout, Rows, answer_mask, by_segments, pack_answers, padded
-
-PIECE = 2**26  # logits of a piece: 256 MB, and three times that in the backward pass
 
 
 @dataclass
@@ -149,8 +149,9 @@ class Attention(nn.Module):
                 torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
                 for old, new in zip(past[layer], (k, v), strict=True)
             )
-        # with a mask a GPU's fast kernels need repeated k and v
-        gqa = x.device.type == "cpu" and c.attention_cap is None
+        # a GPU's fast kernels need repeated k and v, but for the one that has bf16 and no mask
+        grouped = x.device.type == "cpu" or visible is None and q.dtype == torch.bfloat16
+        gqa = grouped and c.attention_cap is None
         if not gqa:  # query head h reads key/value head h // groups
             groups = c.num_attention_heads // c.num_key_value_heads
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -284,10 +285,11 @@ class Transformer(nn.Module):
         """The layers alone, on embeddings x (B,T,D) → (B,T,D). past: per layer a pair of keys and
         values (1,kv_heads,P,head_dim)."""
         c = self.config
-        full = local = *self.angles(at), at.visible
+        seen = at.near if c.attention_cap else partial(at.bias, x)
+        full = local = *self.angles(at), seen(0)
         if any(c.local):
             own = c.local_theta and rope_angles(at.positions, c.head_dim, c.local_theta)
-            local = *(own or full[:2]), at.near(c.window)
+            local = *(own or full[:2]), seen(c.window)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, layer in enumerate(self.layers):
             cos, sin, visible = local if c.local and c.local[i] else full
@@ -403,21 +405,11 @@ def predicted(model, tokens, labels, segments):
 
 
 def nll_of(model, h, targets, temperature=1.0):
-    """-log softmax(logits(h) / temperature)[target] of hidden states (M,D) and targets (M,) → (M,).
-
-    Above 2 · PIECE logits they are computed in pieces: of each its hidden states are kept, and the
-    backward pass computes its logits z again, for dL/dz = dL/dnll · (softmax(z) - onehot).
-    """
+    """-log softmax(logits(h) / temperature)[target] (M,): hidden states (M,D) and targets (M,)."""
 
     def read(h, targets):
         z = wide(model.logits(h))
         z = z if temperature == 1 else z / temperature
         return F.cross_entropy(z, targets, reduction="none")
 
-    size, found = max(1, PIECE // model.config.vocab_size), []
-    if len(h) <= 2 * size:
-        return read(h, targets)
-    for piece in zip(h.split(size), targets.split(size), strict=True):
-        torch.clear_autocast_cache()  # or pieces would add up the head's gradient in bf16
-        found.append(checkpoint(read, *piece, use_reentrant=False))
-    return torch.cat(found)
+    return in_pieces(read, h, targets, model.config.vocab_size)

@@ -386,6 +386,7 @@ class Report:
             autocast=has_bf16(self.device),
             checkpointing=o.checkpointing,
             gpu=self.device.type == "cuda",
+            masked=True,
         )
         rows["logits (estimate)"] = memory.logits(model.config, targets, rank)
         print(memory.table(rows, model.config))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny import V, decoder, ragged
 
 import model as M
+from common import pieces
 from lora import add_lora
 from quant import quantize_model
 
@@ -50,17 +51,17 @@ READS = {
 }
 
 
-def values_and_gradients(model, read, pieces, monkeypatch):
-    """What is read, and the gradients of a sum in which each target weighs differently; `pieces`
+def values_and_gradients(model, read, parts, monkeypatch):
+    """What is read, and the gradients of a sum in which each target weighs differently; `parts`
     of three targets, or all at once."""
-    size = 3 * model.config.vocab_size if pieces else M.PIECE
-    monkeypatch.setattr(M, "PIECE", size)
+    size = 3 * model.config.vocab_size if parts else pieces.PIECE
+    monkeypatch.setattr(pieces, "PIECE", size)
     calls = []
     hook = model.lm_head.register_forward_hook(lambda m, x, y: calls.append(len(y)))
     found = read(model)
     (found * torch.arange(1.0, found.numel() + 1).view_as(found).cos()).sum().backward()
     hook.remove()
-    assert max(calls) <= 3 if pieces else len(calls) == 1
+    assert max(calls) <= 3 if parts else len(calls) == 1
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found.detach(), gradients
@@ -83,7 +84,7 @@ def test_a_piece_s_dropout_is_drawn_once(monkeypatch):
     model, read = head_with(3, dropout=0.5), READS["logprobs"]
     torch.manual_seed(0)
     found = values_and_gradients(model, read, True, monkeypatch)
-    monkeypatch.setattr(M, "checkpoint", lambda read, *piece, use_reentrant: read(*piece))
+    monkeypatch.setattr(pieces, "checkpoint", lambda read, *piece, use_reentrant: read(*piece))
     torch.manual_seed(0)
     expected = values_and_gradients(model, read, True, monkeypatch)
     assert torch.equal(found[0], expected[0])
@@ -98,7 +99,7 @@ def test_under_autocast_a_head_s_gradient_is_summed_in_float32(monkeypatch):
     targets = torch.randint(V, (192,), generator=generator)
 
     def gradient(size):
-        monkeypatch.setattr(M, "PIECE", size)
+        monkeypatch.setattr(pieces, "PIECE", size)
         with torch.autocast("cpu", torch.bfloat16):
             loss = M.nll_of(model, h, targets).sum()
         return torch.autograd.grad(loss, model.lm_head.weight)[0]
@@ -106,8 +107,8 @@ def test_under_autocast_a_head_s_gradient_is_summed_in_float32(monkeypatch):
     exact = torch.autograd.grad(
         F.cross_entropy(h @ model.lm_head.weight.T, targets, reduction="sum"), model.lm_head.weight
     )[0]
-    whole, pieces = gradient(2**26), gradient(1)
-    assert (pieces - exact).norm() < 1.2 * (whole - exact).norm()
+    whole, parts = gradient(2**26), gradient(1)
+    assert (parts - exact).norm() < 1.2 * (whole - exact).norm()
 
 
 def test_without_gradients_it_comes_in_pieces_too(monkeypatch):
@@ -115,9 +116,9 @@ def test_without_gradients_it_comes_in_pieces_too(monkeypatch):
     model.lm_head.register_forward_hook(lambda m, x, y: seen.append(len(y)))
     with torch.no_grad():
         whole = M.logprobs(model, PROMPTS, ANSWERS)
-        monkeypatch.setattr(M, "PIECE", 5 * V + 1)
-        pieces = M.logprobs(model, PROMPTS, ANSWERS)
-        monkeypatch.setattr(M, "PIECE", 8 * V)  # up to two pieces are none
+        monkeypatch.setattr(pieces, "PIECE", 5 * V + 1)
+        parts = M.logprobs(model, PROMPTS, ANSWERS)
+        monkeypatch.setattr(pieces, "PIECE", 8 * V)  # up to two pieces are none
         M.logprobs(model, PROMPTS, ANSWERS)
     assert seen == [16, 5, 5, 5, 1, 16]
-    assert (pieces - whole).abs().max() < 1e-6 * whole.abs().max()
+    assert (parts - whole).abs().max() < 1e-6 * whole.abs().max()
