@@ -1950,9 +1950,9 @@ BUGS = [
     (0, "no waiting: of the steps until a look the last alone is checked", "sampling.py", "waiting",
      "finite[step + 1 - every :]",
      "finite[-1:]"),
-    (0, "no waiting: the reward's accuracy is read", "reward.py", "waiting",
-     "accuracy = pairs_won(scores.detach(), ranks)",
-     "accuracy = pair_accuracy(scores, ranks)"),
+    (0, "no waiting: the reward's accuracy is read", "metrics.py", "waiting",
+     "return torch.where(pairs.any(), share, 0.5)",
+     "return share if pairs.any() else torch.tensor(0.5)"),
 ]
 
 # fmt: on
