@@ -52,7 +52,7 @@ from common import hub, tuning
 from common.run import Run, autocast, fingerprint, lineage, main, make_room, opt, pick_device
 from data import records, templates
 from lora import LoRALinear
-from model import nll, predicted
+from model import nll, predicted, wide
 from packing import SHORTEST, count_targets, pack, usable
 from sampling import sample
 
@@ -127,7 +127,8 @@ def log_likelihood(model, ids, labels, generator=None):
     """Σ_t log p(y_t | y_<t) over an example's targets, a scalar. With a generator each y_t that is
     scored is drawn from the model; what it is conditioned on stays the data's."""
     row = torch.tensor([ids])
-    logits, targets, _ = predicted(model, row, torch.tensor([labels]), torch.zeros_like(row))
+    h, targets, _ = predicted(model, row, torch.tensor([labels]), torch.zeros_like(row))
+    logits = wide(model.logits(h))
     if generator is not None:
         uniform = torch.rand(len(targets), generator=generator).to(logits.device)
         targets = sample(logits.detach(), 1.0, 1.0, uniform)

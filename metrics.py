@@ -129,12 +129,18 @@ def pair_accuracy(scores, ranks) -> float:
 
     All pairs weigh the same (reward.ranking_loss averages within prompts first). Where rankers
     disagree, 1 is out of reach: InstructGPT's agreed on 73 % of pairs (Ouyang et al. 2022)."""
+    return pairs_won(scores, ranks).item()
+
+
+def pairs_won(scores, ranks):
+    """pair_accuracy() as a tensor that is not read: a GPU need not wait for it."""
     present = ranks >= 0
     better = ranks[:, :, None] < ranks[:, None, :]  # (B,K,K): i is ranked above j
     pairs = better & present[:, :, None] & present[:, None, :]
     margin = scores[:, :, None] - scores[:, None, :]
     won = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return won[pairs].mean().item() if pairs.any() else 0.5
+    share = torch.where(pairs, won, 0.0).sum() / pairs.sum().clamp(min=1)
+    return torch.where(pairs.any(), share, 0.5)
 
 
 def kl(policy, reference):

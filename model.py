@@ -14,12 +14,14 @@ longest. Masks are bool, True on what counts.
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common.pieces import in_pieces
 from packing import IGNORE, Layout, Rows, answer_mask, by_segments, pack_answers, padded
 
 
@@ -147,8 +149,9 @@ class Attention(nn.Module):
                 torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
                 for old, new in zip(past[layer], (k, v), strict=True)
             )
-        # with a mask a GPU's fast kernels need repeated k and v
-        gqa = x.device.type == "cpu" and c.attention_cap is None
+        # a GPU's fast kernels need repeated k and v, but for the one that has bf16 and no mask
+        grouped = x.device.type == "cpu" or visible is None and q.dtype == torch.bfloat16
+        gqa = grouped and c.attention_cap is None
         if not gqa:  # query head h reads key/value head h // groups
             groups = c.num_attention_heads // c.num_key_value_heads
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -282,10 +285,11 @@ class Transformer(nn.Module):
         """The layers alone, on embeddings x (B,T,D) → (B,T,D). past: per layer a pair of keys and
         values (1,kv_heads,P,head_dim)."""
         c = self.config
-        full = local = *self.angles(at), at.visible
+        seen = at.near if c.attention_cap else partial(at.bias, x)
+        full = local = *self.angles(at), seen(0)
         if any(c.local):
             own = c.local_theta and rope_angles(at.positions, c.head_dim, c.local_theta)
-            local = *(own or full[:2]), at.near(c.window)
+            local = *(own or full[:2]), seen(c.window)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, layer in enumerate(self.layers):
             cos, sin, visible = local if c.local and c.local[i] else full
@@ -362,8 +366,7 @@ def logprobs(model, prompts, answers, temperature=1.0, width=None):
     mask = answer_mask(answers, width)
     before = at[:, :-1][mask].to(flat.device)  # (M,) of all answers' tokens
     target = torch.tensor([i for a in answers for i in a], dtype=torch.long).to(flat.device)
-    logits = wide(model.logits(F.embedding(before, flat))) / temperature
-    found = -F.cross_entropy(logits, target, reduction="none")
+    found = -nll_of(model, F.embedding(before, flat), target, temperature)
     n, t = (i.to(flat.device) for i in mask.nonzero(as_tuple=True))
     return found.new_zeros(mask.shape).index_put((n, t), found)
 
@@ -385,16 +388,28 @@ def nll(model, tokens, labels, segments):
     tokens, labels, segments (R,W) on the host, where targets are found: whole conversations,
     several per row. Each label stands on its own token: the only shift by one is here.
     """
-    logits, targets, places = predicted(model, tokens, labels, segments)
-    found = F.cross_entropy(logits, targets, reduction="none")
+    h, targets, places = predicted(model, tokens, labels, segments)
+    found = nll_of(model, h, targets)
     return found.new_zeros(labels.shape).index_put(places, found)
 
 
 def predicted(model, tokens, labels, segments):
-    """nll()'s arguments → logits (M,V), the targets (M,), and their rows and columns in labels."""
+    """nll()'s arguments → hidden states (M,D), the targets that follow them (M,), and where these
+    stand in labels, rows and columns."""
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     h = model.packed(by_segments(tokens, segments))
     targets = labels[row, column + 1].to(h.device)
     row, column = row.to(h.device), column.to(h.device)
-    return wide(model.logits(h[row, column])), targets, (row, column + 1)
+    return h[row, column], targets, (row, column + 1)
+
+
+def nll_of(model, h, targets, temperature=1.0):
+    """-log softmax(logits(h) / temperature)[target] (M,): hidden states (M,D) and targets (M,)."""
+
+    def read(h, targets):
+        z = wide(model.logits(h))
+        z = z if temperature == 1 else z / temperature
+        return F.cross_entropy(z, targets, reduction="none")
+
+    return in_pieces(read, h, targets, model.config.vocab_size)

@@ -33,6 +33,11 @@ class Rows:
     prefixes: torch.Tensor
 
     def layout(self, device):
+        """Where each row is one sequence from its first column on, it needs no mask."""
+        real, here = self.segments >= 0, torch.arange(self.tokens.shape[1])
+        if bool((~real | (self.positions == here)).all()):
+            here = here.expand(self.tokens.shape).to(device)
+            return Layout(here, None, here, real.to(device))
         on = [x.to(device) for x in (self.positions, self.segments, self.prefixes)]
         positions, segments, prefixes = on
         return Layout(positions, visible(segments, prefixes), positions, examples=prefixes)
@@ -177,7 +182,10 @@ def visible(segments, prefixes):
     own = segments[:, :, None] == segments[:, None]
     continued = prefixes[:, :, None] == segments[:, None]
     here = torch.arange(segments.shape[1], device=segments.device)
-    return ((own | continued) & (here <= here[:, None]))[:, None]
+    seen = own.logical_or_(continued).logical_and_(
+        here <= here[:, None]
+    )  # in place: they are large
+    return seen[:, None]
 
 
 # ---------------------------------------------------------------- for the network
@@ -209,6 +217,18 @@ class Layout:
         distance = self.positions[:, None, :, None] - self.keys[:, None, None]  # (B,1,T,S)
         seen = distance >= 0 if self.visible is None else self.visible
         return seen & (distance < window)
+
+    def bias(self, x, window=0):
+        """near(window) as attention adds it to its scores, 0 or -inf, in the type that x is read
+        in: made once, where each layer would make its own and autograd keep it. Its rows begin at
+        multiples of 8 numbers, as a GPU's kernels have them."""
+        if (seen := self.near(window)) is None:
+            return None
+        kind, S = x.device.type, seen.shape[-1]
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+        rows = seen.new_full((*seen.shape[:-1], -(-S // 8) * 8), -torch.inf, dtype=dtype)
+        return rows[..., :S].masked_fill_(seen, 0.0)
 
     def lengths(self):
         """How many tokens each one's own example has, (B,1) or (B,T)."""

@@ -295,11 +295,11 @@ def prepare(path, tok, room: int, **allowed):
     return kept
 
 
-def check_ratio(new, old, what: str) -> float:
-    """The largest |ρ - 1| of two readings of one model, which differ by rounding alone. ValueError
-    above RATIO_BOUND; a GPU's bf16 rounds more, there it is only logged."""
-    error = torch.expm1(new - old).abs().max().item()
-    if not error <= RATIO_BOUND and new.device.type == "cpu":
+def check_ratio(new, old, what: str):
+    """The largest |ρ - 1| of two readings of one model, which differ by rounding alone, a scalar.
+    ValueError above RATIO_BOUND; a GPU's bf16 rounds more, there it is only logged."""
+    error = torch.expm1(new - old).abs().max()
+    if new.device.type == "cpu" and not error <= RATIO_BOUND:
         off = f"the ratio is off 1 by {error:.1e} before the first update"
         raise ValueError(f"{off} ({RATIO_BOUND:.0e} is allowed): {what}")
     return error

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from common import hub, tuning
 from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_device, set_lr
 from data import records, templates
-from metrics import pair_accuracy
+from metrics import pair_accuracy, pairs_won
 from model import scalar_model, score
 from packing import pad
 
@@ -181,7 +181,7 @@ def reward(o: Options):
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        accuracy = pair_accuracy(scores, ranks)
+        accuracy = pairs_won(scores.detach(), ranks)
         run.log(step, ("loss", "accuracy"), loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm)
         run.save(step)
 

@@ -15,6 +15,7 @@ import torch
 from packing import pad
 
 TOGETHER = 16  # prompts that are read at a time
+LOOK = {"cpu": 1}  # after so many steps one looks which answers go on; others than a CPU wait then
 
 
 class Cache:
@@ -118,18 +119,24 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     rows = torch.arange(N, device=device)  # the answer that each of the cache's rows is
     going = torch.ones(N, dtype=torch.bool, device=device)
     cache, h = prefill(model, prompts, longest)
-    drawn, limit = [], model.config.long_from
+    drawn, finite, limit = [], [], model.config.long_from
+    every = LOOK.get(device.type, 8)
     for step in range(max_new_tokens):
-        logits = model.logits(h)
-        check_finite(logits, step)
+        logits, last = model.logits(h), step + 1 == max_new_tokens
+        look = last or (step + 1) % every == 0
+        finite.append(logits.isfinite().all())
+        if look:
+            check_finite(finite[step + 1 - every :], step)
         if model.spare is not None:
             logits = logits.index_fill(1, model.spare, -torch.inf)
         ids = sample(logits, temperature, top_p, uniform[step, rows])
         drawn.append(rows.new_full((N,), -1).index_put((rows,), torch.where(going, ids, -1)))
         yield drawn[-1]
         going = going & (ids[:, None] != ends).all(1)
-        left = int(going.sum())
-        if not left or step + 1 == max_new_tokens:
+        if last:
+            return
+        left = int(going.sum()) if look else len(rows)
+        if not left:
             return
         if left <= len(rows) // 2:  # while fewer have ended, copying costs more
             index = going.nonzero().squeeze(1)
@@ -144,9 +151,12 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         h = model.hidden(ids[:, None], cache=cache)[:, -1]
 
 
-def check_finite(logits, step: int):
-    if not logits.isfinite().all():
-        where = f"the logits of an answer's token {step + 1} are NaN or infinite"
+def check_finite(finite, step: int):
+    """ValueError where the last steps' logits, until this one, were not all finite."""
+    found = torch.stack(finite).tolist()
+    if not all(found):
+        token = step + 2 - len(found) + found.index(False)
+        where = f"the logits of an answer's token {token} are NaN or infinite"
         cause = "the model's weights are damaged, or too large for their type"
         raise ValueError(f"generate: {where}: {cause}; take another checkpoint")
 

@@ -16,6 +16,7 @@ import sys
 
 import torch
 
+from common.pieces import PIECE
 from lora import GROUPS as TARGETS
 from model import Config
 
@@ -164,6 +165,7 @@ def activations(
     autocast=False,
     checkpointing=False,
     gpu=False,
+    masked=False,
 ) -> int:
     """Bytes that a forward pass over `tokens` tokens in rows of `length` keeps for its backward
     pass; rank to quant as in predict.
@@ -175,20 +177,18 @@ def activations(
         projections  the input of a trained weight or of an adapter, once where several read the
                      same tensor; under autocast from a float32 stream each makes its own bf16 copy.
                      A frozen weight keeps no input. LoRA's A x: r numbers per adapter
-        attention    q, k, v, output, one logsumexp per head, never the probabilities; in packed
-                     rows a row of the mask as numbers. A GPU's kernels get k and v repeated for
-                     every head
+        attention    q, k, v, output, one logsumexp per head, never the probabilities. A GPU's
+                     kernels get k and v repeated for every head, but in bf16 without a mask
         SwiGLU       gate x, silu(gate x), up x; their product is down's input
-    Other families add what kept_by_family says; autocast keeps bf16 copies of float32 matrices.
+    Other families add kept_by_family; autocast bf16 copies of float32 matrices; masked one mask.
     With checkpointing every block's input stays, and beside it the larger of two: the copies of
     trained matrices at the end of the forward pass, or in the backward pass one block's contents
-    and copies, with two gradients as wide as its feed-forward. (Over a frozen embedding the first
-    block keeps less.)
+    and copies, with two gradients as wide as its feed-forward. (A frozen embedding saves some.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
-    kv_heads = H if gpu or c.attention_cap is not None else c.num_key_value_heads
-    Q, KV, x = H * c.head_dim, kv_heads * c.head_dim, dtype.itemsize
-    e = 2 if autocast else x
+    x, e = dtype.itemsize, 2 if autocast else dtype.itemsize
+    repeated = gpu and (masked or e != 2) or c.attention_cap is not None
+    Q, KV = H * c.head_dim, (H if repeated else c.num_key_value_heads) * c.head_dim
     learns = set(linears(c)) & (named(targets) if rank else set(linears(c)))
 
     def inputs(*names):
@@ -198,10 +198,10 @@ def activations(
     norm = 4 * D + 4 + (0 if rank else x * D)
     attention = D * inputs("q_proj", "k_proj", "v_proj", "qkv_proj") + 2 * Q + 2 * KV
     feedforward = D * inputs("gate_proj", "up_proj", "gate_up_proj") + F * (3 + inputs("down_proj"))
-    block = 2 * norm + e * (attention + feedforward + rank * len(learns) + length) + 4 * H
+    block = 2 * norm + e * (attention + feedforward + rank * len(learns)) + 4 * H
     block += kept_by_family(c, norm, (Q + KV) * (0 if rank else x), length) + e * (Q + KV) * c.fused
     # the last norm, the head's input, cos and sin, ids
-    rest = norm + e * D + 2 * 4 * c.head_dim + 8
+    rest = norm + e * D + 2 * 4 * c.head_dim + 8 + masked * (1 + e) * length
 
     def copied(names, size):  # bf16 copies of a block's matrices
         return 2 * autocast * sum(size(*linears(c)[name]) for name in names)
@@ -224,11 +224,17 @@ def kept_by_family(c: Config, norm: int, normalised: int, length: int) -> int:
     return norms + (0 if c.attention_cap is None else 2 * 4 * c.num_attention_heads * length)
 
 
-def logits(c: Config, targets: int) -> int:
+def logits(c: Config, targets: int, rank=0) -> int:
     """Bytes of the head's output over `targets` tokens at their peak, which is in the backward
-    pass: the log-softmax, its gradient and the logits' gradient, in float32. A scalar head has
+    pass: the log-softmax, its gradient and the logits' gradient, in float32. Where they come in
+    pieces: of one piece, or the last of these and its gradient of a trained head. A scalar head has
     none."""
-    return 0 if c.num_labels else 3 * 4 * targets * c.vocab_size
+    if c.num_labels:
+        return 0
+    size = max(1, PIECE // c.vocab_size)
+    if targets <= 2 * size:
+        return 3 * 4 * targets * c.vocab_size
+    return 4 * c.vocab_size * max(3 * size, 0 if rank else size + c.hidden_size)
 
 
 # ---------------------------------------------------------------- measured, and shown
@@ -293,7 +299,7 @@ def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
     rows["activations"] = activations(
         c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True
     )
-    rows["logits"] = logits(c, tokens)
+    rows["logits"] = logits(c, tokens, how.get("rank", 0))
     if how.get("quant"):  # the largest matrix, for a moment: in float32, then beside it in bf16
         rows["dequantised"] = 6 * max(i * o for i, o in linears(c).values())
     return rows

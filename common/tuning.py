@@ -376,20 +376,22 @@ class Report:
             for n, m in model.named_modules()
             if isinstance(m, lora.LoRALinear)
         }
+        rank = max(ranks.values(), default=int(kind(o) != "weights"))
         rows = memory.count(*self.models)
         rows["activations (estimate)"] = memory.activations(
             model.config,
             tokens,
             length,
-            rank=max(ranks.values(), default=int(kind(o) != "weights")),
+            rank=rank,
             targets=list(ranks),
             dtype=model.embed_tokens.weight.dtype,
             quant=quantisation(o),
             autocast=has_bf16(self.device),
             checkpointing=o.checkpointing,
             gpu=self.device.type == "cuda",
+            masked=True,
         )
-        rows["logits (estimate)"] = memory.logits(model.config, targets)
+        rows["logits (estimate)"] = memory.logits(model.config, targets, rank)
         print(memory.table(rows, model.config))
 
     def finish(self):

@@ -29,7 +29,7 @@ from common.memory import (
     predict,
     table,
 )
-from model import Config, Transformer
+from model import Config, Transformer, nll_of
 from sft import sft_loss
 
 EMBEDDED = Config(1024, 192, 512, 5, 6, 2, 32, tie_word_embeddings=True)
@@ -287,6 +287,25 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtyp
     found = activations(c, 512, 64, rank, targets, dtype, autocast=autocast, checkpointing=True)
     assert abs(found / peak - 1) < 0.15, found / peak
     assert found < 0.35 * activations(c, 512, 64, rank, targets, dtype, autocast=autocast)
+
+
+@pytest.mark.parametrize("hidden, trained", [(576, True), (2048, True), (2048, False)])
+def test_many_targets_over_a_large_vocabulary_take_little(hidden, trained):
+    """16 × 1,024 targets over 128k tokens, whose logits would be 23.5 GB: at most 2 GB beside
+    weights and gradients. (Under a dispatch mode a piece's gradient of the head is added to the sum
+    out of place, which takes one gradient more.)"""
+    c, M = Config(128256, hidden, 8, 0, 1, 1, 8), 16 * 1024
+    with torch.device("meta"):
+        model, h = Transformer(c).requires_grad_(trained), torch.empty(M, hidden)
+        targets = torch.empty(M, dtype=torch.long)
+    alive, h = Alive(), h.requires_grad_()
+    alive.known = {t.untyped_storage()._cdata for t in (*model.parameters(), h, targets)}
+    with alive:
+        nll_of(model, h, targets).sum().backward()
+    beside = alive.most - alive.now()  # the gradients are there still
+    out_of_place = 4 * hidden * c.vocab_size if (hidden, trained) == (2048, True) else 0
+    expected = logits(c, M, rank=int(not trained)) + out_of_place
+    assert beside < 2 * UNIT and abs(expected / beside - 1) < 0.15
 
 
 def test_a_scalar_head_has_no_logits():

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from stages import done, interrupt, refused, run, script
 from test_resume import contents
-from tiny import metrics
+from tiny import folder, metrics
 
 import lora
 import reward
+import sft
 from common import hub, memory, tuning
 from common.run import autocast, pick_device
 from model import share
@@ -364,3 +365,26 @@ def test_readme_s_table_of_what_fits_is_the_code_s():
         memory.fits().split("\n\n")[1]
         == text.split("<!-- fits -->\n")[1].split("\n<!-- /fits -->")[0]
     )
+
+
+# ---------------------------------------------------------------- a GPU without bf16
+@pytest.mark.parametrize("way", [{}, dict(lora=2), dict(lora=2, quant="nf4")])
+def test_a_gpu_without_bf16_computes_in_float32(way, monkeypatch, tmp_path):
+    """Frozen weights and logits too: float16, the other choice, would need its gradients scaled."""
+    gpu, load = torch.device("cuda"), tuning.load  # it says that it has no bf16; the host computes
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: False)
+    monkeypatch.setattr(tuning, "load", lambda path, device, *how: load(path, CPU, *how))
+    model, _ = tuning.start(sft.Options(model=folder(tmp_path / "m"), **way), gpu)
+    own = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in own} == {torch.float32}
+    held, tokens = (
+        [m.dtype for m in model.modules() if hasattr(m, "codes")],
+        torch.ones(1, 9).long(),
+    )
+    assert held == [torch.float32] * (14 if "quant" in way else 0)
+    with autocast(gpu):
+        assert not torch.is_autocast_enabled("cuda")
+        loss = sft.sft_loss(model, tokens, tokens, torch.zeros_like(tokens))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
