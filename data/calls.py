@@ -99,7 +99,7 @@ def said(message) -> str:
 def as_record(record):
     """A record whose tools stand beside its messages again, as they are written to a file."""
     field = "messages" if "messages" in record else "prompt"
-    first, *others = record[field]
+    first, *others = record.get(field) or [()]  # a text has neither
     if "tools" not in first:
         return record
     plain = {k: v for k, v in first.items() if k != "tools"}

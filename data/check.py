@@ -299,6 +299,10 @@ def read(path, to):
 def convert(o):
     if Path(o.out).exists() and Path(o.out).samefile(o.file):
         raise ValueError(f"{o.out}: another file than {o.file} was expected")
+    if Path(o.out).suffix.lower() not in ("", ".jsonl", ".json"):
+        raise ValueError(f"{o.out}: JSON lines are written: a name in .jsonl was expected")
+    if Path(o.out).is_dir() or not Path(o.out).absolute().parent.is_dir():
+        raise ValueError(f"{o.out}: a file in a folder that exists was expected")
     lines = []
     for i, record in enumerate(read(o.file, o.to), 1):
         try:

@@ -93,7 +93,8 @@ def labelled(path, **allowed):
         if found["messages"][-1].get("tool_calls"):
             raise ValueError(f"messages: the last message: tool_calls: {calls.TEXT}")
         if label(record) is None:
-            raise ValueError("label: true or false was expected beside the answer (got nothing)")
+            got = next((_short(record[k]) for k in shapes.LABELS if k in record), "nothing")
+            raise ValueError(f"label: true or false was expected beside the answer (got {got})")
         return found | {"label": label(record)}
 
     found = []

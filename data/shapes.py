@@ -311,9 +311,11 @@ def _system(value):
 
 
 def _truth(value):
-    """A label; tables write it as a word."""
-    known = {"true": True, "1": True, "false": False, "0": False, "": None}
-    return known.get(value.strip().lower(), value) if isinstance(value, str) else value
+    """A label; tables write it as a word, others as -1 and 1."""
+    known = dict.fromkeys("true 1 good desirable".split(), True) | {"": None}
+    known |= dict.fromkeys("false 0 -1 bad undesirable".split(), False)
+    said = str(value) if value == -1 else value
+    return known.get(said.strip().lower(), value) if isinstance(said, str) else value
 
 
 # ---------------------------------------------------------------- dialogues as text (HH)

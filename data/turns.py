@@ -151,6 +151,9 @@ def prompt(record):
 
 def alpaca(record):
     """The user's turn: instruction, then after an empty line input (Dolly's context)."""
+    for field in ("question", "query", "problem"):
+        if not empty(record.get(field)):
+            raise ValueError(f"{field}: it stands beside `instruction`: which of them is asked?")
     parts = [string(record, "instruction")]
     nothing = (None, "<noinput>")  # the second is Alpaca's own
     more = (field for field in ("input", "context") if record.get(field) not in nothing)

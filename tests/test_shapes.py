@@ -624,3 +624,34 @@ def test_public_files():
             records.conversations(REAL / "cases" / f"{name}.jsonl")
     hh = records.pairs(REAL / "harmless-base_test.jsonl.gz", allow_dropped=False)
     assert len(hh) == 2299 and sum(1 for _ in rows.read(REAL / "HumanEval.jsonl.gz")) == 164
+
+
+def test_a_text_is_converted_and_out_is_a_file_of_json_lines(tmp_path, monkeypatch, capsys):
+    text, out = lines(tmp_path / "t.jsonl", {"text": "Once."}), tmp_path / "out.jsonl"
+    assert run(monkeypatch, capsys, "convert", text, out)[0] == 0
+    assert records.texts(out) == ["Once."]
+    for name, words in (
+        ("a.csv", "JSON lines"),
+        ("no/x.jsonl", "that exists"),
+        (".", "that exists"),
+    ):
+        code, _, said = run(monkeypatch, capsys, "convert", text, tmp_path / name)
+        assert code == 2 and words in said and "Errno" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "t.jsonl"]
+
+
+@pytest.mark.parametrize("good, bad", [(1, -1), ("good", "bad"), ("desirable", "undesirable")])
+def test_a_bad_answer_is_bad_in_every_spelling(tmp_path, good, bad):
+    asked = {"prompt": "Q?", "completion": "5"}
+    path = lines(tmp_path / "k.jsonl", asked | {"label": good}, asked | {"label": bad})
+    assert [r["label"] for r in records.labelled(path)] == [True, False]
+    assert len(records.conversations(path)) == 1
+    unknown = lines(tmp_path / "u.jsonl", asked | {"label": "meh"})
+    with pytest.raises(ValueError, match="true or false was expected .*got 'meh'"):
+        records.labelled(unknown)
+
+
+def test_a_question_beside_an_instruction_is_not_lost(tmp_path):
+    both = {"instruction": "Be brief.", "question": "Where is Rome?", "answer": "In Italy."}
+    with pytest.raises(ValueError, match="question: it stands beside `instruction`"):
+        records.conversations(lines(tmp_path / "q.jsonl", both))
