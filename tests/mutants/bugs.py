@@ -1835,7 +1835,7 @@ BUGS = [
      'rows = [row for row in SHAPES if not full & JUDGED or row[0] not in ("conversation", "text")]',
      "rows = SHAPES"),
     (0, "a label written as a word is none", "data/shapes.py", "shapes",
-     "return known.get(value.strip().lower(), value) if isinstance(value, str) else value",
+     "return known.get(said.strip().lower(), value) if isinstance(said, str) else value",
      "return value"),
     (0, "a reference answer is taken for an answer", "data/records.py", "shapes",
      'hidden = shapes.REFERENCES if need == "prompt" else ()',
