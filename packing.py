@@ -182,10 +182,8 @@ def visible(segments, prefixes):
     own = segments[:, :, None] == segments[:, None]
     continued = prefixes[:, :, None] == segments[:, None]
     here = torch.arange(segments.shape[1], device=segments.device)
-    seen = own.logical_or_(continued).logical_and_(
-        here <= here[:, None]
-    )  # in place: they are large
-    return seen[:, None]
+    # in place: these are large
+    return own.logical_or_(continued).logical_and_(here <= here[:, None])[:, None]
 
 
 # ---------------------------------------------------------------- for the network

@@ -126,7 +126,8 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         look = last or (step + 1) % every == 0
         finite.append(logits.isfinite().all())
         if look:
-            check_finite(finite[step + 1 - every :], step)
+            check_finite(finite, step)
+            finite = []
         if model.spare is not None:
             logits = logits.index_fill(1, model.spare, -torch.inf)
         ids = sample(logits, temperature, top_p, uniform[step, rows])

@@ -79,7 +79,7 @@ def parse(options, doc: str, argv=None):
     an impossible value.
     """
     parser = Parser(
-        description=doc.split("\n")[0],
+        description=" ".join(doc.split("\n\n")[0].split()),
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -292,6 +292,7 @@ def _call(file: str, function, *args):
 ROOT = Path(__file__).parent.parent
 DECIDE = {  # the files of a checkpoint folder, beside its weights, that decide what it means
     "config.json",
+    "generation_config.json",
     "adapter_config.json",
     "model.safetensors.index.json",
     "tokenizer.json",

@@ -14,7 +14,9 @@ What a format cannot say is an error, so that nothing is lost in silence.
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import re
 import sys
@@ -46,11 +48,11 @@ class File:
         self.path, self.found, self.left_out = path, [], defaultdict(list)
         self.shapes, self.unused, self.error, self.marked = Counter(), Counter(), {}, []
         try:
-            for line, record in rows.read(path):
+            plain = rows.ending(path) == ".txt"
+            for line, record in enumerate(texts(path), 1) if plain else rows.read(path):
                 self.add(line, record)
         except ValueError as e:  # no JSON: the rest of the file is not seen
             self.error[UNREAD] = str(e)
-            self.left_out[UNREAD].append(0)
 
     def add(self, line, record):
         try:
@@ -121,7 +123,9 @@ def describe(file, tok):
     yield f"{file.path}: {len(file.found):,} records read"
     for shape, n in file.shapes.most_common():
         yield f"shape       {n:,} {shape}"
-    for reason, lines in file.left_out.items():
+    if UNREAD in file.error and not file.left_out[UNREAD]:
+        yield f"left out    the rest, {UNREAD}: {file.error[UNREAD]}"
+    for reason, lines in filter(lambda found: found[1], file.left_out.items()):
         why = f"; {file.error[reason]}" if reason in file.error else ""
         yield f"left out    {len(lines):,} {reason} (first: line {lines[0]}{why})"
     for name, n in sorted(file.unused.items()):
@@ -215,13 +219,29 @@ def leakage(files):
 
 def check(o) -> bool:
     tok = Tokenizer.load(Path(download.folder(o.model, "tokenizer")))
-    files = []
+    files, fine = [], True
     for path in o.files:
         files.append(File(path))
-        print("\n".join(describe(files[-1], tok)), end="\n\n", flush=True)
+        print("\n".join(describe(files[-1], tok)))
+        if files[-1].error:
+            fine = False
+        elif why := refusal(path):
+            print(f"refused     {why}")
+            fine = False
+        print(flush=True)
     for line in leakage(files):
         print(line)
-    return not any(file.error for file in files)
+    return fine
+
+
+def refusal(path) -> str:
+    """Why a stage would stop at the file; "" where none would."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what it says beside that is said above
+            read(path, "ours", allow_dropped=False, allow_markers=False)
+    except ValueError as e:
+        return str(e)
+    return ""
 
 
 # ---------------------------------------------------------------- convert
@@ -283,17 +303,21 @@ FORMATS = {"ours": calls.as_record, "openai": openai, "gemini": gemini, "bedrock
 FORMATS |= {"anthropic": anthropic, "prompts": prompts}
 
 
-def read(path, to):
+def texts(path, **allowed):
+    return [{"text": text} for text in records.texts(path, **allowed)]
+
+
+def read(path, to, **allowed):
     """A file's records for a format; a ranking's pairs where it has no rankings."""
-    kind = records.kind(path)
-    if kind == "text":
+    if records.is_text(path):
         if to != "ours":
             raise ValueError(f"{path}: conversations or pairs were expected, these are texts")
-        return [{"text": text} for text in records.texts(path)]
-    if kind == "conversation":
+        return texts(path, **allowed)
+    if records.kind(path) == "conversation":
         need = "any" if to in ("ours", "prompts") else "answer"
-        return records.conversations(path, need, written=calls.KINDS)
-    return (records.pairs if to == "openai" else records.rankings)(path, written=calls.KINDS)
+        return records.conversations(path, need, written=calls.KINDS, **allowed)
+    reader = records.pairs if to == "openai" else records.rankings
+    return reader(path, written=calls.KINDS, **allowed)
 
 
 def convert(o):

@@ -27,8 +27,7 @@ from common.run import main, opt
 from data import records
 from experiments import lab
 from metrics import mean
-from tools.report import light, new_figure
-from tools.runs import cell, difference, figure, run
+from tools.runs import cell, run
 
 OTHERS = {  # what a user's and an assistant's turn look like as text
     "alpaca": ("### Instruction:\n{}\n\n### Response:\n", "{}</s>"),
@@ -44,6 +43,7 @@ WAYS = {  # name: share turned, formats, whether the turned ones stay
     "a half alone": (0.5, ("alpaca",), False),
 }
 FIGURES = {"gold": (1, 2), "right": (100, 1), "markers": (100, 1)}  # scale, digits
+TITLES = {"gold": "gold", "right": "right, %", "markers": "answers with markers, %"}
 
 
 @dataclass
@@ -88,34 +88,19 @@ def of_seed(o, seed: int, way: str) -> dict:
     return items
 
 
-def draw(found: dict):
-    picture, axes = new_figure(10, 2.8, len(FIGURES))
-    for ax, (key, (scale, _)) in zip(axes, FIGURES.items(), strict=True):
-        ys, cis = ([scale * found[way][key][part] for way in WAYS] for part in ("mean", "ci"))
-        ax.errorbar(ys, range(len(WAYS)), xerr=cis, fmt="o", color=light("sft"))
-        ax.set_yticks(range(len(WAYS)), WAYS if ax is axes[0] else [""] * len(WAYS))
-        ax.invert_yaxis()
-        title = {"gold": "gold", "right": "right, %", "markers": "answers with markers, %"}[key]
-        ax.set_title(title, fontsize=10, color=light("ink"))
-    return picture
-
-
 def formats(o: Options):
     lab.begin(o, "formats")
     items = {way: [of_seed(o, seed, way) for seed in range(o.seeds)] for way in WAYS}
-    items = {
-        way: {key: [[(x, 1) for x in found[key]] for found in seeds] for key in FIGURES}
-        for way, seeds in items.items()
-    }
-    found = {way: {key: figure(xs) for key, xs in of.items()} for way, of in items.items()}
+    items = {w: {key: [found[key] for found in of] for key in FIGURES} for w, of in items.items()}
+    found = {w: {key: lab.pooled(xs) for key, xs in of.items()} for w, of in items.items()}
     rows = []
     for way, of in items.items():
-        lost = difference(of["gold"], items["one format"]["gold"])
+        beside = lab.apart(of["gold"], items["one format"]["gold"])
         cells = [cell(found[way][key], scale, digits) for key, (scale, digits) in FIGURES.items()]
-        rows.append([way, *cells, cell(lost, 1, 2, "+")])
+        rows.append([way, *cells, cell(beside, 1, 2, "+")])
     head = ["", "gold, sampled", "right, sampled %", "with markers %", "gold beside one format"]
     note = f"seeds: {o.seeds}; {o.steps} steps of 16; {o.n} held-out prompts each."
-    lab.publish(o, "formats", {"ways": found}, head, rows, note, draw(found))
+    lab.publish(o, "formats", {"ways": found}, head, rows, note, lab.dots(found, TITLES))
 
 
 if __name__ == "__main__":

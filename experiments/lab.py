@@ -20,7 +20,7 @@ from common.run import opt, pick_device
 from data import records
 from metrics import bootstrap, kl, mean
 from tools import evals
-from tools.report import light
+from tools.report import light, new_figure
 from tools.results import put, table
 from tools.runs import check_marks, kept
 
@@ -152,6 +152,22 @@ def apart(ours: list, theirs: list) -> dict:
     """Ours minus theirs, item by item, each a list of every seed's values, as in pooled()."""
     both = zip(ours, theirs, strict=True)
     return pooled([[a - b for a, b in zip(x, y, strict=True)] for x, y in both])
+
+
+def dots(found: dict, titles: dict):
+    """{way: {key: figure}} → a picture: a panel for each key in titles, a row for each way. A share
+    is drawn in %, as its title says it."""
+    picture, axes = new_figure(10, 0.6 + 0.45 * len(found), len(titles))
+    rows = range(len(found))
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        scale = 100 if "%" in title else 1
+        ys, cis = ([scale * of[key][part] for of in found.values()] for part in ("mean", "ci"))
+        ax.errorbar(ys, rows, xerr=cis, fmt="o", color=light("sft"))
+        ax.set_yticks(rows, found if ax is axes[0] else [""] * len(found))
+        ax.margins(y=0.2)
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=10, color=light("ink"))
+    return picture
 
 
 def shrink(path: Path):

@@ -18,7 +18,6 @@ from pathlib import Path
 from common.run import main
 from experiments import commands, lab
 from metrics import mean
-from tools.report import light, new_figure
 from tools.runs import cell, run
 
 TARGETS = {  # choice: --targets, rank
@@ -55,17 +54,6 @@ def right(o, run, seed: int, choice: str) -> dict:
     return commands.measure(o, folder, seed, lab.place(o, "layers", seed)) | {"cost": cost}
 
 
-def draw(found: dict):
-    picture, axes = new_figure(10, 3.2, len(SCORES))
-    for ax, (score, title) in zip(axes, SCORES.items(), strict=True):
-        ys, cis = ([100 * found[c][score][part] for c in TARGETS] for part in ("mean", "ci"))
-        ax.errorbar(ys, range(len(TARGETS)), xerr=cis, fmt="o", color=light("sft"))
-        ax.set_yticks(range(len(TARGETS)), TARGETS if ax is axes[0] else [""] * len(TARGETS))
-        ax.invert_yaxis()
-        ax.set_title(f"{title}, % right", fontsize=10, color=light("ink"))
-    return picture
-
-
 def layers(o: lab.Options):
     lab.begin(o, "layers")
     items, trained = {}, {}
@@ -92,7 +80,15 @@ def layers(o: lab.Options):
         f" {cell(apart['new'], 100, 1, '+')}, kept {cell(apart['kept'], 100, 1, '+')}."
     )
     head = ["LoRA on", "rank", "parameters", *SCORES.values()]
-    lab.publish(o, "layers", {"figures": found}, head, rows, note, draw(found))
+    lab.publish(
+        o,
+        "layers",
+        {"figures": found},
+        head,
+        rows,
+        note,
+        lab.dots(found, {k: f"{title}, % right" for k, title in SCORES.items()}),
+    )
 
 
 if __name__ == "__main__":

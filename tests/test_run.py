@@ -350,6 +350,7 @@ def test_fingerprint_sees_what_a_checkpoint_says_and_nothing_else(tmp_path):
     (folder / "adapter").mkdir()
     decide = [
         "config.json",
+        "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",

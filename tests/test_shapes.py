@@ -626,6 +626,31 @@ def test_public_files():
     assert len(hh) == 2299 and sum(1 for _ in rows.read(REAL / "HumanEval.jsonl.gz")) == 164
 
 
+def test_check_says_what_stops_a_stage(tmp_path, monkeypatch, capsys):
+    marked = {"question": "[INST] Q? [/INST]", "answer": "A."}
+    odd = [{"messages": [Q, Q, A]}] * 11
+    for name, found, words in (
+        ("marked", [CHAT] * 20 + [marked], "1 have one in their text"),
+        ("odd", [CHAT] * 50 + odd, "11 of 61 records would be dropped"),
+        ("mixed", [CHAT, PAIR], "a conversation was expected, this is a preference pair"),
+        ("empty", [], "no usable records"),
+    ):
+        code, said, _ = run(monkeypatch, capsys, "check", lines(tmp_path / f"{name}.jsonl", *found))
+        assert code == 2 and words in said.partition("refused ")[2], said
+    fine = lines(tmp_path / "fine.jsonl", *[CHAT] * 20, {"messages": [Q, Q, A]})
+    code, said, errors = run(monkeypatch, capsys, "check", fine)
+    assert code == 0 and "refused" not in said and not errors
+
+
+def test_plain_text_is_checked_and_converted(tmp_path, monkeypatch, capsys):
+    text, out = tmp_path / "t.txt", tmp_path / "t.jsonl"
+    text.write_text("Once.\nTwice.")
+    code, said, _ = run(monkeypatch, capsys, "check", text)
+    assert code == 0 and "1 records read" in said
+    assert run(monkeypatch, capsys, "convert", text, out)[0] == 0
+    assert records.texts(out) == records.texts(text) == ["Once.\nTwice."]
+
+
 def test_a_text_is_converted_and_out_is_a_file_of_json_lines(tmp_path, monkeypatch, capsys):
     text, out = lines(tmp_path / "t.jsonl", {"text": "Once."}), tmp_path / "out.jsonl"
     assert run(monkeypatch, capsys, "convert", text, out)[0] == 0

@@ -124,7 +124,7 @@ def test_a_late_look_says_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("look, longest", [(1, 20), (8, 20), (8, 5), (8, 11)])
-@pytest.mark.parametrize("token", [3, 5])
+@pytest.mark.parametrize("token", [1, 3, 5])
 def test_a_late_look_names_the_token(look, longest, token, monkeypatch):
     model, calls = tiny.decoder().eval(), []
 
@@ -163,6 +163,7 @@ def decoding_step():
 MOST = dict(sft=506, reward=594, dpo=560, simpo=554, kto=782, ppo=3635, decoding=211)  # two layers
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="counted with torch 2.13")
 @pytest.mark.parametrize("name", [*STAGES, "decoding"])
 def test_a_step_takes_no_more_operators_than_it_did(name, monkeypatch):
     function = decoding_step() if name == "decoding" else stage(name, "cpu", monkeypatch)
