@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.pieces import in_pieces
-from packing import IGNORE, Layout, Rows, answer_mask, by_segments, pack_answers, padded
+from packing import IGNORE, Layout, Rows, answer_mask, by_segments, constant, pack_answers, padded
 
 
 @dataclass
@@ -149,11 +149,14 @@ class Attention(nn.Module):
                 torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
                 for old, new in zip(past[layer], (k, v), strict=True)
             )
+        # query head h reads key/value head h // groups
+        groups = c.num_attention_heads // c.num_key_value_heads
+        if T == 1 and visible is not None:  # one new token's heads: queries of the head they share
+            q, groups = q.reshape(B, -1, groups, c.head_dim), 1
         # a GPU's fast kernels need repeated k and v, but for the one that has bf16 and no mask
         grouped = x.device.type == "cpu" or visible is None and q.dtype == torch.bfloat16
         gqa = grouped and c.attention_cap is None
-        if not gqa:  # query head h reads key/value head h // groups
-            groups = c.num_attention_heads // c.num_key_value_heads
+        if not gqa and groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if c.attention_cap is not None:
             y = capped_attention(q, k, v, visible, c.attention_scale, c.attention_cap)
@@ -161,7 +164,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, visible, is_causal=visible is None, scale=c.attention_scale, enable_gqa=gqa
             )
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.reshape(B, -1, T, c.head_dim).transpose(1, 2)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -301,9 +305,9 @@ class Transformer(nn.Module):
         """RoPE's cos and sin (B,1,T,dims)."""
         c, factors = self.config, None
         if c.rope_factors:
-            factors = at.positions.new_tensor([c.rope_factors], dtype=torch.float32)
+            factors = constant(c.rope_factors, at.positions.device)
         if c.long_factors:
-            long = at.positions.new_tensor([c.long_factors], dtype=torch.float32)
+            long = constant(c.long_factors, at.positions.device)
             factors = torch.where(at.lengths()[..., None] > c.long_from, long, factors)
         cos, sin = rope_angles(at.positions, c.rotary_dims or c.head_dim, c.rope_theta, factors)
         return (cos, sin) if c.rope_scale == 1 else (cos * c.rope_scale, sin * c.rope_scale)

@@ -13,6 +13,7 @@ For the network a Layout says where tokens stand and what they see, in rows pack
 All of this is built from lists, on the host, before anything is sent to a device.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -187,6 +188,19 @@ def visible(segments, prefixes):
 
 
 # ---------------------------------------------------------------- for the network
+@functools.cache
+def constant(numbers: tuple, device):
+    """(1,n) float32, sent to the device once."""
+    return torch.tensor([numbers], device=device)
+
+
+def read_dtype(x):
+    """The type in which matrices read x: autocast's, where it is on."""
+    kind = x.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
 @dataclass
 class Layout:
     """Where tokens (B,T) stand, and what they see among S keys, the cache's or themselves."""
@@ -222,10 +236,8 @@ class Layout:
         multiples of 8 numbers, as a GPU's kernels have them."""
         if (seen := self.near(window)) is None:
             return None
-        kind, S = x.device.type, seen.shape[-1]
-        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
-        rows = seen.new_full((*seen.shape[:-1], -(-S // 8) * 8), -torch.inf, dtype=dtype)
+        S = seen.shape[-1]
+        rows = seen.new_full((*seen.shape[:-1], -(-S // 8) * 8), -torch.inf, dtype=read_dtype(x))
         return rows[..., :S].masked_fill_(seen, 0.0)
 
     def lengths(self):
@@ -246,16 +258,13 @@ def padded(tokens, mask, cache) -> Layout:
         return Layout(positions, None, positions, mask)  # right padding: unseen
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
-    start = 0
     if cache is not None:
-        start = cache.length
-        cache.mask[:, start : start + T] = mask
-        mask = cache.mask[:, : start + T]
+        mask = cache.see(mask)
     keys = (mask.long().cumsum(1) - 1).clamp(min=0)
-    positions = keys[:, start:]
+    positions = keys[:, -T:]
     if T == 1 and cache is not None:  # one new token sees all real ones, itself among them
         return Layout(positions, mask[:, None, None], keys, mask)
     here = torch.arange(mask.shape[1], device=tokens.device)
-    before = here <= here[start:, None]
-    itself = here == here[start:, None]  # padding sees itself, or its softmax would be 0/0
+    before = here <= here[-T:, None]
+    itself = here == here[-T:, None]  # padding sees itself, or its softmax would be 0/0
     return Layout(positions, before & mask[:, None, None] | itself, keys, mask)

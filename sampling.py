@@ -10,12 +10,17 @@ A token is drawn by inverting the cumulative distribution at a uniform number th
 step fix: an answer does not depend on which others are sampled beside it, or on when they end.
 """
 
+import itertools
+from functools import partial
+
 import torch
 
-from packing import pad
+from common.graph import Recorded
+from packing import pad, read_dtype
 
-TOGETHER = 16  # prompts that are read at a time
+TOGETHER = {"cpu": 16}  # prompts that are read at a time; elsewhere 64
 LOOK = {"cpu": 1}  # after so many steps one looks which answers go on; others than a CPU wait then
+RECORDED = {"cuda"}  # where a step is a graph: it reads weights for hundreds of rows, or for one
 
 
 class Cache:
@@ -24,33 +29,53 @@ class Cache:
 
     def __init__(self, model, rows: int, room: int):
         c, weight = model.config, model.embed_tokens.weight
-        shape = (rows, c.num_key_value_heads, room, c.head_dim)
+        shape, dtype = (rows, c.num_key_value_heads, room, c.head_dim), read_dtype(weight)
+        zeros = partial(torch.zeros, device=weight.device)
         layers = range(c.num_hidden_layers)
-        self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in layers]
-        self.mask = torch.zeros(rows, room, dtype=torch.bool, device=weight.device)
-        self.length = 0  # columns in use
+        self.kv = [(zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)) for _ in layers]
+        self.mask = zeros(rows, room, dtype=torch.bool)
+        self.length = 0  # columns in use; where a step is recorded, a tensor (1,)
+        self.seen = room  # columns that a recorded step reads
         self.past = None  # virtual tokens' keys and values, computed once
 
-    def place(self, at: int, part: "Cache"):
-        """Puts a cache of fewer columns into the rows from `at` on. What is left free between a
-        short prompt and its answer is padding: positions count the mask, not the columns."""
-        rows, columns = slice(at, at + len(part.mask)), slice(part.length)
+    def place(self, rows, part: "Cache", index):
+        """Puts the rows of `index` of a cache of fewer columns into these rows. What is left free
+        between a short prompt and its answer is padding: positions count the mask, not columns."""
+        columns = slice(part.length)
         for stores, news in zip(self.kv, part.kv, strict=True):
             for store, new in zip(stores, news, strict=True):
-                store[rows, :, columns] = new
-        self.mask[rows, columns] = part.mask
+                store[rows, :, columns] = new[index]
+        self.mask[rows, columns] = part.mask[index]
+
+    def see(self, mask):
+        """Stores the mask (rows,T) of new tokens behind that of the old ones → all of it."""
+        if torch.is_tensor(self.length):
+            return self.mask.index_fill_(1, self.length, True)[:, : self.seen]
+        end = self.length + mask.shape[1]
+        self.mask[:, self.length : end] = mask
+        return self.mask[:, :end]
 
     def append(self, layer: int, k, v):
         """Stores a layer's new keys and values behind the old ones → all of them."""
+        if torch.is_tensor(self.length):
+            for store, new in zip(self.kv[layer], (k, v), strict=True):
+                store.index_copy_(2, self.length, new.to(store.dtype))
+            return tuple(store[:, :, : self.seen] for store in self.kv[layer])
         end = self.length + k.shape[2]
         for store, new in zip(self.kv[layer], (k, v), strict=True):
             store[:, :, self.length : end] = new
         return tuple(store[:, :, :end] for store in self.kv[layer])
 
     def keep(self, index):
-        """Keeps the rows of `index`, in its order; a row may be kept several times."""
-        self.kv = [(k[index], v[index]) for k, v in self.kv]
-        self.mask = self.mask[index]
+        """Keeps the rows of `index`, in its order. Only those that move are copied."""
+        n, used = len(index), slice(self.length)
+        moved = (index != torch.arange(n, device=index.device)).nonzero().squeeze(1)
+        source = index[moved]
+        for store in itertools.chain(*self.kv):
+            store[moved, :, used] = store[source, :, used]
+        self.mask[moved, used] = self.mask[source, used]
+        self.kv = [(k[:n], v[:n]) for k, v in self.kv]
+        self.mask = self.mask[:n]
 
 
 def sample(logits, temperature: float, top_p: float, uniform):
@@ -84,18 +109,31 @@ def prefill(model, prompts, room: int):
     """Reads the prompts, each distinct one once → the cache, a row per prompt, and the hidden state
     at each prompt's last token (N,D)."""
     rows = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
-    cache, h = Cache(model, len(rows), room), []
+    cache, found = Cache(model, len(prompts), room), []
     cache.length = len(rows[-1])
-    for at in range(0, len(rows), TOGETHER):
-        tokens, mask = pad(rows[at : at + TOGETHER], left=True, device=model.device)
-        part = Cache(model, *tokens.shape)
-        h.append(model.hidden(tokens, mask, part)[:, -1])
-        cache.place(at, part)
-        cache.past = part.past
     place = {prompt: i for i, prompt in enumerate(rows)}
-    index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
-    cache.keep(index)
-    return cache, torch.cat(h)[index]
+    which = torch.tensor([place[tuple(prompt)] for prompt in prompts])
+    size = TOGETHER.get(model.device.type, 64)
+    for at in range(0, len(rows), size):
+        tokens, mask = pad(rows[at : at + size], left=True, device=model.device)
+        part = Cache(model, *tokens.shape)
+        found.append(model.hidden(tokens, mask, part)[:, -1])
+        here = ((which >= at) & (which < at + len(mask))).nonzero().squeeze(1)
+        cache.place(here.to(model.device), part, (which[here] - at).to(model.device))
+        cache.past = part.past
+    return cache, torch.cat(found)[which.to(model.device)]
+
+
+def read_token(model, cache, ids):
+    """One new token per row, ids (B,) → the hidden state (B,D) after it."""
+    return model.hidden(ids[:, None], cache=cache)[:, -1]
+
+
+def reader(model, cache):
+    """read_token with this cache, on a GPU as a graph."""
+    if model.device.type in RECORDED:
+        return Recorded(read_token, model, cache)
+    return partial(read_token, model, cache)
 
 
 @torch.no_grad()
@@ -119,12 +157,13 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
     rows = torch.arange(N, device=device)  # the answer that each of the cache's rows is
     going = torch.ones(N, dtype=torch.bool, device=device)
     cache, h = prefill(model, prompts, longest)
+    read = reader(model, cache)
     drawn, finite, limit = [], [], model.config.long_from
     every = LOOK.get(device.type, 8)
     for step in range(max_new_tokens):
         logits, last = model.logits(h), step + 1 == max_new_tokens
         look = last or (step + 1) % every == 0
-        finite.append(logits.isfinite().all())
+        finite.append((logits * 0).sum() == 0)  # NaN where one is infinite
         if look:
             check_finite(finite, step)
             finite = []
@@ -139,8 +178,9 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         left = int(going.sum()) if look else len(rows)
         if not left:
             return
-        if left <= len(rows) // 2:  # while fewer have ended, copying costs more
-            index = going.nonzero().squeeze(1)
+        if left < len(rows) and device.type not in RECORDED:
+            index = torch.arange(left, device=device)
+            index[~going[:left]] = left + going[left:].nonzero().squeeze(1)
             rows, ids, going = rows[index], ids[index], going[index]
             cache.keep(index)
         # one row now is a long example, all of which turns otherwise: all are read anew
@@ -148,8 +188,9 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
             texts = zip(prompts, torch.stack(drawn, 1).clamp(min=0).tolist(), strict=True)
             texts = [prompt + answer for prompt, answer in texts]
             cache, h = prefill(model, [texts[i] for i in rows.tolist()], longest)
+            read = reader(model, cache)
             continue
-        h = model.hidden(ids[:, None], cache=cache)[:, -1]
+        h = read(ids)
 
 
 def check_finite(finite, step: int):

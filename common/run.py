@@ -152,13 +152,19 @@ def main(stage, options, doc: str):
 
 # ---------------------------------------------------------------- device and optimizer
 def pick_device(name: str) -> torch.device:
-    """auto: the GPU where there is one. Raises ValueError for a device that is not there."""
+    """auto: the GPU where there is one. Raises ValueError for a device that is not there.
+
+    Attention goes without cuDNN there: it plans anew for each shape, for up to a second, and the
+    shapes of our batches change.
+    """
     device = name
     if name == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=device)
         probe.item()
+        if probe.is_cuda:
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return probe.device
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]

@@ -1,0 +1,73 @@
+"""A decoding step as a CUDA graph: a GPU is told once what to do, and one call has it done again.
+
+A step of a small model is hundreds of kernels, of a few microseconds each; the host takes longer to
+start them one by one. A graph is a recording of such starts: the same kernels on the same memory.
+So all steps read their ids from one tensor; the GPU counts the cache's columns itself; attention
+reads a fixed number of them, of which the mask has those in use. Where these are full, twice as
+many are recorded.
+"""
+
+import functools
+import sys
+
+import torch
+
+FEWEST = 256  # columns that a recorded step reads, where the cache has so many
+
+
+class Recorded:
+    """step(model, cache, ids (B,)) → (B,D) with one cache, recorded: called with ids alone.
+
+    What it returns holds until the next call. From now on the cache's length is on its device.
+    """
+
+    def __init__(self, step, model, cache):
+        self.used, self.seen = cache.length, cache.length  # columns in use; that are read
+        self.ids = torch.zeros(len(cache.mask), dtype=torch.long, device=model.device)
+        cache.length = torch.tensor([self.used], device=model.device)
+        self.step, self.model, self.cache, self.replay = step, model, cache, None
+
+    def once(self):
+        self.found = self.step(self.model, self.cache, self.ids)
+
+    def __call__(self, ids):
+        self.ids.copy_(ids)
+        if self.used == self.seen:  # a size's first step is not recorded: kernels get ready in it
+            self.seen = self.cache.seen = min(max(FEWEST, 2 * self.used), self.cache.mask.shape[1])
+            self.replay = None
+            aside(self.once)
+        else:
+            self.replay = self.replay or record(self.once)
+            self.replay()
+        self.used += 1
+        return self.found
+
+
+@functools.cache
+def side_stream():
+    """Recording needs a stream beside the default one; one for all, since each has own memory."""
+    return torch.cuda.Stream()
+
+
+def aside(function):
+    """Calls it on the side stream, in turn with the work around it."""
+    here, there = torch.cuda.current_stream(), side_stream()
+    there.wait_stream(here)
+    with torch.cuda.stream(there):
+        function()
+    here.wait_stream(there)
+
+
+def record(function):
+    """A function's kernels, not yet run → what runs them. Where they cannot be recorded, a warning
+    says so, and the function itself is called."""
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=side_stream()):
+            function()
+        return graph.replay
+    except RuntimeError as e:
+        torch.cuda.set_stream(here)
+        reason = str(e).splitlines()[0]
+        print(f"warning: no CUDA graph, decoding is slower: {reason}", file=sys.stderr)
+        return functools.partial(aside, function)
