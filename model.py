@@ -229,7 +229,8 @@ class Transformer(nn.Module):
         self.virtual = None  # a prompt or prefix (adapters.py): keys and values of `tokens`
         self.spare = None  # ids that only pad the vocabulary: never sampled
         self.checkpointing = False  # recompute each block in the backward pass (Chen et al. 2016)
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        rows = torch.zeros(c.vocab_size, c.hidden_size)  # its own normal_ takes 2 s on meta
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c, c.hidden_size)
         if c.num_labels:

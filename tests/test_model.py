@@ -492,3 +492,10 @@ def test_scalar_model_is_a_copy_with_a_fresh_head(tied):
     assert torch.equal(
         heads[0], M.scalar_model(model, torch.Generator().manual_seed(0)).score.weight
     )
+
+
+def test_a_model_that_is_only_a_shape_costs_no_import(lm, monkeypatch):
+    """On the meta device normal_ imports torch.compile."""
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *_, **__: pytest.fail("normal_"))
+    with torch.device("meta"):
+        assert type(lm)(lm.config).embed_tokens.weight.requires_grad

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,14 @@ def test_devices():
             ValueError, match=f"--device {name}: not available here .*; try cpu or auto"
         ):
             pick_device(name)
+
+
+def test_a_gpu_s_attention_goes_without_cudnn(monkeypatch):
+    said, gpu = [], torch.device("cuda", 0)
+    probe = SimpleNamespace(item=lambda: 0.0, is_cuda=True, device=gpu)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: probe)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+    assert pick_device("cuda") == gpu and said == [False]
 
 
 @pytest.mark.filterwarnings("ignore:(CUDA is not|User provided)")  # there need be no GPU

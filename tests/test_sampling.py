@@ -226,3 +226,33 @@ def test_a_prompt_s_room(lm):
     assert S.prompt_room(lm, 4) == 60 and S.prompt_room(lm, 63) == 1
     with pytest.raises(ValueError, match="--max-new-tokens 64: the model's context is 64 tokens"):
         S.prompt_room(lm, 64)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_one_logit_that_is_not_finite_is_found(lm, number):
+    hook = lm.lm_head.register_forward_hook(
+        lambda module, x, y: y.index_put((torch.tensor(1), torch.tensor(5)), torch.tensor(number))
+    )
+    with pytest.raises(ValueError, match="token 1 are NaN or infinite"):
+        S.generate(lm, [[1], [2], [3]], 4)
+    hook.remove()
+
+
+def test_a_cache_has_the_type_in_which_the_model_computes(lm):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert S.Cache(lm, 2, 5).kv[0][0].dtype == torch.bfloat16
+    assert S.Cache(lm, 2, 5).kv[0][0].dtype == torch.float32
+
+
+def test_rows_that_stay_are_not_copied(lm):
+    cache = S.Cache(lm, 5, 8)
+    cache.length, (keys, values), mask = 6, cache.kv[0], cache.mask
+    for i in range(5):
+        keys[i], values[i], mask[i, :6] = i + 1, -i - 1, torch.arange(6) >= i
+    cache.keep(torch.tensor([0, 4, 2]))
+    assert cache.kv[0][0].data_ptr() == keys.data_ptr() and len(cache.mask) == 3
+    for row, i in enumerate((0, 4, 2)):
+        assert (cache.kv[0][0][row, :, :6] == i + 1).all()
+        assert (cache.kv[0][1][row, :, :6] == -i - 1).all()
+        assert torch.equal(cache.mask[row, :6], torch.arange(6) >= i)
+    assert (keys[1, :, 6:] == 2).all()  # nor is what no token has used
