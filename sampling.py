@@ -4,7 +4,7 @@
               all, most columns would be padding. Padding stands on the left, so that all prompts
               end in the last column
     decode    one token per row and step: its keys and values join the cache, its logits give the
-              next one
+              next one; on a GPU a step is recorded once and repeated (common/graph.py)
 
 A token is drawn by inverting the cumulative distribution at a uniform number that seed, row and
 step fix: an answer does not depend on which others are sampled beside it, or on when they end.

@@ -146,8 +146,10 @@ def test_a_step_sends_nothing(name, monkeypatch):
     model = (adapted(name) if name in KINDS else tiny.family(name)).to("meta")
     cache = S.Cache(model, 4, 30)
     cache.length = torch.zeros(1, dtype=torch.long, device="meta")
-    ids = torch.zeros(4, dtype=torch.long, device="meta")
+    ids, made = torch.zeros(4, dtype=torch.long, device="meta"), torch.tensor
     S.read_token(model, cache, ids)  # constants are sent once
+    monkeypatch.setattr(torch, "tensor", lambda x, **how: made(float(x), **how))  # no list
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *_, **__: pytest.fail("new_tensor"))
     with FromHost() as sent, torch.no_grad():
         assert S.read_token(model, cache, ids).shape == (4, 32)
     assert not sent.found
@@ -166,17 +168,18 @@ def test_what_cannot_be_recorded_is_called(recorded, monkeypatch, capsys):
 
     monkeypatch.undo()
     monkeypatch.setattr(graph, "aside", lambda function: function())
-    for name in ("CUDAGraph", "current_stream", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
+    ran, stream = [], []
+    for name, value in (("CUDAGraph", None), ("current_stream", "the one before")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_stream", stream.append)
+    monkeypatch.setattr(graph, "side_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", Refuses)
-    ran = []
     again = graph.record(lambda: ran.append(1))
     assert capsys.readouterr().err == (
         "warning: no CUDA graph, decoding is slower: operation not permitted\n"
     )
     again(), again()
-    assert len(ran) == 3
+    assert len(ran) == 3 and stream == ["the one before"]
 
 
 @gpu

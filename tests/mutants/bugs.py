@@ -2109,7 +2109,7 @@ BUGS = [
     (0, "graph: rows that have ended are dropped under it", "sampling.py", "graph",
      "if left < len(rows) and device.type not in RECORDED:",
      "if left < len(rows):"),
-    (0, "graph: a new cache, and the recording of the old one", "sampling.py", "graph",
+    (0, "graph: a new cache, and the recording of the old one", "sampling.py", "graph families",
      "            read = reader(model, cache)\n            continue",
      "            continue"),
     (0, "graph: factors are sent at each step", "model.py", "graph",
