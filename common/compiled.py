@@ -1,36 +1,61 @@
-"""torch.compile where it pays: --compile.
+"""torch.compile where it pays (--compile): one kernel where eager code runs several.
 
-    blocks         each on its own, by one code: what is compiled for the first serves all of them
-    head and loss  the logits of a piece, their log-softmax and its gradient
-    4-bit weights  look-up, scale and rounding in one kernel (quant.py)
+    a block          by one code for all layers, whatever the number of rows and columns
+    head with loss   logits, log-softmax and its gradient (model.losses)
+    a 4-bit weight   look-up, scale and rounding, within its block (quant.look_up)
 
-Decoding stays as it is, token by token. A compiled step has other roundings, nothing else: where
-there is no compiler, or it fails, a line says so and the step runs as it is written.
+Answers are decoded without it: one token is a CUDA graph's work, not a compiler's. Compiled code
+rounds elsewhere, else it is the same; where a compiler is missing or fails, a line says so, and
+the code runs as it is written.
 """
 
-import functools
 import sys
 
+import torch
 
-def compile_model(model):
-    """Compiles a Transformer's blocks and its head with the loss → the model. A copy of it
-    (model.share) is not compiled."""
-    for block in model.layers:
-        block.compile(backend=backend)
+from common import memory
+from model import Block, losses
+from quant import tables
+
+LARGE = 100e6  # parameters from which "auto" compiles, on a GPU
+VARIANTS = 64  # of a block's code: with or without gradient, mask, adapter, rows of several sizes
+said = set()
+
+
+def wanted(choice: str, device, config) -> bool:
+    """What --compile comes to."""
+    large = device.type == "cuda" and memory.parameters(config) >= LARGE
+    return large if choice == "auto" else choice == "on"
+
+
+def compile_model(model, backend=None):
+    """Compiles a Transformer's blocks and its head with the loss → the model. Copies of it
+    (model.share) are compiled too. backend: torch.compile's; None: inductor, or eager."""
+    forward = torch.compile(Block.forward, backend=backend or inductor)
+    torch._dynamo.config.recompile_limit = VARIANTS
+
+    def block(layer, x, *attention):
+        # below the first adapter nothing has a gradient: one more code, unless x asks for one
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+        if trained and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return forward(layer, x, *attention)
+
+    tables(model.device)  # before the compiler looks, which would make them anew in each block
+    model.block = block
+    model.losses = torch.compile(losses, backend=backend or inductor)
     return model
 
 
-def backend(graph, inputs):
-    """inductor; a graph that it cannot compile runs as it is."""
-    from torch._inductor import compile as inductor  # imported only where something is compiled
+def inductor(graph, inputs):
+    """torch.compile's own backend. A graph in which it fails runs as it is, backward too."""
+    from torch._inductor import compile
 
-    try:
-        return inductor(graph, inputs)
+    try:  # a backward pass is compiled at once, too, while one can still go back
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            return compile(graph, inputs)
     except Exception as e:
-        warn(str(e).strip().splitlines()[0])
+        if not said:
+            said.add(reason := str(e).strip().splitlines()[0])
+            print(f"--compile: {reason}: goes on without a compiler", file=sys.stderr)
         return graph
-
-
-@functools.cache
-def warn(reason: str):
-    print(f"--compile: runs without, where the compiler fails: {reason}", file=sys.stderr)
