@@ -19,7 +19,7 @@ from quant import tables
 
 LARGE = 100e6  # parameters from which "auto" compiles, on a GPU
 VARIANTS = 64  # of a block's code: with or without gradient, mask, adapter, rows of several sizes
-said = set()
+said = []  # why there is no compiler
 
 
 def wanted(choice: str, device, config) -> bool:
@@ -48,14 +48,16 @@ def compile_model(model, backend=None):
 
 
 def inductor(graph, inputs):
-    """torch.compile's own backend. A graph in which it fails runs as it is, backward too."""
+    """torch.compile's own backend. A graph in which it fails runs as it is, backward too, and so do
+    all after it."""
     from torch._inductor import compile
 
+    if said:
+        return graph
     try:  # a backward pass is compiled at once, too, while one can still go back
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
             return compile(graph, inputs)
     except Exception as e:
-        if not said:
-            said.add(reason := str(e).strip().splitlines()[0])
-            print(f"--compile: {reason}: goes on without a compiler", file=sys.stderr)
+        said.append(f"{type(e).__name__}: {e}".splitlines()[0])
+        print(f"--compile: goes on without a compiler: {said[0]}", file=sys.stderr)
         return graph
