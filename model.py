@@ -147,7 +147,7 @@ class Attention(nn.Module):
         if past is not None:  # virtual tokens stand before each row's own
             k, v = (
                 torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
-                for old, new in zip(past[layer], (k, v), strict=True)
+                for old, new in zip(past, (k, v), strict=True)
             )
         # query head h reads key/value head h // groups
         groups = c.num_attention_heads // c.num_key_value_heads
@@ -229,6 +229,7 @@ class Transformer(nn.Module):
         self.virtual = None  # a prompt or prefix (adapters.py): keys and values of `tokens`
         self.spare = None  # ids that only pad the vocabulary: never sampled
         self.checkpointing = False  # recompute each block in the backward pass (Chen et al. 2016)
+        self.block, self.losses = Block.__call__, losses  # --compile puts compiled ones here
         rows = torch.zeros(c.vocab_size, c.hidden_size)  # its own normal_ takes 2 s on meta
         self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -296,10 +297,11 @@ class Transformer(nn.Module):
             own = c.local_theta and rope_angles(at.positions, c.head_dim, c.local_theta)
             local = *(own or full[:2]), seen(c.window)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
+        run = self.block if cache is None else Block.__call__
         for i, layer in enumerate(self.layers):
             cos, sin, visible = local if c.local and c.local[i] else full
-            arguments = x, cos, sin, visible, cache, i, past
-            x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+            arguments = layer, x, cos, sin, visible, cache, i, past and past[i]
+            x = checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments)
         return x
 
     def angles(self, at: Layout):
@@ -315,15 +317,6 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------- other models from a model
-def init_weights(model: Transformer, generator: torch.Generator):
-    """Normal 0.02; the projections into the residual stream smaller by sqrt(2 L) (GPT-2)."""
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            depth = 2 * model.config.num_hidden_layers if residual else 1
-            nn.init.normal_(p, 0.0, 0.02 / depth**0.5, generator=generator)
-
-
 def share(model: Transformer) -> Transformer:
     """A copy that shares all frozen tensors and buffers, and has copies of the trained ones."""
     frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
@@ -409,12 +402,14 @@ def predicted(model, tokens, labels, segments):
     return h[row, column], targets, (row, column + 1)
 
 
-def nll_of(model, h, targets, temperature=1.0):
+def losses(model, h, targets, temperature=1.0):
     """-log softmax(logits(h) / temperature)[target] (M,): hidden states (M,D) and targets (M,)."""
+    z = wide(model.logits(h))
+    z = z if temperature == 1 else z / temperature
+    return F.cross_entropy(z, targets, reduction="none")
 
-    def read(h, targets):
-        z = wide(model.logits(h))
-        z = z if temperature == 1 else z / temperature
-        return F.cross_entropy(z, targets, reduction="none")
 
+def nll_of(model, h, targets, temperature=1.0):
+    """The same, in pieces where the logits are many."""
+    read = partial(model.losses, model, temperature=temperature)
     return in_pieces(read, h, targets, model.config.vocab_size)

@@ -12,13 +12,14 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from common import hub
 from common.run import Run, autocast, main, opt, pick_device, set_lr
 from data import tokenizer
 from data.world import corpus
-from model import Config, Transformer, init_weights
+from model import Config, Transformer
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHARACTERS = 3_000_000  # the tokenizer learns from so many
@@ -85,6 +86,15 @@ def start_turns(model, tok):
     e = model.embed_tokens.weight.data
     e[tok.special[TURN]] = e[tok.encode("\n")[-1]]
     e[tok.special[TURN_END]] = e[tok.special[END]]
+
+
+def init_weights(model: Transformer, generator: torch.Generator):
+    """Normal 0.02; the projections into the residual stream smaller by sqrt(2 L) (GPT-2)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            depth = 2 * model.config.num_hidden_layers if residual else 1
+            nn.init.normal_(p, 0.0, 0.02 / depth**0.5, generator=generator)
 
 
 def pretrain(o: Options):

@@ -15,7 +15,8 @@ from tiny import score_rows
 
 from common import hub
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, init_weights, scalar_model
+from model import Config, Transformer, scalar_model
+from pretrain import init_weights
 from sampling import generate
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,6 +11,7 @@ from tiny import V, close, decoder, ragged
 import model as M
 from model import Config, Transformer
 from packing import by_segments, pack_answers, pad, padded
+from pretrain import init_weights
 from sampling import Cache, sample
 
 SHAPES = {
@@ -181,13 +182,13 @@ def test_tied_head_is_one_parameter_with_both_gradients():
 
 def test_initial_weights():
     model = Transformer(Config(500, 64, 128, 8, 4, 2, 16))
-    M.init_weights(model, torch.Generator().manual_seed(0))
+    init_weights(model, torch.Generator().manual_seed(0))
     assert model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.layers[3].self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.layers[3].self_attn.o_proj.weight.std().item() == pytest.approx(0.005, rel=0.05)
     assert torch.equal(model.norm.weight, torch.ones(64))
     again = Transformer(model.config)
-    M.init_weights(again, torch.Generator().manual_seed(0))
+    init_weights(again, torch.Generator().manual_seed(0))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )

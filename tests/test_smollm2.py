@@ -13,7 +13,8 @@ import torch
 
 from common import hub
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, init_weights
+from model import Config, Transformer
+from pretrain import init_weights
 from tools import smollm2
 
 SMALL = Path(__file__).parent / "golden" / "smollm2_kind"

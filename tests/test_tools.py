@@ -19,7 +19,8 @@ import torch
 from common import hub
 from data.templates import TEMPLATES
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, init_weights, scalar_model
+from model import Config, Transformer, scalar_model
+from pretrain import init_weights
 from tools import chat, report, results
 
 ROOT = Path(__file__).parent.parent
