@@ -124,6 +124,23 @@ def test_a_size_s_second_step_is_recorded_and_all_others_are_repeated(recorded, 
     assert recorded == [12, 23]
 
 
+def test_under_autocast_weights_are_cast_once(recorded, monkeypatch):
+    """The first step's casts are autocast's own copies, which every recording reads."""
+    model, recorders = tiny.family("llama3"), []
+
+    def record(function):
+        recorders.append(Recorder(function))
+        return recorders[-1].replay
+
+    monkeypatch.setattr(graph, "record", record)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, again = both(model, monkeypatch, 21, 0)
+    assert plain == again and len(recorders) == 2
+    weights = {p.shape for p in model.parameters() if p.dim() == 2}
+    for name, args, _, out in (call for r in recorders for call in r.calls):
+        assert "_to_copy" not in str(name) or out.shape not in weights, args[0].shape
+
+
 class FromHost(TorchDispatchMode):
     """The operators that send numbers from the host: a graph would repeat old ones."""
 
