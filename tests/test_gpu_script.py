@@ -68,10 +68,17 @@ def test_flops_are_those_of_the_shape(capsys, monkeypatch):
     with counted:
         mfu.sft_loss(model, tokens, tokens, torch.zeros_like(tokens)).backward()
     n = sum(i * o for i, o in mfu.linears(small).values()) * small.num_hidden_layers
-    matrices = 6 * (n * (T + 1) + small.vocab_size * 32 * T)  # the head reads the targets alone
-    assert matrices <= counted.get_total_flops() <= 1.5 * matrices
-    assert mfu.flops_per_token(small, 0) == 6 * (n + small.vocab_size * 32)
-    assert mfu.flops_per_token(small, T) - mfu.flops_per_token(small, 0) == 6 * 2 * 32 * T
-    mfu.mfu(mfu.Options("135M", 2, 16, 2, 1, 8, "cpu"))
+    products = 6 * (n * (T + 1) + small.vocab_size * 32 * T)  # the head reads the targets alone
+    assert products <= counted.get_total_flops() <= 1.5 * products
+    squares = 6 * 2 * 32 * (T + 1) ** 2
+    assert mfu.matrices(small) == n and mfu.step_flops(small, [T + 1], T) == products + squares
+    assert mfu.step_flops(small, [T + 1], T, frozen=True) == products * 2 / 3 + squares
+    assert mfu.step_flops(small, [5, 3], 2) == sum(mfu.step_flops(small, [k], 1) for k in (5, 3))
+    mfu.mfu(mfu.Options("135M", 2, 16, 2, False, 1, 8, "cpu"))
     assert "135M, 2 x 16 tokens, 2 a row:" in capsys.readouterr().out
     assert SIZES["135M"] is small
+
+
+def test_the_limits_are_rates():
+    cpu = torch.device("cpu")
+    assert mfu.matrix_rate(cpu, 64) > 1e6 and mfu.copy_rate(cpu) > 1e6
