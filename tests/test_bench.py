@@ -2,6 +2,7 @@
 time is asserted.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -75,11 +76,21 @@ def test_the_sides_take_turns_and_the_first_round_is_left_out(tmp_path, monkeypa
     assert capsys.readouterr().out == "first, a 1.5, b 1.5\n"  # and not what a library said
 
 
-@pytest.mark.parametrize("other", [1.51, math.nan])
-def test_sides_that_compute_something_else_are_refused(other, tmp_path, monkeypatch):
+def test_sides_that_compute_something_else_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="do not compute the same"):
-        bench.alternate(sides(tmp_path, monkeypatch, (1.5, other)), 1)
+        bench.alternate(sides(tmp_path, monkeypatch, (1.5, 1.51)), 1)
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    "first, rounding, same",
+    [(1.502, 1e-3, False), (1.501, 1e-3, True), (1.502, 2e-2, True), (math.nan, 1e-3, False)],
+)
+def test_bf16_rounds_more(first, rounding, same):
+    one, two = dict(first=1.5, rounding=1e-3), dict(first=first, rounding=rounding)
+    for said in (dict(a=one, b=two), dict(a=two, b=one)):
+        with contextlib.nullcontext() if same else pytest.raises(ValueError, match="the same"):
+            bench.compare(said)
 
 
 def test_a_side_that_breaks_is_an_error_and_leaves_no_process(tmp_path, monkeypatch, capfd):
@@ -136,12 +147,12 @@ def sides_of(task, **given):
 @pytest.mark.parametrize("task", ("sft", "lora", "dpo", "qlora", "sampling", "dequantise"))
 def test_our_side_of_each_task(task, talks):
     given = talks[{"sampling": "asked", "dpo": "pairs"}.get(task, "chats")]
-    case = "64 96 float32" if task == "dequantise" else ""
+    case = "512 1024 float32" if task == "dequantise" else ""
     turn, first = sides_of(task, batch=4, case=case, **given)
     units, needed = turn(0)
     assert units > 0 and needed > 0
     if task == "dequantise":  # of a number half a byte is read, and 4 written, but for the scales
-        assert needed / units == pytest.approx(64 * 96 * 4.516, rel=1e-3)
+        assert needed / units == pytest.approx(2**19 * 4.516, rel=1e-3)
     if task == "dpo":  # the reference's other answers are likelier by a nat
         assert first == pytest.approx(math.log1p(math.exp(-0.1)), abs=1e-5)
     if task in ("lora", "qlora"):
@@ -164,6 +175,15 @@ def test_what_a_round_needs(talks):
     assert sides_of("dpo", **given)[0](0)[1] == pairs
     columns = 2 * sum(range(65, 71)) * 2 * 2 * 32  # a token's: keys and values of two layers
     assert sides_of("sampling", **given)[0](0)[1] == 4 * (6 * (n + head) + columns)
+
+
+def test_what_ours_is_told(talks, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(mfu, "compile_blocks", compiled.append)
+    for task in ("sft", "lora", "dpo"):
+        for o in (dict(compile=True, checkpointing=True), {}):
+            sides_of(task, size="tiny", batch=1, **o)
+    assert len(compiled) == 3 and all(model.checkpointing for model in compiled)
 
 
 def test_prompts_come_over_and_over(talks):

@@ -104,8 +104,11 @@ def test_flops_are_those_of_the_shape(capsys, monkeypatch):
     assert mfu.matrices(small) == n and mfu.step_flops(small, [T + 1], T) == products + squares
     assert mfu.step_flops(small, [T + 1], T, frozen=True) == products * 2 / 3 + squares
     assert mfu.step_flops(small, [5, 3], 2) == sum(mfu.step_flops(small, [k], 1) for k in (5, 3))
-    mfu.mfu(mfu.Options("135M", 2, 16, 2, False, 1, 8, "cpu"))
-    assert "135M, 2 x 16 tokens, 2 a row:" in capsys.readouterr().out
+    compiled = []
+    monkeypatch.setattr(mfu, "compile_blocks", compiled.append)
+    mfu.mfu(mfu.Options("135M", 2, 16, 2, True, 1, 8, "cpu"))
+    assert len(compiled) == 1
+    assert "135M, 2 x 16 tokens, 2 a row, compiled:" in capsys.readouterr().out
     assert SIZES["135M"] is small
 
 

@@ -89,6 +89,7 @@ class Options:
     tokens: int = opt(40, "sampling: tokens of an answer, at most", at_least=1)
     rank: int = opt(RANK, "of LoRA", at_least=1)
     checkpointing: bool = opt(False, "recompute each block in the backward pass")
+    compile: bool = opt(False, "compile the blocks of ours")
     limit: float = opt(
         0.0, "GB of GPU memory that ours may use, alone and paged; 0: all", at_least=0
     )
@@ -164,6 +165,13 @@ def alike(model):
     return model
 
 
+def prepare(o, model):
+    """Our model, as the options say, for training."""
+    model.checkpointing = o.checkpointing
+    if o.compile:
+        mfu.compile_blocks(model)
+
+
 # ---------------------------------------------------------------- the sides
 # each sets up → (a round: its number → units of work, and FLOPs or bytes that it needs; a number
 # that both sides must agree on)
@@ -193,7 +201,7 @@ def training(o, ours: bool, kind: str):
     if ours:
         if frozen:
             alike(lora.add_lora(model, o.rank, 2 * o.rank))
-        model.checkpointing = o.checkpointing
+        prepare(o, model)
         packed = pack(examples, max(SHORTEST, *lengths))
         loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
     elif frozen:
@@ -212,7 +220,7 @@ def dpo(o, ours: bool):
     with torch.no_grad():
         chosen, rejected, *_ = preferences.sums(model, found)
     if ours:
-        model.checkpointing = o.checkpointing
+        prepare(o, model)
 
         def loss(m):
             policy = preferences.sums(m, found)[:2]
@@ -375,6 +383,17 @@ def hear(worker) -> dict:
     return json.loads(line)
 
 
+def compare(said: dict):
+    """ValueError where what each side says first differs by more than rounding."""
+    firsts = {side: s["first"] for side, s in said.items() if s["first"] is not None}
+    if firsts:
+        print("first, " + ", ".join(f"{side} {f:.6g}" for side, f in firsts.items()))
+        one, *others = firsts.values()
+        rounding = max(s["rounding"] for s in said.values()) * abs(one)
+        if not all(abs(f - one) <= rounding for f in others):  # nan is near to nothing
+            raise ValueError(f"the sides do not compute the same: {firsts}")
+
+
 def alternate(commands: dict, rounds: int) -> dict:
     """{side: command} → {side: [what work() says of each round]}. The sides set up one after
     another, must agree on `first` but for rounding, and take turns; who starts changes every round;
@@ -387,13 +406,7 @@ def alternate(commands: dict, rounds: int) -> dict:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
             said[side] = hear(workers[side])
-        firsts = {side: s["first"] for side, s in said.items() if s["first"] is not None}
-        if firsts:
-            print("first, " + ", ".join(f"{side} {f:.6g}" for side, f in firsts.items()))
-            one, *others = firsts.values()
-            rounding = max(s["rounding"] for s in said.values()) * abs(one)
-            if not all(abs(f - one) <= rounding for f in others):  # nan is near to nothing
-                raise ValueError(f"the sides do not compute the same: {firsts}")
+        compare(said)
         found = {side: [] for side in workers}
         for r in range(rounds + 1):
             for side in sorted(workers, reverse=bool(r % 2)):

@@ -97,6 +97,7 @@ ONE="--batch 1 --length 512 --rank 64 --checkpointing" # as in QLoRA's paper
 qlora() {
   local KEEP=3
   row qlora-7B 120 $BENCH qlora --size 7B $ONE
+  row qlora-7B-compiled 120 $BENCH qlora --size 7B $ONE --compile
 }
 qlora65() { row qlora-65B 300 $BENCH qlora --size 65B $ONE --limit 48 --rounds 3; }
 dequantise() {
@@ -109,12 +110,12 @@ mfu() {
   row mfu-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8
 }
 compiled() {
-  row compiled-1.1B 90 "$PY" -m tools.mfu --size 1.1B --compile
-  row compiled-1.1B-packed 90 "$PY" -m tools.mfu --size 1.1B --packed 8 --compile
+  row compiled-1.1B 60 "$PY" -m tools.mfu --size 1.1B --compile
+  row compiled-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8 --compile
 }
 attention() {
-  row attention-bf16 240 "$PY" -m tools.attention --dtypes bfloat16
-  row attention-fp32 90 "$PY" -m tools.attention --dtypes float32
+  row attention-bf16 180 "$PY" -m tools.attention --dtypes bfloat16
+  row attention-fp32 60 "$PY" -m tools.attention --dtypes float32
 }
 
 NAMES="startup tests quick all sampling sft lora dpo qlora qlora65 dequantise mfu compiled attention"

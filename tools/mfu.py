@@ -115,13 +115,18 @@ def build(model, device, dtype, linears=(), four_bit=None):
     return model
 
 
+def compile_blocks(model):
+    for layer in model.layers:
+        layer.compile()
+
+
 def mfu(o: Options):
     device, c = pick_device(o.device), SIZES[o.size]
     with torch.device("meta"):
         model = Transformer(c)
     build(model, device, torch.float32)
-    for layer in model.layers if o.compile else ():
-        layer.compile()
+    if o.compile:
+        compile_blocks(model)
     optimizer = adamw(model, 1e-5)
     tokens = torch.randint(c.vocab_size, (o.rows, o.length))
     segments = torch.arange(o.length).mul(o.packed).div(o.length, rounding_mode="floor")
