@@ -15,6 +15,7 @@ float32. One that fails says so in its row. "once" is what is made once for all 
 forward and backward pass of one, memory what both take beyond their inputs and outputs.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -110,6 +111,9 @@ def varlen(segments, q, grouped=False):
     return attend
 
 
+compiled = functools.cache(torch.compile)
+
+
 def flex(segments, q):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -119,7 +123,7 @@ def flex(segments, q):
         return (here[row, i] == here[row, j]) & (i >= j)
 
     blocks = create_block_mask(seen, R, None, W, W, device=q.device)
-    call = flex_attention if q.device.type == "cpu" else torch.compile(flex_attention)
+    call = flex_attention if q.device.type == "cpu" else compiled(flex_attention)
     return lambda q, k, v: call(q, k, v, block_mask=blocks, enable_gqa=k.shape[1] != q.shape[1])
 
 
@@ -178,6 +182,8 @@ def compare(c, dtype, rows, device, times: int):
     grad, *inputs = (
         torch.randn(R, H, W, c.head_dim, generator=seeded, device=device).to(dtype) for H in heads
     )
+    if device.type == "cuda":
+        torch.compiler.reset()  # each shape is compiled for itself
     inputs, segments, reference = [x.requires_grad_() for x in inputs], segments_of(*rows), None
     for name, way in WAYS.items():
         try:

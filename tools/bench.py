@@ -165,11 +165,14 @@ def alike(model):
     return model
 
 
-def prepare(o, model):
-    """Our model, as the options say, for training."""
+def prepare(o, ours: bool, model):
+    """A side's model for training, as the options say."""
+    if not ours:
+        return peers.prepare(model, o.checkpointing)
     model.checkpointing = o.checkpointing
     if o.compile:
         mfu.compile_blocks(model)
+    return model
 
 
 # ---------------------------------------------------------------- the sides
@@ -201,16 +204,15 @@ def training(o, ours: bool, kind: str):
     if ours:
         if frozen:
             alike(lora.add_lora(model, o.rank, 2 * o.rank))
-        prepare(o, model)
         packed = pack(examples, max(SHORTEST, *lengths))
         loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
     elif frozen:
-        model = alike(peers.peft(model, o.rank, o.checkpointing))
+        model = alike(peers.peft(model, o.rank))
         loss = peers.own_loss(examples, device)
     else:
         loss = peers.careful_loss(examples, device)
     flops = mfu.step_flops(config(o), lengths, targets, frozen)
-    return step(o, model, loss, device, sum(lengths), flops)
+    return step(o, prepare(o, ours, model), loss, device, sum(lengths), flops)
 
 
 def dpo(o, ours: bool):
@@ -220,7 +222,6 @@ def dpo(o, ours: bool):
     with torch.no_grad():
         chosen, rejected, *_ = preferences.sums(model, found)
     if ours:
-        prepare(o, model)
 
         def loss(m):
             policy = preferences.sums(m, found)[:2]
@@ -232,7 +233,7 @@ def dpo(o, ours: bool):
     c, asked = config(o), [len(prompt) for prompt, *_ in found]
     both = [len(prompt) + len(a) for prompt, *answers in found for a in answers]
     flops = mfu.step_flops(c, both, sum(both) - 2 * sum(asked)) - mfu.step_flops(c, asked, 0)
-    return step(o, model, loss, device, sum(both), flops)
+    return step(o, prepare(o, ours, model), loss, device, sum(both), flops)
 
 
 def sampling(o, ours: bool):

@@ -78,14 +78,19 @@ def nf4(weight):
     return partial(dequantize_4bit, codes, state)
 
 
-def peft(peer, rank: int, checkpointing=False):
+def peft(peer, rank: int):
     """With LoRA on every linear layer of its blocks, in float32."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])
-    model = get_peft_model(peer, config)
+    return get_peft_model(peer, config)
+
+
+def prepare(model, checkpointing: bool):
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
     return model.train()
 
 

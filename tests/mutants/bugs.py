@@ -2099,7 +2099,7 @@ BUGS = [
      "(2 * end for start, end in ends) // 2"),
     (0, "each side has its own limit", "tools/bench.py", "bench",
      'max(a["limit"] for answers in found.values() for a in answers)',
-     'found[max(found)][0]["limit"]'),
+     'found[min(found)][0]["limit"]'),
     (0, "a random tensor is known by its place", "tools/mfu.py", "bench",
      'f"{name}.{word}".removeprefix("model.")',
      'f"{name}.{word}"'),
