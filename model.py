@@ -147,7 +147,7 @@ class Attention(nn.Module):
         if past is not None:  # virtual tokens stand before each row's own
             k, v = (
                 torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
-                for old, new in zip(past[layer], (k, v), strict=True)
+                for old, new in zip(past, (k, v), strict=True)
             )
         # a GPU's fast kernels need repeated k and v, but for the one that has bf16 and no mask
         grouped = x.device.type == "cpu" or visible is None and q.dtype == torch.bfloat16
@@ -225,6 +225,7 @@ class Transformer(nn.Module):
         self.virtual = None  # a prompt or prefix (adapters.py): keys and values of `tokens`
         self.spare = None  # ids that only pad the vocabulary: never sampled
         self.checkpointing = False  # recompute each block in the backward pass (Chen et al. 2016)
+        self.block, self.losses = Block.__call__, losses  # --compile puts compiled ones here
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c, c.hidden_size)
@@ -291,10 +292,11 @@ class Transformer(nn.Module):
             own = c.local_theta and rope_angles(at.positions, c.head_dim, c.local_theta)
             local = *(own or full[:2]), seen(c.window)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None
+        run = self.block if cache is None else Block.__call__
         for i, layer in enumerate(self.layers):
             cos, sin, visible = local if c.local and c.local[i] else full
-            arguments = x, cos, sin, visible, cache, i, past
-            x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+            arguments = layer, x, cos, sin, visible, cache, i, past and past[i]
+            x = checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments)
         return x
 
     def angles(self, at: Layout):
@@ -404,12 +406,14 @@ def predicted(model, tokens, labels, segments):
     return h[row, column], targets, (row, column + 1)
 
 
-def nll_of(model, h, targets, temperature=1.0):
+def losses(model, h, targets, temperature=1.0):
     """-log softmax(logits(h) / temperature)[target] (M,): hidden states (M,D) and targets (M,)."""
+    z = wide(model.logits(h))
+    z = z if temperature == 1 else z / temperature
+    return F.cross_entropy(z, targets, reduction="none")
 
-    def read(h, targets):
-        z = wide(model.logits(h))
-        z = z if temperature == 1 else z / temperature
-        return F.cross_entropy(z, targets, reduction="none")
 
+def nll_of(model, h, targets, temperature=1.0):
+    """The same, in pieces where the logits are many."""
+    read = partial(model.losses, model, temperature=temperature)
     return in_pieces(read, h, targets, model.config.vocab_size)

@@ -19,7 +19,6 @@ zero, 7 below, and zero itself, which is exact. The outermost probability is 1 -
              (the last point, 1/2, is the zero)
 """
 
-import functools
 import json
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +26,7 @@ from math import prod
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 NF4_VALUES = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -72,24 +72,32 @@ def to_codes(x, values, size: int):
     return codes, absmax
 
 
-@functools.cache
+TABLES = {}  # what tables() made, by device: compiled code can read it here
+
+
 def tables(device):
-    """The tables for look_up: pairs (256,) int64, of each byte the two NF4 values (float32, the
-    high half's first), and DYNAMIC_VALUES (256,).
+    """The tables for look_up: pairs (256,2), of each byte the two NF4 values (the high half's
+    first), and DYNAMIC_VALUES (256,1).
     """
-    byte = torch.arange(256, device="cpu")
-    pairs = torch.stack((NF4_VALUES[byte >> 4], NF4_VALUES[byte & 15]), 1)  # (256,2)
-    return pairs.view(torch.int64).view(-1).to(device), DYNAMIC_VALUES.to(device)
+    if device not in TABLES:
+        byte = torch.arange(256, device="cpu")
+        pairs = torch.stack((NF4_VALUES[byte >> 4], NF4_VALUES[byte & 15]), 1)
+        TABLES[device] = pairs.to(device), DYNAMIC_VALUES[:, None].to(device)
+    return TABLES[device]
 
 
 def look_up(codes, table, scale, size: int, dtype=torch.float32):
     """table[codes], each block of `size` numbers times its scale, rounded to dtype: flat, whole
     blocks.
 
-    A large weight is processed in pieces that fit a processor's cache, so that it takes little more
-    memory than the result.
+    table (256,numbers per code). A large weight is processed in pieces that fit a processor's
+    cache, so that it takes little more memory than the result; compiled, all is one kernel.
     """
-    per = table.element_size() // 4  # numbers per code
+    per = table.shape[1]
+    if torch.compiler.is_compiling():
+        numbers = table[codes.view(-1).int()].view(-1)
+        return (numbers * scale[:, None].expand(-1, size).reshape(-1)[: len(numbers)]).to(dtype)
+    table = table.view(-1) if per == 1 else table.view(torch.int64).view(-1)
     if rest := -codes.numel() % (size // per):
         codes = F.pad(codes.view(-1), (0, rest))
 
@@ -113,7 +121,7 @@ class NF4:
     codes: torch.Tensor  # (ceil(n/2), 1) uint8: two codes per byte, the first in the high half
     absmax: torch.Tensor  # (blocks,) float32; uint8 codes where it is quantised itself
     nested_absmax: torch.Tensor | None  # (ceil(blocks/256),) float32, of absmax - offset
-    offset: float  # the mean of absmax
+    offset: torch.Tensor | None  # (1,) float32, the mean of absmax
     block_size: int
     shape: tuple
     dtype: torch.dtype  # the weight's own
@@ -139,7 +147,7 @@ class NF4:
         tensors[".quant_map"] = NF4_VALUES.to(device, copy=True)
         if self.nested_absmax is not None:
             constants |= {"nested_blocksize": NESTED, "nested_dtype": "float32"}
-            constants["nested_offset"] = self.offset
+            constants["nested_offset"] = float(self.offset)
             tensors[".nested_absmax"] = self.nested_absmax
             tensors[".nested_quant_map"] = DYNAMIC_VALUES.to(device, copy=True)
         text = list(json.dumps(constants).encode())
@@ -179,11 +187,12 @@ class NF4:
         tensor(".quant_map", (16,), torch.float32, NF4_VALUES)
         if offset is None:
             absmax = tensor(".absmax", (blocks,), torch.float32)
-            return cls(codes, absmax, None, 0.0, size, shape, dtype)
+            return cls(codes, absmax, None, None, size, shape, dtype)
         absmax = tensor(".absmax", (blocks,), torch.uint8)
         tensor(".nested_quant_map", (256,), torch.float32, DYNAMIC_VALUES)
         nested = tensor(".nested_absmax", (-(-blocks // NESTED),), torch.float32)
-        return cls(codes, absmax, nested, offset, size, shape, dtype)
+        mean = torch.tensor([offset], dtype=torch.float32, device=codes.device)
+        return cls(codes, absmax, nested, mean, size, shape, dtype)
 
 
 def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
@@ -197,11 +206,10 @@ def quantize_nf4(weight, block_size=64, double_quant=True) -> NF4:
     if codes.numel() % 2:
         codes = F.pad(codes, (0, 1), value=7)  # the code of 0
     packed = (codes[::2] << 4 | codes[1::2])[:, None]
-    nested, offset = None, 0.0
+    nested = offset = None
     if double_quant:
-        mean = absmax.mean()
-        absmax, nested = to_codes(absmax - mean, DYNAMIC_VALUES, NESTED)
-        offset = mean.item()
+        offset = absmax.mean().view(1)
+        absmax, nested = to_codes(absmax - offset, DYNAMIC_VALUES, NESTED)
     return NF4(packed, absmax, nested, offset, block_size, tuple(weight.shape), weight.dtype)
 
 
@@ -211,15 +219,16 @@ class Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, codes, absmax, nested_absmax, *constants):
-        ctx.save_for_backward(codes, absmax, nested_absmax)
+    def forward(ctx, x, codes, absmax, nested_absmax, offset, *constants):
+        tensors = codes, absmax, nested_absmax, offset
+        ctx.save_for_backward(*tensors)
         ctx.constants = constants
-        return F.linear(x, NF4(codes, absmax, nested_absmax, *constants).dequantize(x.dtype))
+        return F.linear(x, NF4(*tensors, *constants).dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         dx = grad @ NF4(*ctx.saved_tensors, *ctx.constants).dequantize(grad.dtype)
-        return dx, *[None] * (3 + len(ctx.constants))
+        return dx, *[None] * (4 + len(ctx.constants))
 
 
 class Linear4bit(nn.Module):
@@ -230,8 +239,8 @@ class Linear4bit(nn.Module):
     keys is loaded. Computes in x's dtype, under autocast in autocast's.
     """
 
-    TENSORS = ("codes", "absmax", "nested_absmax")
-    CONSTANTS = ("offset", "block_size", "shape", "dtype")
+    TENSORS = ("codes", "absmax", "nested_absmax", "offset")
+    CONSTANTS = ("block_size", "shape", "dtype")
 
     def __init__(self, linear: nn.Linear, block_size=64, double_quant=True):
         super().__init__()
@@ -258,7 +267,10 @@ class Linear4bit(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        y = Product.apply(x, *(getattr(self, name) for name in self.TENSORS + self.CONSTANTS))
+        if torch.compiler.is_compiling():  # the compiler, too, shall keep only the codes
+            y = F.linear(x, checkpoint(self.dequantize, x.dtype, use_reentrant=False))
+        else:
+            y = Product.apply(x, *(getattr(self, name) for name in self.TENSORS + self.CONSTANTS))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):

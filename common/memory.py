@@ -147,10 +147,10 @@ def predict(c: Config, rank=0, targets="all", dtype=torch.float32, quant=None) -
 
 def nf4_bytes(n: int) -> dict:
     """Bytes of a weight of n numbers, double-quantised, by dtype: 4 bits per number, 8 per scale of
-    64 numbers, 32 per scale of 256 scales.
+    64 numbers, 32 per scale of 256 scales and for their mean.
     """
     blocks = -(-n // 64)
-    return {torch.uint8: -(-n // 2) + blocks, torch.float32: 4 * -(-blocks // 256)}
+    return {torch.uint8: -(-n // 2) + blocks, torch.float32: 4 * (-(-blocks // 256) + 1)}
 
 
 # ---------------------------------------------------------------- estimated

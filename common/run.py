@@ -504,6 +504,8 @@ class Run:
             known["device"] = pick_device(known["device"]).type
         hashes = code(script) | {download.name(p): fingerprint(p) for p in inputs} | (made or {})
         hashes |= dict(filter(None, map(download.origin, inputs)))  # {owner/name: commit}
+        if hasattr(options, "settled"):
+            known |= options.settled(pick_device(options.device))
         self.identity = {"options": known, "inputs": hashes}
         self.tracked, self.extra = {}, {}
         self.beside = {}  # figures for the next line of the log

@@ -26,7 +26,7 @@ import torch
 
 import adapters
 import lora
-from common import download, hub, memory, peft
+from common import compiled, download, hub, memory, peft
 from common.run import SCHEDULES, has_bf16, load_function, opt
 from data import templates
 from data.tokenizer import Tokenizer
@@ -59,6 +59,11 @@ class Tuning:
     checkpointing: bool = opt(
         False, "keep only each block's input and recompute the rest in the backward pass"
     )
+    compile: str = opt(
+        "auto",
+        "torch.compile for the blocks and the head; auto: on a GPU, from 100 M parameters on",
+        choices=("auto", "on", "off"),
+    )
     keep_base: bool = opt(
         False, "train --model's own adapter further, on its base, not a merged copy of the two"
     )
@@ -73,6 +78,11 @@ class Tuning:
         "learning rate after --warmup: down to 0 along a line or half a cosine, or constant",
         choices=SCHEDULES,
     )
+
+    def settled(self, device) -> dict:
+        """What --compile comes to: compiled code rounds elsewhere, so a run is known by it."""
+        config = hub.read_config(Path(self.model))
+        return dict(compile=compiled.wanted(self.compile, device, config))
 
 
 def kind(o) -> str:
@@ -178,14 +188,21 @@ def start(o, device):
             raise ValueError(
                 f"{o.model} starts with a prompt or prefix: it cannot take another adapter"
             )
-        return tune(o, model, tok).eval(), tok
+        return ready(o, tune(o, model, tok), device), tok
     model, _ = hub.load(base_of(o.model), device, dtype, quant)
     tok = Tokenizer.load(Path(o.model))
     model.config.eos_token_id = hub.read_config(Path(o.model)).eos_token_id
     expect_lora(o.model)
     peft.load_adapter(model, f"{o.model}/adapter")
     model.checkpointing = o.checkpointing
-    return model.eval(), tok
+    return ready(o, model, device), tok
+
+
+def ready(o, model, device):
+    """The model, compiled where --compile says so, without dropout."""
+    if compiled.wanted(o.compile, device, model.config):
+        compiled.compile_model(model)
+    return model.eval()
 
 
 def in_4_bits(model) -> bool:
@@ -224,6 +241,7 @@ def reward_model(o, path, reference, tok):
     else:  # with --lora it stays frozen, in the dtype of the policy's base
         dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
         model, own = hub.load(path, reference.device, dtype, quantisation(o))
+        model.block, model.losses = reference.block, reference.losses  # compiled, or not
     if not model.config.num_labels:
         expected = "a reward model (reward.py) or FILE.py:function was expected"
         raise ValueError(f"--reward {path}: a language model; {expected}")

@@ -423,6 +423,7 @@ def argument(**changes):
         quant="none",
         paged=False,
         checkpointing=False,
+        compile="auto",
         keep_base=False,
         seed=0,
     )

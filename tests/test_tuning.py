@@ -117,6 +117,7 @@ def options(**changes):
         quant="none",
         paged=False,
         checkpointing=False,
+        compile="auto",
         keep_base=False,
         seed=0,
     )
