@@ -30,7 +30,8 @@ nothing is left to pad or to pack. A tensor's name decides its numbers, on both 
 On a GPU both sides work as they do elsewhere: trained weights and adapters are float32 under bf16
 autocast, frozen ones and those that sample bf16, where there is bf16; optimizer (fused AdamW) and
 TF32 (off) are the same; transformers has sdpa attention, and samples with its dynamic or its static
-cache, compiled, whichever is faster there.
+cache, for which it compiles the model, whichever is faster there. Ours compiles as the stages do,
+from 100 M parameters on (--compile off: it does not).
 
 Beside the speed stands what it is a share of: for training, the arithmetic that a step needs
 (tools/mfu.py; of DPO's prompts, once) per second, over that of one large matrix product; for
@@ -56,7 +57,7 @@ import torch.nn as nn
 
 import dpo as preferences
 import lora
-from common import files, hub
+from common import compiled, files, hub
 from common.memory import SIZES, UNIT, count, measured, nf4_bytes, shape
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from data import records, templates
@@ -89,7 +90,9 @@ class Options:
     tokens: int = opt(40, "sampling: tokens of an answer, at most", at_least=1)
     rank: int = opt(RANK, "of LoRA", at_least=1)
     checkpointing: bool = opt(False, "recompute each block in the backward pass")
-    compile: bool = opt(False, "compile the blocks of ours")
+    compile: str = opt(
+        "auto", "torch.compile for ours, as in a stage", choices=("auto", "on", "off")
+    )
     limit: float = opt(
         0.0, "GB of GPU memory that ours may use, alone and paged; 0: all", at_least=0
     )
@@ -170,8 +173,8 @@ def prepare(o, ours: bool, model):
     if not ours:
         return peers.prepare(model, o.checkpointing)
     model.checkpointing = o.checkpointing
-    if o.compile:
-        mfu.compile_blocks(model)
+    if compiled.wanted(o.compile, model.device, model.config):
+        compiled.compile_model(model)
     return model
 
 

@@ -96,8 +96,8 @@ dpo() {
 ONE="--batch 1 --length 512 --rank 64 --checkpointing" # as in QLoRA's paper
 qlora() {
   local KEEP=3
-  row qlora-7B 120 $BENCH qlora --size 7B $ONE
-  row qlora-7B-compiled 120 $BENCH qlora --size 7B $ONE --compile
+  row qlora-7B 150 $BENCH qlora --size 7B $ONE
+  row qlora-7B-eager 90 $BENCH qlora --size 7B $ONE --compile off
 }
 qlora65() { row qlora-65B 300 $BENCH qlora --size 65B $ONE --limit 48 --rounds 3; }
 dequantise() {

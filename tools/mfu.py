@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from common.compiled import compile_model
 from common.memory import SIZES, UNIT, linears, measured
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from model import Transformer
@@ -33,7 +34,7 @@ class Options:
     rows: int = opt(8, "rows per step", at_least=1)
     length: int = opt(1024, "tokens of a row", at_least=2)
     packed: int = opt(1, "sequences of a row; 1: attention needs no mask", at_least=1)
-    compile: bool = opt(False, "compile the blocks")
+    compile: bool = opt(False, "compile blocks and head")
     steps: int = opt(10, "timed steps, after three", at_least=1)
     product: int = opt(0, "the measured product's rows and columns; 0: 8192", at_least=0)
     device: str = opt("auto", "cpu, cuda or auto")
@@ -115,18 +116,13 @@ def build(model, device, dtype, linears=(), four_bit=None):
     return model
 
 
-def compile_blocks(model):
-    for layer in model.layers:
-        layer.compile()
-
-
 def mfu(o: Options):
     device, c = pick_device(o.device), SIZES[o.size]
     with torch.device("meta"):
         model = Transformer(c)
     build(model, device, torch.float32)
     if o.compile:
-        compile_blocks(model)
+        compile_model(model)
     optimizer = adamw(model, 1e-5)
     tokens = torch.randint(c.vocab_size, (o.rows, o.length))
     segments = torch.arange(o.length).mul(o.packed).div(o.length, rounding_mode="floor")
