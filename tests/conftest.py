@@ -20,7 +20,7 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def gpu(request, monkeypatch):
+def gpu_where_needed(request, monkeypatch):
     """The GPU is there for those that are skipped without one."""
     if any(m.kwargs.get("reason") == "needs a GPU" for m in request.node.iter_markers("skipif")):
         there, visible = GPU
