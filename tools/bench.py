@@ -4,17 +4,14 @@
 
     sampling     generate beside transformers': 128 ragged prompts, answers of up to 40 tokens that
                  end where they end
-    sft          a training step of --model, every weight, beside a careful loop over transformers:
-                 ours packs, theirs pads; in both the head runs on the targets' places alone
-    lora         a training step of --model, LoRA r = 16 on every linear layer, beside a loop over
-                 PEFT: ours packs, theirs pads
-    dpo          a DPO step of --model, every weight, on --batch pairs of --data, beside TRL's
-                 DPOTrainer; both have the reference's log-probabilities from before
-    qlora        the same as lora on NF4, double-quantised, beside PEFT and bitsandbytes
+    sft          a training step, every weight, beside a careful loop over transformers: ours packs,
+                 theirs pads; in both the head runs on the targets' places alone
+    lora         a training step, LoRA on every linear layer, beside a loop over PEFT: ours packs,
+                 theirs pads
+    qlora        the same on NF4, double-quantised, beside PEFT and bitsandbytes
+    dpo          a DPO step, every weight, on pairs of --data, beside TRL's DPOTrainer; both have
+                 the reference's log-probabilities from before
     dequantise   double-quantised weights of two sizes and types, beside bitsandbytes
-    qlora7b      a training step on a GPU: random weights of --size, LoRA r = 64, one row of 512
-                 tokens, checkpointed. With --limit GB the process has no more than that and the
-                 optimizer's state is paged; then, and without the peers, it runs alone
     choices      the first 100 records {query, choices, gold} of --data, beside lm-eval at several
                  batch sizes
     agree        alone: the same choices as lm-eval's in 200 such records, but for ties within 1e-4
@@ -25,7 +22,22 @@
 
 Each side is a process of its own, both of the same interpreter, and they take turns, so that a busy
 machine is busy for both; the first round warms up. Both have the same weights, adapters and data,
-and must start at the same loss.
+and must start at the same loss. Where the peers are not installed, ours runs alone.
+
+With --size the model is random, of that shape, and so are the sequences, all of --length tokens:
+nothing is left to pad or to pack. A tensor's name decides its numbers, on both sides alike.
+
+On a GPU both sides work as they do elsewhere: trained weights and adapters are float32 under bf16
+autocast, frozen ones and those that sample bf16, where there is bf16; optimizer (fused AdamW) and
+TF32 (off) are the same; transformers has sdpa attention, and samples with its dynamic or its static
+cache, for which it compiles the model, whichever is faster there. Ours compiles as the stages do,
+from 100 M parameters on (--compile off: it does not).
+
+Beside the speed stands what it is a share of: for training, the arithmetic that a step needs
+(tools/mfu.py; of DPO's prompts, once) per second, over that of one large matrix product; for
+dequantise and sampling, the bytes that must be read and written (weights once a token, and the keys
+and values of all before it), over those of a large copy. Both limits are measured by each side
+before it starts. Memory is the rounds' peak on a GPU, elsewhere the process's.
 """
 
 import importlib.util
@@ -35,7 +47,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -43,21 +54,21 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import dpo as preferences
 import lora
-from common import files, hub
-from common.memory import SIZES, UNIT, count, measured, shape
+from common import compiled, files, hub
+from common.memory import SIZES, UNIT, count, measured, nf4_bytes, shape
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from data import records, templates
+from data.tokenizer import Tokenizer
 from metrics import multiple_choice
-from model import IGNORE, Transformer, scalar_model, share
-from packing import SHORTEST, pad
-from paged import PagedAdamW
+from model import Transformer, scalar_model, share
+from packing import SHORTEST
 from quant import Linear4bit, block_linears, quantize_nf4
 from sampling import generate
 from sft import count_targets, pack, sft_loss
+from tools import mfu, peers
 
 SIZES = SIZES | {"tiny": shape(500, 64, 96, 2, 4, 2, 16)}  # runs without a GPU too
 RANK, LR = 16, 1e-4
@@ -65,46 +76,85 @@ RANK, LR = 16, 1e-4
 
 @dataclass
 class Options:
-    model: str = opt("smollm2", "checkpoint folder", hub="all")
+    model: str = opt("smollm2", "checkpoint folder; with --size only DPO's tokenizer", hub="all")
+    size: str = opt("", "a random model of this shape, not --model", choices=("", *SIZES))
     data: str = opt(
         "out/world/sft.jsonl", "conversations; for sampling, those that end in a user's turn"
     )
-    batch: int = opt(8, "conversations per training step", at_least=1)
-    rounds: int = opt(10, "rounds after the first", at_least=1)
-    size: str = opt("7B", "qlora7b: the model's shape", choices=tuple(SIZES))
-    limit: float = opt(
-        0.0, "qlora7b: GB of GPU memory that the process may use; 0: all", at_least=0
+    batch: int = opt(
+        0, "conversations or pairs per training step, 0: 8; prompts, 0: 128", at_least=0
     )
+    length: int = opt(
+        1024, "tokens of a sequence; for sampling, of a prompt", needs="size", at_least=4
+    )
+    tokens: int = opt(40, "sampling: tokens of an answer, at most", at_least=1)
+    rank: int = opt(RANK, "of LoRA", at_least=1)
+    checkpointing: bool = opt(False, "recompute each block in the backward pass")
+    compile: str = opt(
+        "auto", "torch.compile for ours, as in a stage", choices=("auto", "on", "off")
+    )
+    limit: float = opt(
+        0.0, "GB of GPU memory that ours may use, alone and paged; 0: all", at_least=0
+    )
+    rounds: int = opt(10, "rounds after the first", at_least=1)
     device: str = opt("auto", "cpu, cuda or auto")
     case: str = opt("", "which case of the task this is (set by the parent)")
     side: str = opt("", "which side this process is (set by the parent)")
 
 
-# ---------------------------------------------------------------- the sides
-# each sets up → (a round: its number → units of work, a number that both sides must agree on)
-def sampling(o, ours: bool):
-    device = pick_device(o.device)
-    model, tok = hub.load(o.model, device)
-    asked = records.conversations(o.data, "prompt")[:128]
-    prompts = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in asked]
-    end = templates.end_id(tok)
-    if ours:
-        return lambda seed: sum(map(len, generate(model, prompts, 40, eos_id=end, seed=seed))), None
-    from transformers import AutoModelForCausalLM
+# ---------------------------------------------------------------- what both sides are given
+def config(o):
+    return SIZES[o.size] if o.size else hub.read_config(Path(o.model))
 
-    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device)
-    tokens, mask = pad(prompts, left=True, device=device)
-    options = dict(
-        max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0
-    )
 
-    def turn(seed):
-        torch.manual_seed(seed)
-        rows = peer.generate(tokens, attention_mask=mask.long(), **options)
-        answers = rows[:, tokens.shape[1] :].tolist()
-        return sum(a.index(end) + 1 if end in a else len(a) for a in answers)
+def random_ids(o, *shape) -> list:
+    seeded = torch.Generator().manual_seed(0)
+    return torch.randint(SIZES[o.size].vocab_size, shape, generator=seeded).tolist()
 
-    return turn, None
+
+def conversations(o) -> list:
+    """[(ids, labels), …]; random ones are targets from end to end."""
+    if o.size:
+        return [(ids, ids) for ids in random_ids(o, o.batch or 8, o.length)]
+    tok = Tokenizer.load(Path(o.model))
+    templates.adopt(tok)
+    read = records.batch(records.conversations(o.data), 0, o.batch or 8, 0)
+    return [templates.render(tok, r["messages"]) for r in read]
+
+
+def pairs(o) -> list:
+    """[(prompt, chosen, rejected), …]; each random part is half of --length."""
+    if o.size:
+        return [tuple(parts) for parts in random_ids(o, o.batch or 8, 3, o.length // 2)]
+    tok, found = Tokenizer.load(Path(o.model)), records.pairs(o.data, "best_worst")
+    found = records.batch(found, 0, o.batch or 8, 0)
+    read = [templates.ranked_ids(tok, r, (r["chosen"], r["rejected"])) for r in found]
+    return [(prompt, *answers) for prompt, answers in read]
+
+
+def prompts(o):
+    """→ prompts, those of --data over and over, and the id that ends an answer, or None."""
+    n = o.batch or 128
+    if o.size:
+        return random_ids(o, n, o.length), None
+    tok, found = Tokenizer.load(Path(o.model)), records.conversations(o.data, "prompt")
+    asked = [found[i % len(found)]["messages"] for i in range(n)]
+    read = [templates.render(tok, turns, add_generation_prompt=True)[0] for turns in asked]
+    return read, templates.end_id(tok)
+
+
+def load(o, ours: bool, device, dtype, quant=None):
+    """The model of either side, its blocks' linear layers in 4 bits with quant="nf4"."""
+    if not ours:
+        if o.size:
+            return peers.random(config(o), device, dtype, quant)
+        peer = peers.load(o.model, dtype, device)
+        return peers.quantise(peer, dtype) if quant else peer
+    if not o.size:
+        return hub.load(o.model, device, dtype, quant)[0]
+    with torch.device("meta"):
+        model = Transformer(config(o))
+    return mfu.build(model, device, dtype, block_linears(model) if quant else (), Linear4bit)
 
 
 def alike(model):
@@ -118,8 +168,22 @@ def alike(model):
     return model
 
 
-def step(model, loss_of, optimizer, tokens: int, device):
+def prepare(o, ours: bool, model):
+    """A side's model for training, as the options say."""
+    if not ours:
+        return peers.prepare(model, o.checkpointing)
+    model.checkpointing = o.checkpointing
+    if compiled.wanted(o.compile, model.device, model.config):
+        compiled.compile_model(model)
+    return model
+
+
+# ---------------------------------------------------------------- the sides
+# each sets up → (a round: its number → units of work, and FLOPs or bytes that it needs; a number
+# that both sides must agree on)
+def step(o, model, loss_of, device, tokens: int, flops: float):
     """A training step as a round."""
+    optimizer = adamw(model, LR, paged=bool(o.limit))
 
     def turn(_):
         with autocast(device):
@@ -127,162 +191,72 @@ def step(model, loss_of, optimizer, tokens: int, device):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return tokens
+        return tokens, flops
 
     with torch.no_grad(), autocast(device):
         return turn, loss_of(model).item()
 
 
-def training(o, ours: bool, quant=None):
-    """A step as sft.py does it, or as a loop over PEFT is written by hand: a padded batch, labels
-    of -100, the model's own loss.
-    """
-    device = pick_device(o.device)
-    model, tok = hub.load(o.model, device, quant=quant if ours else None)
-    examples, count = chats(o, tok)
+def training(o, ours: bool, kind: str):
+    """A step as sft.py does it, or as a loop over transformers or PEFT is written by hand."""
+    device, examples = pick_device(o.device), conversations(o)
+    lengths, targets = [len(ids) for ids, _ in examples], count_targets(examples)
+    frozen = kind != "weights"
+    dtype = mfu.working(device) if frozen else torch.float32
+    model = load(o, ours, device, dtype, "nf4" if kind == "qlora" else None)
     if ours:
-        return our_step(alike(lora.add_lora(model, RANK, 2 * RANK)), examples, count, device)
-    del model
-    from transformers import AutoModelForCausalLM
-
-    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device)
-    if quant:
-        for name in blocks(peer):
-            peer.set_submodule(name, bitsandbytes_linear(peer.get_submodule(name), torch.float32))
-    tokens, mask, labels = padded(examples, device)
-    batch = dict(input_ids=tokens, attention_mask=mask, labels=labels)
-    model, optimizer = peft(peer, RANK)
-    return step(model, lambda m: m(**batch).loss, optimizer, count, device)
-
-
-def chats(o, tok):
-    """--batch conversations of --data as [(ids, labels)], and their number of tokens."""
-    templates.adopt(tok)
-    read = records.batch(records.conversations(o.data), 0, o.batch, 0)
-    examples = [templates.render(tok, r["messages"]) for r in read]
-    return examples, sum(len(ids) for ids, _ in examples)
-
-
-def our_step(model, examples, count: int, device):
-    packed = pack(examples, max(SHORTEST, *(len(ids) for ids, _ in examples)))
-    targets = count_targets(examples)
-    loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
-    return step(model, loss, adamw(model, LR), count, device)
-
-
-def padded(examples, device):
-    tokens, mask = pad([ids for ids, _ in examples], device=device)
-    labels, _ = pad([labels for _, labels in examples], fill=IGNORE, device=device)
-    return tokens, mask.long(), labels
-
-
-def sft(o, ours: bool):
-    device = pick_device(o.device)
-    model, tok = hub.load(o.model, device)
-    examples, count = chats(o, tok)
-    if ours:
-        return our_step(model, examples, count, device)
-    del model
-    from transformers import AutoModelForCausalLM
-
-    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32).to(device).train()
-    tokens, mask, labels = padded(examples, device)
-    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # predicted from column
-    target = labels[row, column + 1]
-
-    def loss(m):
-        h = m.model(tokens, attention_mask=mask).last_hidden_state
-        return F.cross_entropy(m.lm_head(h[row, column]), target)
-
-    options = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(peer.parameters(), LR, **options)
-    return step(peer, loss, optimizer, count, device)
+        if frozen:
+            alike(lora.add_lora(model, o.rank, 2 * o.rank))
+        packed = pack(examples, max(SHORTEST, *lengths))
+        loss = lambda m: sft_loss(m, *packed) / targets  # noqa: E731
+    elif frozen:
+        model = alike(peers.peft(model, o.rank))
+        loss = peers.own_loss(examples, device)
+    else:
+        loss = peers.careful_loss(examples, device)
+    flops = mfu.step_flops(config(o), lengths, targets, frozen)
+    return step(o, prepare(o, ours, model), loss, device, sum(lengths), flops)
 
 
 def dpo(o, ours: bool):
     """Its number is the loss under a reference that prefers each rejected answer by one nat."""
-    device = pick_device(o.device)
-    model, tok = hub.load(o.model, device)
-    pairs = []
-    for r in records.batch(records.pairs(o.data, "best_worst"), 0, o.batch, 0):
-        prompt, answers = templates.ranked_ids(tok, r, (r["chosen"], r["rejected"]))
-        pairs.append((prompt, *answers))
+    device, found = pick_device(o.device), pairs(o)
+    model = load(o, True, device, torch.float32)
     with torch.no_grad():
-        chosen, rejected, *_ = preferences.sums(model, pairs)
-    count = sum(len(p) + len(answer) for p, *answers in pairs for answer in answers)
+        chosen, rejected, *_ = preferences.sums(model, found)
     if ours:
 
         def loss(m):
-            policy = preferences.sums(m, pairs)[:2]
+            policy = preferences.sums(m, found)[:2]
             return preferences.preference_loss(*policy, chosen, rejected + 1.0, 0.1)[0].mean()
-
-        return step(model, loss, adamw(model, LR), count, device)
-    del model
-    trainer, batch = trl(o, pairs, chosen, rejected + 1.0, device)
-    options = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), LR, **options)
-    loss = lambda m: trainer.compute_loss(m, batch)  # noqa: E731
-    return step(trainer.model.train(), loss, optimizer, count, device)
-
-
-def trl(o, pairs, chosen, rejected, device):
-    """TRL's DPOTrainer of --model, and its collator's batch of the pairs."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    peer = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as out:
-        cpu, given = device.type == "cpu", dict(report_to=[], beta=0.1, bf16=False)
-        config = DPOConfig(out, use_cpu=cpu, precompute_ref_log_probs=True, **given)
-        some = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
-        tok = AutoTokenizer.from_pretrained(o.model)
-        trainer = DPOTrainer(peer, None, config, train_dataset=some, processing_class=tok)
-    names = "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"
-    before = zip(chosen.tolist(), rejected.tolist(), strict=True)
-    rows = [(*pair, *logps) for pair, logps in zip(pairs, before, strict=True)]
-    batch = trainer.data_collator([dict(zip(names, row, strict=True)) for row in rows])
-    return trainer, {name: x.to(device) for name, x in batch.items()}
+    else:
+        del model
+        model = load(o, False, device, torch.float32)
+        model, loss = peers.trl(model, o.model, found, chosen, rejected + 1.0, device)
+    c, asked = config(o), [len(prompt) for prompt, *_ in found]
+    both = [len(prompt) + len(a) for prompt, *answers in found for a in answers]
+    flops = mfu.step_flops(c, both, sum(both) - 2 * sum(asked)) - mfu.step_flops(c, asked, 0)
+    return step(o, prepare(o, ours, model), loss, device, sum(both), flops)
 
 
-def qlora(o, ours: bool):
-    return training(o, ours, "nf4")
+def sampling(o, ours: bool):
+    device, (asked, end) = pick_device(o.device), prompts(o)
+    dtype, c = mfu.working(device), config(o)
+    model = load(o, ours, device, dtype)
+    if ours:
+        answers = lambda seed: generate(model, asked, o.tokens, eos_id=end, seed=seed)  # noqa: E731
+    else:
+        answers = peers.sampler(model, asked, o.tokens, end)
+    column = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # keys and values
 
+    def turn(seed):
+        found = answers(seed)
+        ends = [(len(p), len(p) + len(a)) for p, a in zip(asked, found, strict=True)]
+        columns = sum(end * (end + 1) - start * (start + 1) for start, end in ends) // 2
+        numbers = max(map(len, found)) * mfu.matrices(c, 1) + columns * column
+        return sum(map(len, found)), numbers * dtype.itemsize
 
-def peft(peer, rank: int):
-    """A transformers model with PEFT's LoRA, and torch's AdamW on that."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora.GROUPS["all"])
-    model = alike(get_peft_model(peer, config).train())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(trained, LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-
-def blocks(peer) -> list[str]:
-    """The names of the linear layers in a transformers model's blocks."""
-    return [
-        name for name, m in peer.named_modules() if isinstance(m, nn.Linear) and ".layers." in name
-    ]
-
-
-def bitsandbytes_linear(linear, dtype):
-    """bitsandbytes' layer with this weight, double-quantised, computing in dtype."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    new = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        False,
-        dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    new.weight = Params4bit(
-        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-    )
-    return new.to(linear.weight.device)
+    return turn, None
 
 
 def dequantise(o, ours: bool):
@@ -290,93 +264,16 @@ def dequantise(o, ours: bool):
     seeded = torch.Generator().manual_seed(0)
     weight = torch.randn(int(rows), int(columns), generator=seeded)
     weight = weight.to(device, getattr(torch, dtype)) * 0.02
-    if ours:
-        whole = quantize_nf4(weight).dequantize
-    else:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        whole = partial(dequantize_4bit, codes, state)
-    times = -(-(2**28) // weight.numel())
+    whole = quantize_nf4(weight).dequantize if ours else peers.nf4(weight)
+    times = -(-(2 ** (28 if device.type == "cpu" else 32)) // weight.numel())
+    moved = weight.nbytes + sum(nf4_bytes(weight.numel()).values())
 
     def turn(_):
         for _ in range(times):
             whole()
-        return times
+        return times, times * moved
 
     return turn, whole().double().abs().sum().item()
-
-
-def qlora7b(o, ours: bool):
-    """The model is built on the device, layer by layer: it never exists whole in 16 bits."""
-    device, c = pick_device(o.device), SIZES[o.size]
-    if device.type != "cuda" and o.size != "tiny":
-        raise ValueError(
-            f"qlora7b: {o.size} needs a GPU, and there is none; --size tiny shows that it runs"
-        )
-    if o.limit and device.type == "cuda":
-        share_of_gpu = o.limit * UNIT / torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share_of_gpu), device)
-    seeded = torch.Generator().manual_seed(0)
-    tokens = torch.randint(c.vocab_size, (1, 512), generator=seeded)
-    turn, _ = (our_7b if ours else their_7b)(c, tokens, o.limit, device)
-    return turn, None
-
-
-def our_7b(c, tokens, limit, device):
-    with torch.device("meta"):
-        model = Transformer(c)
-    build(model, block_linears(model), Linear4bit, device)
-    lora.add_lora(model, 64, 128)
-    model.checkpointing, segments = True, torch.zeros_like(tokens)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = PagedAdamW(trained, LR) if limit else adamw(model, LR)
-    return step(
-        model, lambda m: sft_loss(m, tokens, tokens, segments) / 511, optimizer, 512, device
-    )
-
-
-def their_7b(c, tokens, _limit, device):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = hub.config_json(c, torch.bfloat16)
-    config = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
-    with torch.device("meta"):
-        peer = LlamaForCausalLM(LlamaConfig(**config))
-    compute = torch.bfloat16 if has_bf16(device) else torch.float32
-    build(peer, blocks(peer), lambda m: bitsandbytes_linear(m, compute), device)
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(device)
-    model, optimizer = peft(peer, 64)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = tokens.to(device)
-    return step(model, lambda m: m(input_ids=ids, labels=ids).loss, optimizer, 512, device)
-
-
-@torch.no_grad()
-def lm_eval(folder, file, n: int, batch: int, device="cpu"):
-    """lm-eval and a task of its own on the first n records of a file → a function that runs it:
-    for each record its choices' log-likelihoods, acc and acc_norm.
-    """
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    peer = HFLM(pretrained=peer, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch)
-    fields = dict(doc_to_text="{{query}}", doc_to_choice="{{choices}}", doc_to_target="{{gold}}")
-    fields["metric_list"] = [{"metric": "acc"}, {"metric": "acc_norm"}]
-    with tempfile.TemporaryDirectory() as cache:
-        source = {"data_files": {"test": str(file)}, "cache_dir": cache, "keep_in_memory": True}
-        fields |= dict(dataset_path="json", dataset_kwargs=source, test_split="test")
-        task = ConfigurableTask(config=dict(task="own", output_type="multiple_choice", **fields))
-
-    def turn():
-        found = evaluate(peer, {"own": task}, limit=n, bootstrap_iters=0)["samples"]["own"]
-        found.sort(key=lambda s: s["doc_id"])
-        return [([ll for ll, _ in s["filtered_resps"]], s["acc"], s["acc_norm"]) for s in found]
-
-    return turn
 
 
 def other_choices(items, ours, theirs, tie=1e-4) -> list[int]:
@@ -410,19 +307,19 @@ def choices(o, ours: bool):
         def turn():
             return [a["logprobs"] for a in multiple_choice(model, tok, items)]
     else:
-        theirs = lm_eval(o.model, o.data, len(items), int(o.case), device)
+        theirs = peers.lm_eval(o.model, o.data, len(items), int(o.case), device)
 
         def turn():
             return [lls for lls, *_ in theirs()]
 
     right = [lls[item["gold"]] for lls, item in zip(turn(), items, strict=True)]
-    return lambda _: len(turn()), sum(right) / len(right)
+    return lambda _: (len(turn()), 0), sum(right) / len(right)
 
 
 def agree(o):
     device, items = pick_device(o.device), some_choices(o, 200)
     ours = multiple_choice(*hub.load(o.model, device), items)
-    theirs = lm_eval(o.model, o.data, len(items), o.batch, device)()
+    theirs = peers.lm_eval(o.model, o.data, len(items), o.batch or 8, device)()
     pairs = [zip(a["logprobs"], b, strict=True) for a, (b, *_) in zip(ours, theirs, strict=True)]
     worst = max(abs(a - b) for pair in pairs for a, b in pair)
     print(f"{o.data}, {len(items)} records: log-likelihoods differ by {worst:.1g} at most")
@@ -431,46 +328,32 @@ def agree(o):
     print("lm-eval makes the same choices by both scorings")
 
 
-def build(model, linears, four_bit, device):
-    """Gives a model of the meta device random weights: `linears` go through `four_bit`, the rest is
-    in bf16.
-    """
-    for name in [name for name, _ in model.named_modules()]:  # names: what is replaced is freed
-        m = model.get_submodule(name)
-        if own := list(m.parameters(recurse=False)):
-            m.to(torch.bfloat16 if has_bf16(device) else torch.float32).to_empty(
-                device=device, recurse=False
-            )
-            for p in m.parameters(recurse=False):
-                nn.init.normal_(p, 1.0 if own[0].dim() == 1 else 0.0, 0.02)
-            if name in linears:
-                model.set_submodule(name, four_bit(m))
-
-
 MATRICES = [
     "4096 4096 float32",
     "576 1536 float32",
     "4096 4096 bfloat16",
     "576 1536 bfloat16",
 ]
-# task: (both sides, the unit of work, the cases, measured one after another)
+# task: both sides, the unit of work, what its limit is counted in, the peers that it needs
 TASKS = {
-    "sampling": (sampling, "tokens", [""]),
-    "sft": (sft, "tokens", [""]),
-    "lora": (training, "tokens", [""]),
-    "dpo": (dpo, "tokens", [""]),
-    "qlora": (qlora, "tokens", [""]),
-    "dequantise": (dequantise, "matrices", MATRICES),
-    "qlora7b": (qlora7b, "tokens", [""]),
-    "choices": (choices, "records", ["1", "8", "32"]),  # lm-eval's batch sizes
+    "sampling": (sampling, "tokens", "B", ["transformers"]),
+    "sft": (partial(training, kind="weights"), "tokens", "FLOP", ["transformers"]),
+    "lora": (partial(training, kind="lora"), "tokens", "FLOP", ["peft"]),
+    "qlora": (partial(training, kind="qlora"), "tokens", "FLOP", ["peft", "bitsandbytes"]),
+    "dpo": (dpo, "tokens", "FLOP", ["trl"]),
+    "dequantise": (dequantise, "matrices", "B", ["bitsandbytes"]),
+    "choices": (choices, "records", "", ["lm_eval"]),
 }
-PEERS = ("transformers", "peft", "bitsandbytes", "trl")
+# the cases of a task, measured one after another; of choices, lm-eval's batch sizes
+CASES = {"dequantise": MATRICES, "choices": ["1", "8", "32"]}
+RATES = {"FLOP": mfu.matrix_rate, "B": mfu.copy_rate}
 
 
 # ---------------------------------------------------------------- two processes that take turns
-def work(setup):
-    """One side, in its own process: sets up and prints {"first": …}, then for each number on stdin
-    runs that round and prints {"units", "seconds", "peak"}. What libraries print goes to stderr.
+def work(setup, rate=None):
+    """One side, in its own process: measures the rate that is its limit, sets up and prints
+    {"first": …, "rounding": …}, then for each number on stdin runs that round and prints {"units",
+    "seconds", "peak", "needed", "limit"}. What libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -478,19 +361,20 @@ def work(setup):
     def say(**words):
         print(json.dumps(words), file=answers, flush=True)
 
+    limit = rate() if rate else 0
     turn, first = setup()
-    say(first=first)
     cuda = torch.cuda.is_initialized()
+    device = torch.device("cuda" if cuda else "cpu")
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    say(first=first, rounding=2e-2 if has_bf16(device) else 1e-3)
     for line in sys.stdin:
         start = time.perf_counter()
-        units = turn(int(line))
-        if cuda:
-            torch.cuda.synchronize()
-        say(
-            units=units,
-            seconds=time.perf_counter() - start,
-            peak=measured("cuda" if cuda else "cpu"),
-        )
+        units, needed = turn(int(line))
+        mfu.wait(device)
+        seconds = time.perf_counter() - start
+        say(units=units, seconds=seconds, peak=measured(device), needed=needed, limit=limit)
 
 
 def hear(worker) -> dict:
@@ -503,23 +387,30 @@ def hear(worker) -> dict:
     return json.loads(line)
 
 
+def compare(said: dict):
+    """ValueError where what each side says first differs by more than rounding."""
+    firsts = {side: s["first"] for side, s in said.items() if s["first"] is not None}
+    if firsts:
+        print("first, " + ", ".join(f"{side} {f:.6g}" for side, f in firsts.items()))
+        one, *others = firsts.values()
+        rounding = max(s["rounding"] for s in said.values()) * abs(one)
+        if not all(abs(f - one) <= rounding for f in others):  # nan is near to nothing
+            raise ValueError(f"the sides do not compute the same: {firsts}")
+
+
 def alternate(commands: dict, rounds: int) -> dict:
-    """{side: command} → {side: [{"units", "seconds", "peak"} of each round]}. The sides set up one
-    after another, must agree on `first`, and take turns; who starts changes every round; the first
-    round, which warms up, is left out.
+    """{side: command} → {side: [what work() says of each round]}. The sides set up one after
+    another, must agree on `first` but for rounding, and take turns; who starts changes every round;
+    the first round, which warms up, is left out.
     """
-    workers, firsts = {}, {}
+    workers, said = {}, {}
     try:
         for side, command in commands.items():
             workers[side] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            firsts[side] = hear(workers[side])["first"]
-        known = [f for f in firsts.values() if f is not None]
-        if known:
-            print("first, " + ", ".join(f"{side} {f:.6g}" for side, f in firsts.items()))
-        if known and max(known) - min(known) > 1e-3 * abs(max(known)):
-            raise ValueError(f"the sides do not compute the same: {firsts}")
+            said[side] = hear(workers[side])
+        compare(said)
         found = {side: [] for side in workers}
         for r in range(rounds + 1):
             for side in sorted(workers, reverse=bool(r % 2)):
@@ -532,13 +423,18 @@ def alternate(commands: dict, rounds: int) -> dict:
     return {side: answers[1:] for side, answers in found.items()}
 
 
-def report(found: dict, unit: str) -> str:
-    """Medians, the ratio of the first side to the second with its spread, peak memory."""
+def report(found: dict, unit: str, of="") -> str:
+    """Medians, the share of the limit, counted in `of`, and memory of each side; the ratio of the
+    first one's speed to the second's, with its spread.
+    """
     speeds = {side: [a["units"] / a["seconds"] for a in answers] for side, answers in found.items()}
-    lines = []
+    limit, lines = max(a["limit"] for answers in found.values() for a in answers), []
     for side, s in speeds.items():
-        peak = found[side][-1]["peak"] / UNIT
-        lines.append(f"{side:12s} {statistics.median(s):,.1f} {unit}/s, peak memory {peak:.2f} GB")
+        line = f"{side:12s} {statistics.median(s):,.1f} {unit}/s"
+        if of:
+            rate = statistics.median(a["needed"] / a["seconds"] for a in found[side])
+            line += f", {rate / limit:.1%} of {limit / 1e12:.3g} T{of}/s"
+        lines.append(f"{line}, peak memory {found[side][-1]['peak'] / UNIT:.2f} GB")
     if len(speeds) == 2:
         ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
         middle = statistics.median(ratios)
@@ -550,24 +446,21 @@ def report(found: dict, unit: str) -> str:
 
 
 def beside(task: str, o):
-    _, unit, cases = TASKS[task]
-    missing = [p for p in PEERS if not importlib.util.find_spec(p)]
-    alone = task == "qlora7b" and (o.limit or missing)
-    if missing and not alone:
-        raise ValueError(
-            f"{task}: needs {' and '.join(missing)}, which this Python lacks; `make bench` has them"
-        )
-    for case in cases:
-        print(" ".join(filter(None, (task, case))), flush=True)
+    _, unit, of, needed = TASKS[task]
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"alone: this Python lacks {' and '.join(missing)}; make bench has the peers")
+    for case in CASES.get(task, [""]):
+        print(" ".join(filter(None, (task, o.size, case))), flush=True)
         words = []
         for name, value in vars(o).items():
-            if name not in ("case", "side"):
-                words += [f"--{name}", str(value)]
+            if name not in ("case", "side") and value is not False:
+                words += [f"--{name}"] + [str(value)] * (value is not True)
         command = [sys.executable, "-m", "tools.bench", task, *words, "--case", case, "--side"]
         sides = {"tinytune": [*command, "ours"]}
-        if not alone:
+        if not missing and not o.limit:
             sides["peers"] = [*command, "theirs"]
-        print(report(alternate(sides, o.rounds), unit), flush=True)
+        print(report(alternate(sides, o.rounds), unit, of), flush=True)
 
 
 # ---------------------------------------------------------------- alone
@@ -620,11 +513,20 @@ def make(words):
     )
 
 
+def side(task: str, o):
+    """One of a task's two sides, in this process."""
+    device, (sides, _, of, _) = pick_device(o.device), TASKS[task]
+    if o.limit and device.type == "cuda":
+        share_of_gpu = o.limit * UNIT / torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share_of_gpu), device)
+    work(lambda: sides(o, o.side == "ours"), partial(RATES[of], device) if of else None)
+
+
 def bench(task: str, o: Options):
     if task in ALONE:
         ALONE[task](o)
     elif o.side:
-        work(lambda: TASKS[task][0](o, o.side == "ours"))
+        side(task, o)
     else:
         beside(task, o)
 

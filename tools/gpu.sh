@@ -1,66 +1,131 @@
 #!/usr/bin/env bash
-# What only a GPU can say, in sections, each with its own limit of time:
+# What only a GPU can say, in sections, each command with its own limit of time. A quarter of an hour
+# with the start of a machine holds any one of
 #
-#     bash tools/gpu.sh tests all sampling           a quarter of an hour
-#     bash tools/gpu.sh cudnn qlora dequantise mfu   another (cudnn reads what `all` left in OUT)
-#     bash tools/gpu.sh real                         another; smollm2/ must be there (make smollm2)
+#     bash tools/gpu.sh tests all sampling
+#     bash tools/gpu.sh qlora dequantise mfu attention
+#     bash tools/gpu.sh sft lora dpo compiled
+#     bash tools/gpu.sh startup quick cudnn qlora65 graph
+#     bash tools/gpu.sh real
 #
 #     PY=python3 OUT=out/gpu LIMIT= (seconds for each command, in place of its own)
 #
-# OUT/gpu.md is written as it goes: a command that fails or runs out of time says so in its row, and
-# the next one runs. OUT/LOG.log is what each said.
+# Sections at SmolLM2's shape read smollm2/ (make smollm2). Where the peers (requirements-dev.txt)
+# are not installed, tools.bench runs ours alone. OUT/gpu.md is written as it goes: a command that
+# fails or runs out of time says so in its row, and the next one runs. OUT/LOG.log is what each said.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PY=${PY:-python3} OUT=${OUT:-out/gpu}
 TABLE=$OUT/gpu.md
-MAKE="make PY=$PY DEVICE=cuda"
+MAKE="make --no-print-directory PY=$PY DEVICE=cuda"
+BENCH="$PY -m tools.bench"
+WORLD=$OUT/all/world
 
-row() { # row LOG SECONDS COMMAND…: runs it, and writes its last line into the table
+row() { # row LOG SECONDS COMMAND…: runs it, and writes its last line, or KEEP lines, into the table
   local log=$OUT/$1.log limit=${LIMIT:-$2} start=$SECONDS status said
   shift 2
   timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1
   status=$?
-  said=$(grep -v '^$' "$log" | tail -n 1 | tr '\r|' '\n/' | tail -n 1)
-  [ $status = 0 ] || said="failed, status $status: $said"
-  [ $status != 124 ] || said="cut off after $limit s"
-  echo "| $(basename "$log" .log) | \`${*//$'\n'/ }\` | $((SECONDS - start)) | $said |" | tee -a "$TABLE"
+  said=$(tr '\r|' '\n/' < "$log" | grep -v '^ *$' | tail -n "${KEEP:-1}" | paste -s -d ';')
+  [ $status = 0 ] || said="failed, status $status: ${said##*;}"
+  [ $status != 124 ] || said="cut off after $limit s;${said#*: }"
+  echo "| $(basename "$log" .log) | \`${*//$'\n'/ }\` | $((SECONDS - start)) of $limit | ${said//;/; } |" |
+    tee -a "$TABLE"
 }
 
-tests() { row tests 300 "$PY" -m pytest -q tests --ignore tests/parity --ignore tests/browser; }
-quick() { row quick 120 $MAKE quick OUT="$OUT"; }
-all() { row all 420 $MAKE all OUT="$OUT/all"; }
-sampling() {
-  row sampling 120 "$PY" -m tools.bench sampling --model "$OUT/all/sft" \
-    --data "$OUT/all/world/heldout.jsonl"
+made() { # made FILE TARGET: what a section reads, where no earlier one has made it
+  [ -e "$OUT/all/$1" ] || row "made-$2" 60 $MAKE "$2" OUT="$OUT/all"
 }
+
+startup() { # of a process with a GPU; how many `all` and `quick` start, whose seconds hold it
+  local all quick
+  all=$($MAKE -n all OUT="$OUT/all" | grep -c "^$PY ")
+  quick=$($MAKE -n quick OUT="$OUT" | grep -c "^$PY ")
+  row startup 60 "$PY" -c "import subprocess, sys, time
+one = [sys.executable, '-c', 'import sft, torch; torch.zeros(1).cuda()']
+for times in (1, 3):
+    start = time.time()
+    for _ in range(times): subprocess.run(one, check=True)
+took = (time.time() - start) / 3
+print(f'{took:.1f} s a process: {took * $all:.0f} s of all, {took * $quick:.0f} s of quick')"
+}
+tests() { # the two halves side by side
+  row tests-first 300 $MAKE test-first &
+  row tests-second 300 $MAKE test-second
+  wait
+}
+graph() { row graph 60 "$PY" -m pytest tests/test_graph.py; }
+quick() { row quick 120 $MAKE quick OUT="$OUT"; }
+all() { row all 240 $MAKE all OUT="$OUT/all"; }
+real() { row real 720 $MAKE real FULL=1 OUT="$OUT"; }
 cudnn() { # do changing shapes cost time because attention's cuDNN backend plans anew for each?
   local reward="sys.argv = ['reward.py', '--model', '$OUT/all/sft', '--steps', '100', '--overwrite',
-    '--data', '$OUT/all/comparisons.jsonl', '--reference', '$OUT/all/world/sft.jsonl',
+    '--data', '$OUT/all/comparisons.jsonl', '--reference', '$WORLD/sft.jsonl',
     '--out', '$OUT/reward']; runpy.run_path('reward.py', run_name='__main__')"
+  made comparisons.jsonl comparisons
   for on in True False; do
     row "cudnn-$on" 60 "$PY" -c \
       "import runpy, sys, torch; torch.backends.cuda.enable_cudnn_sdp($on); $reward"
   done
 }
-qlora() {
-  row qlora-7B 150 "$PY" -m tools.bench qlora7b
-  row qlora-65B 300 "$PY" -m tools.bench qlora7b --size 65B --limit 48 --rounds 3
+
+sampling() {
+  local KEEP=3
+  made sft sft
+  row sampling-embedded 60 $BENCH sampling --model "$OUT/all/sft" --data "$WORLD/heldout.jsonl"
+  row sampling-135M 120 $BENCH sampling --data "$WORLD/heldout.jsonl" --batch 256 --tokens 128
 }
-dequantise() { row dequantise 120 "$PY" -m tools.bench dequantise; }
+sft() {
+  local KEEP=3
+  made world world
+  row sft-135M 60 $BENCH sft --data "$WORLD/sft.jsonl" --batch 64
+  row sft-1.1B 90 $BENCH sft --size 1.1B
+}
+lora() {
+  local KEEP=3
+  made world world
+  row lora-135M 60 $BENCH lora --data "$WORLD/sft.jsonl" --batch 64
+  row lora-1.1B 90 $BENCH lora --size 1.1B
+}
+dpo() {
+  local KEEP=3
+  made comparisons.jsonl comparisons
+  row dpo-135M 60 $BENCH dpo --data "$OUT/all/comparisons.jsonl" --batch 32
+  row dpo-1.1B 90 $BENCH dpo --size 1.1B --batch 4
+}
+ONE="--batch 1 --length 512 --rank 64 --checkpointing" # as in QLoRA's paper
+qlora() {
+  local KEEP=3
+  row qlora-7B 150 $BENCH qlora --size 7B $ONE
+  row qlora-7B-eager 90 $BENCH qlora --size 7B $ONE --compile off
+}
+qlora65() { row qlora-65B 300 $BENCH qlora --size 65B $ONE --limit 48 --rounds 3; }
+dequantise() {
+  local KEEP=20
+  row dequantise 60 $BENCH dequantise
+}
 mfu() {
   row mfu-135M 60 "$PY" -m tools.mfu --size 135M
-  row mfu-1.1B 90 "$PY" -m tools.mfu --size 1.1B
-  row mfu-1.1B-packed 90 "$PY" -m tools.mfu --size 1.1B --packed 8
+  row mfu-1.1B 60 "$PY" -m tools.mfu --size 1.1B
+  row mfu-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8
 }
-real() { row real 840 $MAKE real FULL=1 OUT="$OUT"; }
+compiled() {
+  row compiled-1.1B 60 "$PY" -m tools.mfu --size 1.1B --compile
+  row compiled-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8 --compile
+}
+attention() {
+  row attention-bf16 180 "$PY" -m tools.attention --dtypes bfloat16
+  row attention-fp32 60 "$PY" -m tools.attention --dtypes float32
+}
 
-NAMES="tests quick all sampling cudnn qlora dequantise mfu real"
+NAMES="startup tests quick all sampling sft lora dpo qlora qlora65 dequantise mfu compiled attention"
+NAMES="$NAMES graph cudnn real"
 [ $# -gt 0 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; echo "sections: $NAMES"; exit 2; }
 for name in "$@"; do
   [[ " $NAMES " == *" $name "* ]] || { echo "gpu.sh: no section $name: $NAMES"; exit 2; }
 done
 mkdir -p "$OUT" || exit 2
 [ -s "$TABLE" ] || printf '| what | command | seconds | said |\n| --- | --- | ---: | --- |\n' > "$TABLE"
-row card 60 "$PY" -c \
+row card 30 "$PY" -c \
   "import torch; print(torch.cuda.get_device_name(), 'torch', torch.__version__, torch.version.cuda)"
 for name in "$@"; do "$name"; done

@@ -936,7 +936,7 @@ def choices(smollm2):
     """lm-eval's log-likelihoods of CHOICES under data/base, in float32."""
     import tempfile
 
-    from tools.bench import lm_eval
+    from tools.peers import lm_eval
 
     rows = [{"query": q, "choices": c, "gold": 0} for q, c in CHOICES]
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:

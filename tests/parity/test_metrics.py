@@ -8,7 +8,8 @@ import pytest
 
 from common import hub
 from metrics import macro_f1, multiple_choice, rouge
-from tools.bench import lm_eval, other_choices
+from tools.bench import other_choices
+from tools.peers import lm_eval
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "golden"))
