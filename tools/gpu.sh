@@ -59,13 +59,15 @@ quick() { row quick 120 $MAKE quick OUT="$OUT"; }
 all() { row all 240 $MAKE all OUT="$OUT/all"; }
 real() { row real 720 $MAKE real FULL=1 OUT="$OUT"; }
 cudnn() { # do changing shapes cost time because attention's cuDNN backend plans anew for each?
-  local reward="sys.argv = ['reward.py', '--model', '$OUT/all/sft', '--steps', '100', '--overwrite',
+  local reward="torch.backends.cuda.enable_cudnn_sdp = print  # ours turns it off
+sys.argv = ['reward.py', '--model', '$OUT/all/sft', '--steps', '100', '--overwrite',
     '--data', '$OUT/all/comparisons.jsonl', '--reference', '$WORLD/sft.jsonl',
     '--out', '$OUT/reward']; runpy.run_path('reward.py', run_name='__main__')"
   made comparisons.jsonl comparisons
   for on in True False; do
     row "cudnn-$on" 60 "$PY" -c \
-      "import runpy, sys, torch; torch.backends.cuda.enable_cudnn_sdp($on); $reward"
+      "import runpy, sys, torch; torch.backends.cuda.enable_cudnn_sdp($on)
+$reward"
   done
 }
 
