@@ -19,6 +19,7 @@ import torch
 from common.pieces import PIECE
 from lora import GROUPS as TARGETS
 from model import Config
+from paged import PagedAdamW
 
 UNIT = 2**30  # what a graphics card's maker calls 1 GB
 
@@ -243,7 +244,7 @@ def measured(device) -> int:
     libraries included.
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(PagedAdamW.most, torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most  # Linux counts in KB
 
