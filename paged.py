@@ -61,7 +61,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.moving = {}  # {parameter: the event that ends its page's last copy}
         self.held = 0  # bytes of resident pages
         self.others = 0  # the most memory that anything else has held between steps
-        self.largest = {}  # the largest of each size that make_room() was told
+        self.passes = []  # the sizes for which make_room() made room
         self._count(passes=False)  # of what was before, such as loading
 
     @torch.no_grad()
@@ -196,13 +196,14 @@ class PagedAdamW(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- between steps
     def make_room(self, **sizes: int):
-        """Call before a forward and backward pass of these sizes (tokens, targets): where one of
-        them is larger than ever before, all pages leave. They fill the memory that earlier passes
-        left free, so a larger pass could fail.
+        """Call before a forward and backward pass of these sizes (tokens, targets): unless a pass
+        before was as large in each of them, all pages leave. They fill the memory that earlier
+        passes left free, so a larger pass could fail.
         """
-        grown = {name: n for name, n in sizes.items() if n > self.largest.get(name, 0)}
-        if grown:
-            self.largest |= grown
+        if not any(
+            all(n <= seen.get(name, 0) for name, n in sizes.items()) for seen in self.passes
+        ):
+            self.passes.append(sizes)
             self.offload()
 
     def offload(self):
