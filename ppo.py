@@ -240,10 +240,11 @@ def minibatches(r: Rollout, epochs: int, size: int, seed: int):
 def update(policy, critic, optimizer, r: Rollout, memory, seed: int, o, texts=()) -> dict:
     """Epochs of minibatches over a rollout → what the log says of them. texts: of --ptx."""
     losses, width = [], r.mask.shape[1]
+    cached = len(r.prompts) * (max(map(len, r.prompts)) + o.max_new_tokens)
     for rows in minibatches(r, o.epochs, o.minibatch, seed):
         room = sizes(rows.prompts, rows.answers)
         make_room(optimizer, **room)
-        memory.batch(**room)
+        memory.batch(**room, cached=cached)
         with autocast(policy.device):
             new = logprobs(policy, rows.prompts, rows.answers, o.temperature, width)  # (n,A)
             v = value(critic, rows.prompts, rows.answers, width)  # (n,A)
