@@ -190,8 +190,7 @@ def contents(
     Other families add kept_by_family; autocast bf16 copies of float32 matrices; masked one mask.
     With checkpointing every block's input stays, and beside it the copies of trained matrices until
     the forward pass ends, and then one block's contents and copies, with two gradients as wide as
-    its feed-forward. (A frozen embedding saves some.) A matrix in 4 bits is there for a moment, in
-    float32 and then in bf16.
+    its feed-forward. (A frozen embedding saves some.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
     x, e = dtype.itemsize, 2 if autocast else dtype.itemsize
@@ -218,13 +217,13 @@ def contents(
     frozen = copied(linears(c), lambda i, o: i * o) if rank and x == 4 and not quant else 0
     outside = tokens * rest + (2 * autocast * c.vocab_size * D if x == 4 else 0)
     one_block = tokens * (block + 2 * e * F) + fresh + frozen
-    if quant:
+    if quant:  # the largest matrix, for a moment: in float32, then beside it in bf16
         one_block += (4 + e % 4) * max(i * o for i, o in linears(c).values())
     if not checkpointing:
         whole = L * (tokens * block + fresh + frozen) + outside
         return dict(forward=whole, turn=whole, last=whole, first=one_block)
-    inputs = L * tokens * x * D + outside
-    return dict(forward=inputs + L * fresh, turn=inputs, last=inputs + one_block, first=one_block)
+    kept = L * tokens * x * D + outside
+    return dict(forward=kept + L * fresh, turn=kept, last=kept + one_block, first=one_block)
 
 
 def kept_by_family(c: Config, norm: int, normalised: int, length: int) -> int:
