@@ -209,12 +209,8 @@ def contents(
     block += kept_by_family(c, norm, (Q + KV) * (0 if rank else x), length) + e * (Q + KV) * c.fused
     # the last norm, the head's input, cos and sin, ids
     rest = norm + e * D + 2 * 4 * c.head_dim + 8 + masked * (1 + e) * length
-
-    def copied(names, size):  # bf16 copies of a block's matrices
-        return 2 * autocast * sum(size(*linears(c)[name]) for name in names)
-
-    fresh = copied(learns, lambda i, o: rank * (i + o) if rank else i * o)
-    frozen = copied(linears(c), lambda i, o: i * o) if rank and x == 4 and not quant else 0
+    fresh = autocast * copies(c, learns, rank)
+    frozen = autocast * copies(c, linears(c)) if rank and x == 4 and not quant else 0
     outside = tokens * rest + (2 * autocast * c.vocab_size * D if x == 4 else 0)
     one_block = tokens * (block + 2 * e * F) + fresh + frozen
     if quant:  # the largest matrix, for a moment: in float32, then beside it in bf16
@@ -224,6 +220,12 @@ def contents(
         return dict(forward=whole, turn=whole, last=whole, first=one_block)
     kept = L * tokens * x * D + outside
     return dict(forward=kept + L * fresh, turn=kept, last=kept + one_block, first=one_block)
+
+
+def copies(c: Config, names, rank=0) -> int:
+    """Bytes of bf16 copies of a block's matrices, with a rank of the adapters on them."""
+    sizes = [linears(c)[name] for name in names]
+    return 2 * sum(rank * (i + o) if rank else i * o for i, o in sizes)
 
 
 def kept_by_family(c: Config, norm: int, normalised: int, length: int) -> int:
