@@ -115,7 +115,13 @@ def test_ptx_adds_gamma_times_the_pre_training_gradient(monkeypatch):
             zero_grad=lambda: None,
         )
         o = SimpleNamespace(
-            epochs=1, minibatch=3, temperature=1.0, clip=0.2, vf_coef=0.1, ptx_coef=gamma
+            epochs=1,
+            minibatch=3,
+            temperature=1.0,
+            clip=0.2,
+            vf_coef=0.1,
+            max_new_tokens=7,
+            ptx_coef=gamma,
         )
         monkeypatch.setattr(ppo, "clip_grad_norm_", lambda *_: None)
         memory = SimpleNamespace(batch=lambda **_: None)
