@@ -42,7 +42,7 @@ from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_d
 from common.watch import Watch, Watching
 from data import records, templates
 from model import logprobs
-from packing import distinct
+from packing import distinct, sizes
 
 
 @dataclass
@@ -278,10 +278,11 @@ def by_kind(figures):
     return figures | dict(margin=figures["reward_chosen"] - figures["reward_rejected"])
 
 
-def sizes_of(pairs) -> dict:
-    """What decides the memory that a pass over pairs takes; most of them share their prompts."""
-    answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
-    return dict(tokens=answers + sum(len(prompt) for prompt, _, _ in pairs), targets=answers)
+def sizes_of(pairs, kto: bool) -> dict:
+    """What decides the memory that a pass over pairs takes, with KTO over their first answers."""
+    prompts, chosen, rejected = map(list, zip(*pairs, strict=True))
+    both = (prompts, chosen) if kto else (prompts * 2, chosen + rejected)
+    return sizes(*distinct(*both)[:2])
 
 
 def dpo(o: Options):
@@ -298,7 +299,7 @@ def dpo(o: Options):
     reference = {}
     if o.loss != "simpo":  # of the prompts that will be read
         first = records.batch(order, 0, min(len(data), o.steps * o.batch), o.seed)
-        found = reference_sums(policy, [data[i] for i in first], o.batch)
+        found = reference_sums(policy, [data[i] for i in first], -(-o.batch // o.accumulate))
         reference = dict(zip(first, found, strict=True))
     peak = tuning.learning_rate(o, 2e-4)
     optimizer = adamw(policy, peak, paged=o.paged)
@@ -316,9 +317,9 @@ def dpo(o: Options):
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
             pairs = [pair for at in part for pair in data[at]]
-            sizes = sizes_of(pairs)
-            make_room(optimizer, **sizes)
-            report.batch(**sizes)
+            room = sizes_of(pairs, kto)
+            make_room(optimizer, **room)
+            report.batch(**room)
             before = [reference.get(at) for at in part]
             if kto:
                 good = torch.tensor([labels[at] for at in part]).to(device)

@@ -44,15 +44,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common import hub, tuning
+from common.pieces import in_pieces
 from common.run import Run, autocast, fingerprint, lineage, main, make_room, opt, pick_device
 from data import records, templates
 from lora import LoRALinear
-from model import nll, predicted, wide
+from model import nll, nll_of, predicted, wide
 from packing import SHORTEST, count_targets, pack, usable
 from sampling import sample
 
@@ -115,7 +115,8 @@ def replay(new, old, ratio: float, size: int, seed: int):
 def mix_in(policy, old, coef: float, optimizer):
     """Adds γ ∇L_old to the gradients, L_old the mean of -log p per target → L_old (PPO-ptx)."""
     tokens, labels, segments = pack(old, max(SHORTEST, *(len(ids) for ids, _ in old)))
-    make_room(optimizer, tokens=tokens.numel(), targets=count_targets(old))
+    sizes = dict(ptx=tokens.numel(), ptx_length=tokens.shape[1], ptx_targets=count_targets(old))
+    make_room(optimizer, **sizes)  # words of their own: PPO's passes hold a critic too
     with autocast(policy.device):
         loss = nll(policy, tokens, labels, segments).sum() / count_targets(old)
     (coef * loss).backward()
@@ -128,11 +129,20 @@ def log_likelihood(model, ids, labels, generator=None):
     scored is drawn from the model; what it is conditioned on stays the data's."""
     row = torch.tensor([ids])
     h, targets, _ = predicted(model, row, torch.tensor([labels]), torch.zeros_like(row))
-    logits = wide(model.logits(h))
     if generator is not None:
-        uniform = torch.rand(len(targets), generator=generator).to(logits.device)
-        targets = sample(logits.detach(), 1.0, 1.0, uniform)
-    return -F.cross_entropy(logits, targets, reduction="sum")
+        uniform = torch.rand(len(targets), generator=generator).to(h.device)
+        targets = drawn(model, h.detach(), uniform)
+    return -nll_of(model, h, targets).sum()
+
+
+@torch.no_grad()
+def drawn(model, h, uniform):
+    """Targets (M,) drawn from the model's own distributions, at hidden states h (M,D)."""
+
+    def draw(h, uniform):
+        return sample(wide(model.logits(h)), 1.0, 1.0, uniform)
+
+    return in_pieces(draw, h, uniform, model.config.vocab_size)
 
 
 def add_gradient(sums, model, log_p, squared=True):
@@ -231,7 +241,8 @@ def forget(o: Options):
     data = records.batch(data, 0, n, o.seed)
     model.requires_grad_(True).eval()
     sums = copy.deepcopy(model)
-    sums.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
+    for total in sums.parameters():
+        total.data.zero_()
     run.resume(sums=sums)
 
     for i in run.steps(n, "example"):

@@ -20,6 +20,7 @@ from collections import Counter
 import torch
 
 from model import logprobs
+from packing import in_turn
 
 
 # ---------------------------------------------------------------- means and their intervals
@@ -296,7 +297,8 @@ def multiple_choice(model, tok, items, encode=choice_ids, size=16):
         pairs.append([encode(tok, *both) for both in zip(queries, choices, strict=True)])
     found = [None] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(pairs[i][0][0]))
-    for some in (order[at : at + size] for at in range(0, len(items), size)):
+    lengths = [len(pairs[i][0][0]) + sum(len(choice) for _, choice in pairs[i]) for i in order]
+    for some in (order[part] for part in in_turn(lengths, size)):
         sums = logprobs(model, *zip(*(p for i in some for p in pairs[i]), strict=True)).sum(1)
         sums = iter(finite(sums.tolist(), "log-probabilities"))
         for i in some:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 IGNORE = -100  # the label of a token that is read but not trained on
 SHORTEST = 128  # rows are at least this wide where there is enough to fill them: fewer of them
+TOGETHER = 2**14  # tokens of a pass that learns nothing: about as many as fit where a step does
 GROUP = 16  # answers behind one prompt: their attention grows with the square of their number
 
 
@@ -130,16 +131,8 @@ def pack_answers(prompts, answers, width=None, long_from=0):
     """
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([])} is empty: at least one token was expected")
-    examples = []
-    long = [len(p) + len(a) > long_from > 0 for p, a in zip(prompts, answers, strict=True)]
-    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        alike = n and long[n] == long[n - 1]
-        if n and prompt == prompts[n - 1] and len(examples[-1]) <= GROUP and alike:
-            examples[-1].append(answer)
-        else:
-            examples.append([prompt, answer])
-    lengths = [sum(map(len, pieces)) for pieces in examples]
-    rows, starts = lay_out(examples, max(min(SHORTEST, sum(lengths)), *lengths))
+    examples, lengths = behind_prompts(prompts, answers, long_from)
+    rows, starts = lay_out(examples, width_of(lengths))
     longest = max(map(len, answers)) if width is None else width
     at = []
     for pieces, (prompt_start, *answer_starts) in zip(examples, starts, strict=True):
@@ -148,6 +141,45 @@ def pack_answers(prompts, answers, width=None, long_from=0):
             places = [before, *range(start, start + len(answer))]
             at.append(places + places[-1:] * (longest - len(answer)))
     return rows, torch.tensor(at)
+
+
+def behind_prompts(prompts, answers, long_from=0):
+    """→ examples [[prompt, answer, …], …], and how many tokens each has."""
+    examples = []
+    long = [len(p) + len(a) > long_from > 0 for p, a in zip(prompts, answers, strict=True)]
+    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        alike = n and long[n] == long[n - 1]
+        if n and prompt == prompts[n - 1] and len(examples[-1]) <= GROUP and alike:
+            examples[-1].append(answer)
+        else:
+            examples.append([prompt, answer])
+    return examples, [sum(map(len, pieces)) for pieces in examples]
+
+
+def width_of(lengths) -> int:
+    return max(min(SHORTEST, sum(lengths)), *lengths)
+
+
+def sizes(prompts, answers) -> dict:
+    """What decides the memory that a pass over prompts and answers takes: the tokens of their rows,
+    padding too, the rows' length, and the answers' tokens."""
+    _, lengths = behind_prompts(prompts, answers)
+    width = width_of(lengths)
+    rows = 1 + max(row for row, _ in first_fit(lengths, width))
+    return dict(tokens=rows * width, length=width, targets=sum(map(len, answers)))
+
+
+def in_turn(lengths, size: int):
+    """Yields slices of rows of these lengths that are read together: `size` of them, or fewer of at
+    most TOGETHER tokens."""
+    start = tokens = 0
+    for i, n in enumerate(lengths):
+        if i > start and (i == start + size or tokens + n > TOGETHER):
+            yield slice(start, i)
+            start, tokens = i, 0
+        tokens += n
+    if lengths:
+        yield slice(start, len(lengths))
 
 
 def answer_mask(answers, width=None, device="cpu"):

@@ -7,7 +7,7 @@
 
 A page is one parameter's m and v (exp_avg, exp_avg_sq), one tensor (2, *shape). It is resident,
 beside the parameter, or on the host: for a GPU in pinned memory, so that copies run beside the
-computation, on their own stream. Wherever the pages are, updates equal
+computation, on a stream for each direction. Wherever the pages are, updates equal
 torch.optim.AdamW(foreach=False) bit for bit.
 
 A step visits the parameters in turn. Before one is updated, the pages of the next `ahead` start
@@ -37,6 +37,8 @@ class PagedAdamW(torch.optim.Optimizer):
     budget, and for a loaded state of another shape.
     """
 
+    most = 0  # bytes that this process has held on a GPU, until torch's peak last began anew
+
     def __init__(
         self,
         params,
@@ -53,12 +55,14 @@ class PagedAdamW(torch.optim.Optimizer):
         self.budget, self.ahead = budget, ahead
         params = [p for group in self.param_groups for p in group["params"]]
         self.device = params[0].device if params else torch.device("cpu")
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        gpu = self.device.type == "cuda"  # streams: to the host, to the GPU
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(2)] if gpu else None
         self.resident, self.host = {}, {}  # {parameter: page}
-        self.arrival = {}  # {parameter: the event that ends its page's copy}
+        self.moving = {}  # {parameter: the event that ends its page's last copy}
         self.held = 0  # bytes of resident pages
-        self.peak, self.others = 0, 0  # the most memory ever in use; the part that was not pages
-        self.largest = {}  # the largest of each size that make_room() was told
+        self.others = 0  # the most memory that anything else has held between steps
+        self.passes = []  # the sizes for which make_room() made room
+        self._count(passes=False)  # of what was before, such as loading
 
     @torch.no_grad()
     def step(self):
@@ -76,9 +80,10 @@ class PagedAdamW(torch.optim.Optimizer):
                     self._fetch(q)
             except torch.OutOfMemoryError:
                 pass  # it is fetched in its own turn
-            if arrival := self.arrival.pop(p, None):
+            if arrival := self.moving.pop(p, None):
                 torch.cuda.current_stream(self.device).wait_event(arrival)
             self._update(p, group, self.state[p], scratch)
+        self._count(passes=False)
 
     def _update(self, p, group, state, scratch):
         """The equation above, in torch's order of operations. scratch: memory shaped like p."""
@@ -107,7 +112,7 @@ class PagedAdamW(torch.optim.Optimizer):
             return
         page = self._empty(p, (2, *p.shape))
         if p in self.host:
-            self.arrival[p] = self._copy(page, self.host[p])
+            self._copy(p, page, self.host[p])
         else:
             page.zero_()
             self.state[p]["step"] = torch.tensor(0.0)
@@ -125,14 +130,14 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _leave(self, p):
         page = self.resident.pop(p)
-        self._copy(self._host_page(p), page)
+        self._copy(p, self._host_page(p), page)
         self.held -= page.nbytes
         self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = self.host[p]
 
     def _host_page(self, p):
         """p's memory on the host, kept once it is there: pinning is slow."""
         if p not in self.host:
-            pinned = self.stream is not None
+            pinned = self.streams is not None
             self.host[p] = torch.empty((2, *p.shape), dtype=p.dtype, pin_memory=pinned)
         return self.host[p]
 
@@ -145,33 +150,45 @@ class PagedAdamW(torch.optim.Optimizer):
                 if not self._evict(p):
                     raise
 
-    def _copy(self, to, source):
-        """Copies a page → None, or on a GPU the event that ends the copy.
-
-        There the copy is only queued, on the side stream, behind all work of the main stream so
-        far. record_stream keeps the memory of a page that is let go until the copy has read it.
+    def _copy(self, p, to, source):
+        """Copies p's page. On a GPU that is only queued, on its direction's stream: behind all work
+        of the main stream so far, and behind the page's last copy, which may still be on its way.
+        record_stream keeps the memory of a page that leaves until the copy has read it.
         """
-        if self.stream is None:
+        if self.streams is None:
             to.copy_(source)
-            return None
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+            return
+        stream = self.streams[to.is_cuda]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        if before := self.moving.get(p):
+            stream.wait_event(before)
+        with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
-        (to if to.is_cuda else source).record_stream(self.stream)
-        return self.stream.record_event()
+        if source.is_cuda:
+            source.record_stream(stream)
+        self.moving[p] = stream.record_event()
+
+    def _count(self, passes=True):
+        """Notes what passes have held beside the pages. torch's peak begins anew with each look: it
+        would hide a pass that took what pages had left."""
+        if self.streams is None:
+            return
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        PagedAdamW.most = max(PagedAdamW.most, peak)
+        if passes:
+            self.others = max(self.others, peak - self.held)
 
     def _room(self) -> float:
         """Bytes for resident pages: the budget, or the GPU's memory (or this process's share) less
         a sixteenth, less the most that anything else has taken so far: the peak of a forward and
         backward pass.
         """
+        self._count()
         if self.budget is not None:
             return self.budget
-        if self.stream is None:
+        if self.streams is None:
             return math.inf
-        peak = torch.cuda.max_memory_allocated(self.device)
-        if peak > self.peak:
-            self.peak, self.others = peak, peak - self.held
         free, total = torch.cuda.mem_get_info(self.device)
         share = torch.cuda.get_per_process_memory_fraction(self.device) * total
         mine = min(free + torch.cuda.memory_reserved(self.device), share)
@@ -179,32 +196,34 @@ class PagedAdamW(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- between steps
     def make_room(self, **sizes: int):
-        """Call before a forward and backward pass of these sizes (tokens, targets): where one of
-        them is larger than ever before, all pages leave. They fill the memory that earlier passes
-        left free, so a larger pass could fail.
+        """Call before a forward and backward pass of these sizes (tokens, targets): unless a pass
+        before was as large in each of them, all pages leave. They fill the memory that earlier
+        passes left free, so a larger pass could fail.
         """
-        grown = {name: n for name, n in sizes.items() if n > self.largest.get(name, 0)}
-        if grown:
-            self.largest |= grown
+        if not any(
+            all(n <= seen.get(name, 0) for name, n in sizes.items()) for seen in self.passes
+        ):
+            self.passes.append(sizes)
             self.offload()
 
     def offload(self):
         """Sends every page to the host."""
+        self._count()
         for p in list(self.resident):
             self._leave(p)
 
     def state_dict(self):
-        if self.stream is not None:
-            self.stream.synchronize()  # pages on their way to the host have arrived
+        for stream in self.streams or ():
+            stream.synchronize()  # pages on their way have arrived
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
         """Loads an AdamW state, paged or not. Its pages start on the host."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        for stream in self.streams or ():
+            stream.synchronize()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.resident, self.host, self.held = {}, {}, 0
+        self.resident, self.host, self.moving, self.held = {}, {}, {}, 0
         params = (p for group in self.param_groups for p in group["params"])
         indices = (i for group in state_dict["param_groups"] for i in group["params"])
         for i, p in zip(indices, params, strict=True):

@@ -52,6 +52,7 @@ from common.watch import Watch, Watching
 from data import records, templates
 from data.world import world
 from model import answer_mask, logprobs, scalar_model, score, share, values
+from packing import sizes
 from sampling import generate, prompt_room
 
 RATIO_BOUND = 1e-3  # |ρ - 1| before an update: rounding reaches 6e-5, a temperature off by 1 % more
@@ -239,10 +240,11 @@ def minibatches(r: Rollout, epochs: int, size: int, seed: int):
 def update(policy, critic, optimizer, r: Rollout, memory, seed: int, o, texts=()) -> dict:
     """Epochs of minibatches over a rollout → what the log says of them. texts: of --ptx."""
     losses, width = [], r.mask.shape[1]
+    cached = len(r.prompts) * (max(map(len, r.prompts)) + o.max_new_tokens)
     for rows in minibatches(r, o.epochs, o.minibatch, seed):
-        sizes = sizes_of(rows)
-        make_room(optimizer, **sizes)
-        memory.batch(**sizes)
+        room = sizes(rows.prompts, rows.answers)
+        make_room(optimizer, **room)
+        memory.batch(**room, cached=cached)
         with autocast(policy.device):
             new = logprobs(policy, rows.prompts, rows.answers, o.temperature, width)  # (n,A)
             v = value(critic, rows.prompts, rows.answers, width)  # (n,A)
@@ -314,12 +316,6 @@ def warn_no_end(r: Rollout, no_end_score: float):
         print(f"warning: an answer without an end gets {no_end_score:g}, {others}; {advice}")
 
 
-def sizes_of(rows: Rollout) -> dict:
-    """What decides the memory that a pass over answers takes."""
-    targets = sum(map(len, rows.answers))
-    return dict(tokens=targets + sum(map(len, rows.prompts)), targets=targets)
-
-
 def report(r: Rollout, batch) -> dict:
     """What the log says of a rollout."""
     k1, k3 = kl_estimates(r.old, r.ref, r.mask)
@@ -364,7 +360,7 @@ def ppo(o: Options):
         # 1 answers, 2 rewards, 3 credit. Different rounds and runs never share a seed: the factors
         # are primes, larger than the number of rounds in a run and of epochs in a round
         batch = records.batch(prompts, it, o.batch, o.seed)
-        room = sum(len(ids) + o.max_new_tokens for _, ids in batch)
+        room = len(batch) * (max(len(ids) for _, ids in batch) + o.max_new_tokens)
         make_room(optimizer, cached=room)
         with autocast(device):
             seed = o.seed * 100_003 + it

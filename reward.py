@@ -23,7 +23,7 @@ from common.run import Run, adamw, autocast, lr_at, main, make_room, opt, pick_d
 from data import records, templates
 from metrics import pair_accuracy, pairs_won
 from model import scalar_model, score
-from packing import pad
+from packing import pad, sizes
 
 ABSENT = -1
 
@@ -125,22 +125,29 @@ def prepare_references(path, tok, length: int, seed: int, n=128, **allowed):
     return kept
 
 
+def one_by_one(batch):
+    """[(prompt, answers, ranks)] → each answer's prompt, and the answers."""
+    prompts = [prompt for prompt, answers, _ in batch for _ in answers]
+    return prompts, [a for _, answers, _ in batch for a in answers]
+
+
 def scores_of(model, batch):
     """[(prompt, answers, ranks)] → scores (B,K) and ranks (B,K), absent answers where a prompt has
     fewer than K."""
-    prompts = [prompt for prompt, answers, _ in batch for _ in answers]
     ranks, present = pad([r for _, _, r in batch], fill=ABSENT)
     with autocast(model.device):
-        flat = score(model, prompts, [a for _, answers, _ in batch for a in answers])
+        flat = score(model, *one_by_one(batch))
     place = tuple(i.to(flat.device) for i in present.nonzero(as_tuple=True))
     return flat.new_zeros(ranks.shape).index_put(place, flat), ranks.to(flat.device)
 
 
 @torch.no_grad()
-def reference_scores(model, ids):
-    """Mean and standard deviation of the scores of reference answers [(prompt ids, answer ids)]."""
-    parts = [ids[i : i + 32] for i in range(0, len(ids), 32)]
-    scores = torch.cat([score(model, *zip(*part, strict=True)) for part in parts])
+def reference_scores(model, ids, size=32):
+    """Mean and standard deviation of the scores of reference answers [(prompt ids, answer ids)],
+    `size` at a time."""
+    parts = [ids[i : i + size] for i in range(0, len(ids), size)]
+    with autocast(model.device):  # as PPO reads them
+        scores = torch.cat([score(model, *zip(*part, strict=True)) for part in parts])
     return scores.mean().item(), scores.std().item()
 
 
@@ -172,9 +179,9 @@ def reward(o: Options):
         lr = lr_at(step, o.steps, peak, o.warmup, o.schedule)
         set_lr(optimizer, lr)
         batch = records.batch(data, step, o.batch, o.seed)
-        tokens = sum(len(prompt) + sum(map(len, answers)) for prompt, answers, _ in batch)
-        make_room(optimizer, tokens=tokens)
-        report.batch(tokens=tokens, targets=0)
+        size = sizes(*one_by_one(batch))
+        make_room(optimizer, **size)
+        report.batch(**size)
         scores, ranks = scores_of(model, batch)
         loss = ranking_loss(scores, ranks)
         loss.backward()
@@ -186,7 +193,8 @@ def reward(o: Options):
         run.save(step)
 
     c = model.config
-    c.reward_mean, c.reward_std = reference_scores(model, references)
+    size = min(32, 4 * o.batch)  # no more than a step has taken
+    c.reward_mean, c.reward_std = reference_scores(model, references, size)
     tuning.check_spread(o.reference, c.reward_mean, c.reward_std)
     if held:
         run.log(o.steps, held_out_accuracy=held_out_accuracy(model, held, o.batch))

@@ -137,7 +137,7 @@ def sft(o: Options):
             part = batch[i : i + size]
             width = max(SHORTEST, *(len(ids) for ids, _ in part))  # short rows: little attention
             tokens, labels, segments = pack(part, width)
-            sizes = dict(tokens=tokens.numel(), targets=count_targets(part))
+            sizes = dict(tokens=tokens.numel(), length=width, targets=count_targets(part))
             make_room(optimizer, **sizes)
             report.batch(**sizes)
             with autocast(device):

@@ -19,6 +19,7 @@ import torch
 from common.pieces import PIECE
 from lora import GROUPS as TARGETS
 from model import Config
+from paged import PagedAdamW
 
 UNIT = 2**30  # what a graphics card's maker calls 1 GB
 
@@ -154,7 +155,12 @@ def nf4_bytes(n: int) -> dict:
 
 
 # ---------------------------------------------------------------- estimated
-def activations(
+def activations(*shape, **how) -> int:
+    """The most bytes that a pass holds beside gradients and logits; arguments: contents()'s."""
+    return max(contents(*shape, **how).values())
+
+
+def contents(
     c: Config,
     tokens: int,
     length: int,
@@ -166,9 +172,10 @@ def activations(
     checkpointing=False,
     gpu=False,
     masked=False,
-) -> int:
-    """Bytes that a forward pass over `tokens` tokens in rows of `length` keeps for its backward
-    pass; rank to quant as in predict.
+) -> dict:
+    """What blocks and norms hold at four moments of a pass {moment: bytes}: where its forward pass
+    ends, where the backward pass begins ("turn"), reaches the "last" block, and the "first" one.
+    rank to quant as in predict.
 
     Per token and block, with x bytes per number of the residual stream and e per number of a matrix
     product (2 under autocast):
@@ -181,9 +188,9 @@ def activations(
                      kernels get k and v repeated for every head, but in bf16 without a mask
         SwiGLU       gate x, silu(gate x), up x; their product is down's input
     Other families add kept_by_family; autocast bf16 copies of float32 matrices; masked one mask.
-    With checkpointing every block's input stays, and beside it the larger of two: the copies of
-    trained matrices at the end of the forward pass, or in the backward pass one block's contents
-    and copies, with two gradients as wide as its feed-forward. (A frozen embedding saves some.)
+    With checkpointing every block's input stays, and beside it the copies of trained matrices until
+    the forward pass ends, and then one block's contents and copies, with two gradients as wide as
+    its feed-forward. (A frozen embedding saves some.)
     """
     D, F, H, L = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_hidden_layers
     x, e = dtype.itemsize, 2 if autocast else dtype.itemsize
@@ -202,17 +209,23 @@ def activations(
     block += kept_by_family(c, norm, (Q + KV) * (0 if rank else x), length) + e * (Q + KV) * c.fused
     # the last norm, the head's input, cos and sin, ids
     rest = norm + e * D + 2 * 4 * c.head_dim + 8 + masked * (1 + e) * length
-
-    def copied(names, size):  # bf16 copies of a block's matrices
-        return 2 * autocast * sum(size(*linears(c)[name]) for name in names)
-
-    fresh = copied(learns, lambda i, o: rank * (i + o) if rank else i * o)
-    frozen = copied(linears(c), lambda i, o: i * o) if rank and x == 4 and not quant else 0
+    fresh = autocast * copies(c, learns, rank)
+    frozen = autocast * copies(c, linears(c)) if rank and x == 4 and not quant else 0
     outside = tokens * rest + (2 * autocast * c.vocab_size * D if x == 4 else 0)
-    if not checkpointing:
-        return L * (tokens * block + fresh + frozen) + outside
     one_block = tokens * (block + 2 * e * F) + fresh + frozen
-    return L * tokens * x * D + max(L * fresh, one_block) + outside
+    if quant:  # the largest matrix, for a moment: in float32, then beside it in bf16
+        one_block += (4 + e % 4) * max(i * o for i, o in linears(c).values())
+    if not checkpointing:
+        whole = L * (tokens * block + fresh + frozen) + outside
+        return dict(forward=whole, turn=whole, last=whole, first=one_block)
+    kept = L * tokens * x * D + outside
+    return dict(forward=kept + L * fresh, turn=kept, last=kept + one_block, first=one_block)
+
+
+def copies(c: Config, names, rank=0) -> int:
+    """Bytes of bf16 copies of a block's matrices, with a rank of the adapters on them."""
+    sizes = [linears(c)[name] for name in names]
+    return 2 * sum(rank * (i + o) if rank else i * o for i, o in sizes)
 
 
 def kept_by_family(c: Config, norm: int, normalised: int, length: int) -> int:
@@ -237,13 +250,47 @@ def logits(c: Config, targets: int, rank=0) -> int:
     return 4 * c.vocab_size * max(3 * size, 0 if rank else size + c.hidden_size)
 
 
+WORKSPACES = 2**26  # cuBLAS's on an H100: 32 MB for the forward, 32 for the backward pass
+HERE = dict(forward=(0, 2 / 3), turn=(0, 1), last=(0, 0), first=(1, 0))  # gradients, logits
+
+
+def fullest(rows: dict, *passes, again=False, cache=0) -> dict:
+    """Rows of count() or predict() → those of a training step's fullest moment, among them its
+    activations and logits. Gradients come as activations go; `again`: those of a pass before are
+    there already. cache: bytes of keys and values while answers are sampled.
+
+    passes: for each network that is trained contents()'s arguments, and `aimed`, its targets.
+    """
+    found = []
+    for moment, (grown, share) in HERE.items():
+        here = dict(gradients=rows["gradients"] * bool(grown or again), activations=0, logits=0)
+        for how in passes:
+            how = dict(how)
+            c, size, rank = how["c"], how.pop("aimed"), how.get("rank", 0)
+            here["activations"] += contents(**how)[moment]
+            here["logits"] += int(share * logits(c, size, rank))
+            if moment != "forward" and not (grown or rank or c.num_labels):
+                here["gradients"] += 4 * c.vocab_size * c.hidden_size  # the head's is the first
+        if any(how.get("gpu") for how in passes):
+            here["workspaces"] = WORKSPACES
+        found.append(rows | here)
+    if cache:
+        found.append(rows | {"gradients": 0, "keys and values": cache})
+    return max(found, key=lambda rows: sum(rows.values()))
+
+
+def cache(c: Config, columns: int, size=2) -> int:
+    """Bytes of a sampler's keys and values, `size` each, over so many columns of all its rows."""
+    return 2 * size * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * columns
+
+
 # ---------------------------------------------------------------- measured, and shown
 def measured(device) -> int:
     """The most bytes that this process has held so far: on a GPU in tensors, elsewhere in all,
     libraries included.
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(PagedAdamW.most, torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most  # Linux counts in KB
 
@@ -257,7 +304,7 @@ def table(rows: dict, c: Config | None = None) -> str:
     width = max(map(len, rows))
     lines = [f"{what:<{width}} {size / unit:>9,.2f} {name}" for what, size in rows.items()]
     if c is not None:
-        n, whole = rows.get("gradients", 0) // 4, parameters(c)
+        n, whole = rows.get("trained", 0) // 4, parameters(c)
         lines.append(f"trained: {n:,} parameters, {n / whole:.2%} of the model's {whole:,}")
     return "\n".join(lines)
 
@@ -295,14 +342,10 @@ def held(c: Config, paged=False, **how) -> dict:
 
 
 def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
-    rows = held(c, paged, **how)
-    rows["activations"] = activations(
-        c, tokens, tokens, **how, autocast=True, checkpointing=True, gpu=True
+    way = dict(how, autocast=True, checkpointing=True, gpu=True)
+    return fullest(
+        held(c, paged, **how), dict(way, c=c, tokens=tokens, length=tokens, aimed=tokens)
     )
-    rows["logits"] = logits(c, tokens, how.get("rank", 0))
-    if how.get("quant"):  # the largest matrix, for a moment: in float32, then beside it in bf16
-        rows["dequantised"] = 6 * max(i * o for i, o in linears(c).values())
-    return rows
 
 
 def end_rows(c: Config, paged=False, page=256, **how) -> dict:

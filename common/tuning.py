@@ -177,6 +177,8 @@ def start(o, device):
     quant, frozen = quantisation(o), kind(o) != "weights"
     if o.paged and device.type == "cpu":
         print("--paged has no effect on a CPU, whose memory is one", file=sys.stderr)
+    if device.type == "cuda" and not has_bf16(device):
+        print("this GPU has no bf16: all is computed and held in float32", file=sys.stderr)
     dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
     if not o.keep_base:
         model, tok = load(o.model, device, dtype, quant)
@@ -380,37 +382,45 @@ class Report:
         self.before = trained(models[0]) if kind(o) != "weights" else {}
         self.shown = False
 
-    def batch(self, tokens: int, targets: int, length=128):
-        """Prints the memory table, the first time that it is called.
+    def batch(self, tokens: int, targets: int, length=128, cached=0):
+        """Prints the memory table of a step's fullest moment, the first time that it is called.
 
-        tokens, targets: of one forward and backward pass; length: of its packed rows.
+        tokens, targets: of one forward and backward pass; length: of its packed rows; cached:
+        columns of a sampler's cache, of all rows.
         """
         if self.shown:
             return
         self.shown = True
-        o, model = self.o, self.models[0]
+        trained = [m for m in self.models if any(p.requires_grad for p in m.parameters())]
+        shape = dict(tokens=tokens, length=length, aimed=targets)
+        passes = [shape | self.way(model) for model in trained]
+        first = passes[0]
+        size = 2 if first["autocast"] else first["dtype"].itemsize
+        more = dict(again=getattr(self.o, "accumulate", 1) > 1)
+        more["cache"] = memory.cache(first["c"], cached, size)
+        rows = memory.fullest(memory.count(*self.models), *passes, **more)
+        estimated = ("activations", "logits", "keys and values", "workspaces")
+        rows = {f"{k} (estimate)" if k in estimated else k: n for k, n in rows.items()}
+        print(memory.table(rows, self.models[0].config))
+
+    def way(self, model) -> dict:
+        """How a network is trained, as memory.contents() asks for it."""
         ranks = {
             n.rpartition(".")[2]: m.settings[m.active]["r"]
             for n, m in model.named_modules()
             if isinstance(m, lora.LoRALinear)
         }
-        rank = max(ranks.values(), default=int(kind(o) != "weights"))
-        rows = memory.count(*self.models)
-        rows["activations (estimate)"] = memory.activations(
-            model.config,
-            tokens,
-            length,
-            rank=rank,
+        return dict(
+            c=model.config,
+            rank=max(ranks.values(), default=int(kind(self.o) != "weights")),
             targets=list(ranks),
             dtype=model.embed_tokens.weight.dtype,
-            quant=quantisation(o),
+            quant="nf4" if in_4_bits(model) else None,
             autocast=has_bf16(self.device),
-            checkpointing=o.checkpointing,
+            checkpointing=self.o.checkpointing,
             gpu=self.device.type == "cuda",
             masked=True,
         )
-        rows["logits (estimate)"] = memory.logits(model.config, targets, rank)
-        print(memory.table(rows, model.config))
 
     def finish(self):
         used = memory.measured(self.device) / memory.UNIT

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 import metrics
-from common.run import WATCHED, autocast, opt
+from common.run import WATCHED, autocast, make_room, opt
 from data import benchmarks
 from metrics import mean, paired_bootstrap, perplexity, ratio
 from model import logprobs
@@ -164,6 +164,7 @@ class Watch:
 
     def look(self, step: int) -> bool:
         """Scores the network after `step` steps → whether the run ends here."""
+        make_room(self.run.tracked.get("optimizer"), watched=len(self.items))  # of a resumed run
         figures, parts = self.score() if step else (self.first, self.start)
         start = self.value(self.start)
         fall, half = paired_bootstrap(self.start, parts, self.value)

@@ -412,6 +412,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_steps_pairs(run, options):
     for n in (1, 2, 3, 8):
         calls, log = run(batch=batch, accumulate=n, **options)
         assert len(calls["gradients"]) == 1 and log[0]["pairs"] == len(pairs)
+        for (_, _, together), _ in calls["reference_sums"]:
+            assert together == -(-batch // n), "the reference is read a micro-batch at a time"
         assert apart(calls["gradients"][0], expected) < 1e-5 * size + 1e-6, n
         assert log[0]["loss"] == pytest.approx(
             (total.item() - options.get("nll", 0.0) * log[0]["nll"]), abs=1e-3

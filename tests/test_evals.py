@@ -2,10 +2,12 @@
 and a whole run on tiny checkpoints.
 """
 
+import gc
 import json
 import random
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -344,6 +346,45 @@ def test_the_world_s_results(tmp_path, capsys):
             figure = results[stage]["gold_greedy" if kind else "gold_sampled"]
             assert figure == pytest.approx(mean([line["gold"] for line in lines]))
     assert "dpo " in capsys.readouterr().out
+
+
+def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """None is left, in no frame and in no circle of references, when the next one is read."""
+    out, alive, loaded, load = tmp_path / "out", [], [], hub.load
+
+    def one(path, *rest):
+        assert not any(ref() for ref in alive), f"{loaded[-1]} is in memory when {path} is read"
+        model, tok = load(path, *rest)
+        loaded.append(Path(path).name)
+        alive.extend(map(weakref.ref, (model, model.embed_tokens.weight)))
+        return model, tok
+
+    monkeypatch.setattr(hub, "load", one)
+    shape = dict(max_position_embeddings=256)
+    for seed, stage in enumerate(("base", "sft", "dpo")):
+        folder(out / stage, seed, **shape)
+    hub.save(out / "reward", scalar_model(lm(4, **shape)), chat_tokenizer())
+    (out / "world").mkdir()
+    items = world.items(4, 0, "heldout")
+    rows = [{"messages": user(i["prompt"]), "item": i} for i in items]
+    write(out / "world" / "heldout.jsonl", rows)
+    texts = [f"question {i}" for i in range(40)]
+    chats = [{"messages": user(t) + [{"role": "assistant", "content": "ok"}]} for t in texts]
+    prefs = [{"prompt": t, "chosen": "sure", "rejected": "no no"} for t in texts]
+    choices = [{"query": t, "choices": ["a", "b"], "gold": 0} for t in texts[:4]]
+    given = dict(out=str(out), base=str(out / "base"), n=3)
+    own = dict(data=write(tmp_path / "d.jsonl", chats), prefs=write(tmp_path / "p.jsonl", prefs))
+    task = dict(task=write(tmp_path / "c.jsonl", choices), model=given["base"])
+    gc.collect()
+    gc.disable()
+    try:
+        evals.evaluate(options(**given))
+        evals.evaluate(options(**given | own))
+        evals.evaluate(options(**given | task, against=str(out / "dpo")))
+    finally:
+        gc.enable()
+    assert loaded == [*("base", "sft", "dpo", "sft", "reward"), *("base", "sft", "dpo", "reward"),
+                      *("base", "dpo")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

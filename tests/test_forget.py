@@ -18,10 +18,12 @@ import forget
 import lora
 import ppo
 import sft
+from common import pieces
 from common.run import lineage
 from data import records, templates
 from model import logprobs, scalar_model
 from packing import count_targets, pack
+from paged import PagedAdamW
 
 TOK = chat_tokenizer()
 CHATS = [
@@ -113,7 +115,13 @@ def test_ptx_adds_gamma_times_the_pre_training_gradient(monkeypatch):
             zero_grad=lambda: None,
         )
         o = SimpleNamespace(
-            epochs=1, minibatch=3, temperature=1.0, clip=0.2, vf_coef=0.1, ptx_coef=gamma
+            epochs=1,
+            minibatch=3,
+            temperature=1.0,
+            clip=0.2,
+            vf_coef=0.1,
+            max_new_tokens=7,
+            ptx_coef=gamma,
         )
         monkeypatch.setattr(ppo, "clip_grad_norm_", lambda *_: None)
         memory = SimpleNamespace(batch=lambda **_: None)
@@ -134,6 +142,22 @@ def test_ptx_adds_gamma_times_the_pre_training_gradient(monkeypatch):
 def softmax():
     """A Transformer without layers: softmax regression on normed embeddings, in float64."""
     return lm(3, num_hidden_layers=0).double()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_an_example_s_logits_come_in_pieces(seed, monkeypatch):
+    """Drawn targets too: no more than a piece of them exists at a time."""
+    model, found, heads = lm(3).double(), [], []
+    model.lm_head.register_forward_hook(lambda m, x, y: heads.append(len(y)))
+    for piece in (2**26, 3 * model.config.vocab_size):
+        monkeypatch.setattr(pieces, "PIECE", piece)
+        seeded = None if seed is None else torch.Generator().manual_seed(seed)
+        log_p = forget.log_likelihood(model, *RAGGED[1], seeded)
+        found.append([log_p.detach(), *gradients(model, log_p)])
+    assert heads[0] == 7
+    assert all(n <= 3 for n in heads[1 + (seed is not None) :])
+    for whole, parts in zip(*found, strict=True):
+        assert (whole - parts).abs().max() < 1e-12
 
 
 def squares(model, scalars, squared=True):
@@ -415,10 +439,17 @@ def test_replayed_examples_are_part_of_the_step(tasks):
     assert 2 * mine <= sum(line["targets"] for line in log) < 2 * mine + longest
 
 
-def test_ppo_with_ptx(small, tmp_path):
+def test_ppo_with_ptx(small, tmp_path, monkeypatch):
+    told, make_room = [], PagedAdamW.make_room
+    monkeypatch.setattr(
+        PagedAdamW, "make_room", lambda s, **n: (told.append(n), make_room(s, **n))[1]
+    )
     text = tiny.write(tmp_path / "text.jsonl", [{"text": t * 3} for t in tiny.TEXTS])
     options = small["ppo"] | dict(iterations=2, device="cpu", out=str(tmp_path / "out"), ptx=text)
-    ppo.ppo(ppo.Options(**options))
+    ppo.ppo(ppo.Options(**options, paged=True))
+    assert {tuple(n) for n in told} == {
+        ("cached",), ("tokens", "length", "targets"), ("ptx", "ptx_length", "ptx_targets")
+    }  # fmt: skip
     assert all(line["ptx_loss"] > 0 for line in tiny.metrics(tmp_path / "out"))
     assert text in json.loads((tmp_path / "out" / "run.json").read_text())["inputs"]
 

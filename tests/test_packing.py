@@ -1,10 +1,13 @@
 """Packing: rows that are full, nothing read twice, and no token that sees another example's."""
 
+import random
+
 import pytest
 import torch
 from tiny import V, close, decoder, ragged
 
 import model as M
+import packing
 from packing import by_segments, distinct, first_fit, lay_out, pack_answers, pad, visible
 
 
@@ -63,6 +66,28 @@ def test_the_longest_examples_come_first_and_pieces_may_be_empty():
     assert rows.tokens.tolist() == [[5, 6, 7, 8], [2, 3, 4, 1]]
     assert starts == [[7], [4, 6, 6], [0]]
     assert rows.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sizes_are_those_of_the_rows(seed):
+    """Their padding counts, and a prompt that several answers share counts once."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(9)] * rng.randint(1, 120) for _ in range(6)]
+    prompts = [p for p in prompts for _ in range(rng.randint(1, 3))]
+    answers = [[1] * rng.randint(0, 70) for _ in prompts]
+    rows, _ = packing.pack_answers(prompts, answers)
+    height, width = rows.tokens.shape
+    found = packing.sizes(prompts, answers)
+    assert found == dict(tokens=height * width, length=width, targets=sum(len(a) for a in answers))
+
+
+def test_long_rows_are_read_fewer_together(monkeypatch):
+    monkeypatch.setattr(packing, "TOGETHER", 10)
+    lengths = [2, 2, 2, 9, 1, 1, 20, 5, 5, 1]
+    assert [lengths[part] for part in packing.in_turn(lengths, 3)] == [
+        [2, 2, 2], [9, 1], [1], [20], [5, 5], [1],
+    ]  # fmt: skip
+    assert list(packing.in_turn([], 3)) == []
 
 
 def test_who_sees_whom():

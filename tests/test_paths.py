@@ -288,25 +288,45 @@ def test_pages_leave_before_a_larger_pass(stage, world, tmp_path, monkeypatch):
     """Every stage says before each pass how large it is, and only a larger one than any before
     costs anything.
     """
-    told, left, network = [], [], []
-    make_room, offload = PagedAdamW.make_room, PagedAdamW.offload
+    told, left, network, decoded = [], [], [], []
+    make_room, offload, generate = PagedAdamW.make_room, PagedAdamW.offload, ppo.generate
     monkeypatch.setattr(
         PagedAdamW, "make_room", lambda s, **n: (told.append(n), make_room(s, **n))[1]
     )
     monkeypatch.setattr(PagedAdamW, "offload", lambda s: (left.append(len(told)), offload(s))[1])
     forward = Transformer.hidden
-    monkeypatch.setattr(
-        Transformer,
-        "hidden",
-        lambda m, *a, **k: (network.append(len(told)), forward(m, *a, **k))[1],
-    )
+
+    def hidden(model, tokens, *rest, **more):
+        network.append((len(told), tokens.numel() * torch.is_grad_enabled()))
+        return forward(model, tokens, *rest, **more)
+
+    def answers(policy, prompts, new, *rest, **more):
+        decoded.append(len(prompts) * (max(map(len, prompts)) + new))
+        return generate(policy, prompts, new, *rest, **more)
+
+    monkeypatch.setattr(Transformer, "hidden", hidden)
+    monkeypatch.setattr(ppo, "generate", answers)
     world.go(stage, tmp_path / "out", **world.start(stage, "weights", "32"), paged=True)
     assert len(told) == (1 + 2 if stage == "ppo" else 2)  # PPO: the rollout, and two minibatches
-    assert {k for n in told for k in n} >= {"tokens"}
-    largest, expected = {}, []
+    known, expected = [], []
     for i, sizes in enumerate(told):
-        assert i == 0 or i + 1 in network, "a pass follows each word"
-        if any(n > largest.get(k, 0) for k, n in sizes.items()):
-            largest |= {k: max(n, largest.get(k, 0)) for k, n in sizes.items()}
+        behind = [tokens for at, tokens in network if at == i + 1]
+        assert behind, "a pass follows each word"
+        if "tokens" in sizes:
+            assert max(behind) == sizes["tokens"], "as large as was said"
+        else:
+            assert decoded == [sizes["cached"]], "rows as long as the longest"
+        if not any(all(n <= seen.get(k, 0) for k, n in sizes.items()) for seen in known):
+            known.append(sizes)
             expected.append(i + 1)
     assert left == expected and left
+
+
+def test_reference_answers_are_read_no_more_at_once_than_a_step_reads(world, tmp_path, monkeypatch):
+    found, real = [], reward.reference_scores
+    note = lambda model, ids, size: (found.append(size), real(model, ids, size))[1]  # noqa: E731
+    monkeypatch.setattr(reward, "reference_scores", note)
+    for batch in (1, 8):
+        start = world.start("reward", "weights", "32") | dict(batch=batch, steps=1)
+        world.go("reward", tmp_path / str(batch), **start)
+    assert found == [4, 32]

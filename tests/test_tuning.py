@@ -20,7 +20,7 @@ import reward
 import sft
 from common import hub, memory, tuning
 from common.run import autocast, pick_device
-from model import share
+from model import scalar_model, share
 
 CPU = pick_device("cpu")
 # the head: all but scalar models have one
@@ -296,14 +296,12 @@ def test_one_place_decides_bf16(bf16, small, qlora, monkeypatch, capsys):
     tuning.start(options(model=qlora / "sft", **KEEP), gpu)
     tuning.start(options(model=small["sft"]["model"]), gpu)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32] * 2 + [torch.float32]
-    found, count = [], memory.activations
+    found, count = set(), memory.contents
     monkeypatch.setattr(
-        memory,
-        "activations",
-        lambda *a, **how: (found.append(how["autocast"]), count(*a, **how))[1],
+        memory, "contents", lambda **how: (found.add(how["autocast"]), count(**how))[1]
     )
     tuning.Report(options(lora=2), gpu, [model]).batch(tokens=10, targets=10)
-    assert found == [bf16] and not isinstance(autocast(CPU), torch.autocast)
+    assert found == {bf16} and not isinstance(autocast(CPU), torch.autocast)
 
 
 def test_learning_rates():
@@ -355,6 +353,22 @@ def test_an_adapter_that_has_not_moved_is_named(small, capsys):
     assert "warning" not in capsys.readouterr().out  # after one step A cannot have moved
 
 
+def test_the_table_counts_every_network_that_is_trained(small, capsys):
+    """PPO's critic keeps its activations beside the policy's; its sampler's cache may be more than
+    an update."""
+    policy, _ = tuning.start(options(model=small["sft"]["model"]), CPU)
+    critic = scalar_model(policy)
+    sums = []
+    for models, cached in (([policy], 0), ([policy, critic], 0), ([policy, critic], 10**6)):
+        exact = sum(memory.count(*models).values()) - memory.count(*models)["gradients"]
+        tuning.Report(options(), CPU, models).batch(tokens=4096, targets=0, cached=cached)
+        said = capsys.readouterr().out
+        total = next(float(line.split()[1]) for line in said.splitlines() if line[:3] == "sum")
+        sums.append(total * (2**30 if "GB" in said else 2**20) - exact)
+    assert ("keys and values" in said) and sums[2] > 2 * sums[1]
+    assert sums[1] / sums[0] == pytest.approx(2, rel=0.05)
+
+
 def test_that_pages_are_for_a_gpu_is_said(small, tmp_path):
     said = done("sft.py", out=tmp_path / "out", **small["sft"] | dict(paged=True, steps=2)).err
     assert "--paged has no effect on a CPU" in said
@@ -370,12 +384,13 @@ def test_readme_s_table_of_what_fits_is_the_code_s():
 
 # ---------------------------------------------------------------- a GPU without bf16
 @pytest.mark.parametrize("way", [{}, dict(lora=2), dict(lora=2, quant="nf4")])
-def test_a_gpu_without_bf16_computes_in_float32(way, monkeypatch, tmp_path):
+def test_a_gpu_without_bf16_computes_in_float32(way, monkeypatch, tmp_path, capsys):
     """Frozen weights and logits too: float16, the other choice, would need its gradients scaled."""
     gpu, load = torch.device("cuda"), tuning.load  # it says that it has no bf16; the host computes
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: False)
     monkeypatch.setattr(tuning, "load", lambda path, device, *how: load(path, CPU, *how))
     model, _ = tuning.start(sft.Options(model=folder(tmp_path / "m"), **way), gpu)
+    assert "no bf16" in capsys.readouterr().err
     own = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     assert {t.dtype for t in own} == {torch.float32}
     held, tokens = (

@@ -22,6 +22,7 @@ from common.watch import Watch
 from data import benchmarks
 from data.world import watch as world_watch
 from data.world import world
+from paged import PagedAdamW
 from tools import evals
 
 STAGES = {"sft": sft, "dpo": dpo, "ppo": ppo}
@@ -99,6 +100,21 @@ def test_watching_changes_nothing(stage, kind, go, watched):
     assert [x["step"] for x in seen(looked)] == [0, 2, 4, 5]
     assert (seen(looked)[0]["watch_fall"], seen(looked)[0]["watch_fall_ci"]) == (0, 0)
     assert seen(looked)[-1]["watch_fall"] != 0
+
+
+def test_a_process_s_first_scoring_finds_room(go, watched, monkeypatch):
+    """A resumed run's comes when pages have filled the memory that its own passes left."""
+    told, make_room = [], PagedAdamW.make_room
+
+    def note(optimizer, **sizes):
+        before = len(optimizer.passes)
+        make_room(optimizer, **sizes)
+        told.append((sizes, len(optimizer.passes) > before))
+
+    monkeypatch.setattr(PagedAdamW, "make_room", note)
+    go("sft", "out", watch=watched["choices"], watch_every=2, paged=True)
+    looks = [(sizes, left) for sizes, left in told if "watched" in sizes]
+    assert looks == [({"watched": 30}, left) for left in (True, False, False, False)]
 
 
 def test_dropout_is_off_in_a_scoring_and_on_behind_it(go, watched, small):

@@ -20,6 +20,7 @@ once more after all stages.
 import math
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from data import records, templates
 from data.world import world
 from metrics import bootstrap, finite, hits, kl, mean, pair_accuracy, points, ratio, win_rate
 from model import IGNORE, logprobs, nll, score
-from packing import pad
+from packing import in_turn, pad
 from sampling import prompt_room
 from tools import tasks
 from tools.answers import beside, order_counts, respond, show, with_interval, write_results
@@ -156,9 +157,12 @@ def token_logps(model, tok, held, answers, size=32):
     """
     out = []
     asked = [templates.render(tok, r["messages"], add_generation_prompt=True)[0] for r in held]
-    for i in range(0, len(asked), size):
-        said = [ids for _, ids, _ in answers[i : i + size]]
-        out.append(logprobs(model, asked[i : i + size], said).cpu())
+    both = [(ids, said) for ids, (_, said, _) in zip(asked, answers, strict=True)]
+    for i in range(0, len(both), size):
+        some = both[i : i + size]
+        read = partial(logprobs, model, width=max(len(said) for _, said in some))
+        parts = in_turn([len(p) + len(a) for p, a in some], size)
+        out.append(torch.cat([read(*zip(*some[part], strict=True)).cpu() for part in parts]))
     return out
 
 
@@ -195,8 +199,8 @@ def score_texts(model, tok, prompts, answers, sampled=None, size=64):
     """
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
-    for i in range(0, len(ids), size):
-        out += score(model, *zip(*ids[i : i + size], strict=True)).tolist()
+    for part in in_turn([len(p) + len(a) for p, a in ids], size):
+        out += score(model, *zip(*ids[part], strict=True)).tolist()
     return finite(out, "scores")
 
 
@@ -311,9 +315,9 @@ def held_out_losses(model, tok, conversations, size=8):
     ids = [templates.render(tok, c["messages"]) for c in conversations]
     ids = sorted(((i, lab) for i, lab in ids if len(i) <= model.context), key=lambda x: len(x[0]))
     out = []
-    for at in range(0, len(ids), size):
-        tokens, mask = pad([i for i, _ in ids[at : at + size]])
-        labels, _ = pad([lab for _, lab in ids[at : at + size]], fill=IGNORE)
+    for part in in_turn([len(i) for i, _ in ids], size):
+        tokens, mask = pad([i for i, _ in ids[part]])
+        labels, _ = pad([lab for _, lab in ids[part]], fill=IGNORE)
         losses = nll(model, tokens, labels, mask.long() - 1).sum(1)
         targets = (labels[:, 1:] != IGNORE).sum(1)
         out += zip(finite(losses.tolist(), "losses"), targets.tolist(), strict=True)
@@ -325,8 +329,8 @@ def answer_logps(model, tok, prompts, answers, sampled=None, size=8):
     """The summed log-probability of each answer (str); sampled: as in score_texts."""
     ids = with_ids(tok, prompts, answers, sampled)
     out = []
-    for i in range(0, len(ids), size):
-        out += logprobs(model, *zip(*ids[i : i + size], strict=True)).sum(1).tolist()
+    for part in in_turn([len(p) + len(a) for p, a in ids], size):
+        out += logprobs(model, *zip(*ids[part], strict=True)).sum(1).tolist()
     return finite(out, "log-probabilities")
 
 
