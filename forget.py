@@ -52,7 +52,7 @@ from common.pieces import in_pieces
 from common.run import Run, autocast, fingerprint, lineage, main, make_room, opt, pick_device
 from data import records, templates
 from lora import LoRALinear
-from model import nll, nll_of, predicted, wide
+from model import nll, nll_of, predicted
 from packing import SHORTEST, count_targets, pack, usable
 from sampling import sample
 
@@ -115,10 +115,10 @@ def replay(new, old, ratio: float, size: int, seed: int):
 def mix_in(policy, old, coef: float, optimizer):
     """Adds γ ∇L_old to the gradients, L_old the mean of -log p per target → L_old (PPO-ptx)."""
     tokens, labels, segments = pack(old, max(SHORTEST, *(len(ids) for ids, _ in old)))
-    sizes = dict(ptx=tokens.numel(), ptx_length=tokens.shape[1], ptx_targets=count_targets(old))
-    make_room(optimizer, **sizes)  # words of their own: PPO's passes hold a critic too
+    n = count_targets(old)  # room by words of their own: PPO's passes hold a critic too
+    make_room(optimizer, ptx=tokens.numel(), ptx_length=tokens.shape[1], ptx_targets=n)
     with autocast(policy.device):
-        loss = nll(policy, tokens, labels, segments).sum() / count_targets(old)
+        loss = nll(policy, tokens, labels, segments).sum() / n
     (coef * loss).backward()
     return loss.detach()
 
@@ -130,19 +130,10 @@ def log_likelihood(model, ids, labels, generator=None):
     row = torch.tensor([ids])
     h, targets, _ = predicted(model, row, torch.tensor([labels]), torch.zeros_like(row))
     if generator is not None:
+        draw = lambda h, uniform: sample(model.logits(h), 1.0, 1.0, uniform)  # noqa: E731
         uniform = torch.rand(len(targets), generator=generator).to(h.device)
-        targets = drawn(model, h.detach(), uniform)
+        targets = in_pieces(draw, h.detach(), uniform, model.config.vocab_size)
     return -nll_of(model, h, targets).sum()
-
-
-@torch.no_grad()
-def drawn(model, h, uniform):
-    """Targets (M,) drawn from the model's own distributions, at hidden states h (M,D)."""
-
-    def draw(h, uniform):
-        return sample(wide(model.logits(h)), 1.0, 1.0, uniform)
-
-    return in_pieces(draw, h, uniform, model.config.vocab_size)
 
 
 def add_gradient(sums, model, log_p, squared=True):
@@ -222,11 +213,9 @@ def load(folder, model) -> tuple[dict, dict]:
     with safe_open(Path(folder) / FILE, "pt") as f:
         if (f.metadata() or {}).get("model") not in lineage(model):
             raise ValueError(f"--ewc {folder}: a Fisher of another model than {model}")
-        found = {"fisher": {}, "start": {}}
-        for key in f.keys():
-            what, _, name = key.partition("/")
-            found[what][name] = f.get_tensor(key)
-    return found["fisher"], found["start"]
+        found = {k: f.get_tensor(k) for k in f.keys()}
+    parts = "fisher/", "start/"
+    return tuple({k.removeprefix(p): t for k, t in found.items() if k.startswith(p)} for p in parts)
 
 
 # ---------------------------------------------------------------- F of a checkpoint
@@ -241,8 +230,7 @@ def forget(o: Options):
     data = records.batch(data, 0, n, o.seed)
     model.requires_grad_(True).eval()
     sums = copy.deepcopy(model)
-    for total in sums.parameters():
-        total.data.zero_()
+    torch._foreach_zero_([total.data for total in sums.parameters()])
     run.resume(sums=sums)
 
     for i in run.steps(n, "example"):
