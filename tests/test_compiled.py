@@ -127,6 +127,15 @@ def test_a_4_bit_weight_is_one_kernel():
     assert torch.equal(whole, ours.dequantize(torch.bfloat16))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_on_a_gpu_is_eager_there():
+    ours, theirs = qlora().cuda(), compiled.compile_model(qlora().cuda())
+    for lengths, width in [((5, 9, 3), 12), ((12, 4, 15, 3), 17), ((6, 6), 6)]:
+        for a, b in zip(*(read(m, lengths, width) for m in (ours, theirs)), strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm()
+    assert not compiled.said
+
+
 def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no compiler\nand a long story")
