@@ -145,10 +145,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if past is not None:  # virtual tokens stand before each row's own
-            k, v = (
-                torch.cat((old.to(new.dtype).expand(B, -1, -1, -1), new), 2)
-                for old, new in zip(past, (k, v), strict=True)
-            )
+            past = (y.expand(B, -1, -1, -1) for y in past)
+            k, v = (torch.cat((a.to(b.dtype), b), 2) for a, b in zip(past, (k, v), strict=True))
         # query head h reads key/value head h // groups
         groups = c.num_attention_heads // c.num_key_value_heads
         if T == 1 and visible is not None:  # one new token's heads: queries of the head they share
@@ -397,12 +395,11 @@ def predicted(model, tokens, labels, segments):
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
     h = model.packed(by_segments(tokens, segments))
-    targets = labels[row, column + 1].to(h.device)
-    row, column = row.to(h.device), column.to(h.device)
+    row, column, targets = (x.to(h.device) for x in (row, column, labels[row, column + 1]))
     return h[row, column], targets, (row, column + 1)
 
 
-def losses(model, h, targets, temperature=1.0):
+def losses(model, temperature, h, targets):
     """-log softmax(logits(h) / temperature)[target] (M,): hidden states (M,D) and targets (M,)."""
     z = wide(model.logits(h))
     z = z if temperature == 1 else z / temperature
@@ -411,5 +408,4 @@ def losses(model, h, targets, temperature=1.0):
 
 def nll_of(model, h, targets, temperature=1.0):
     """The same, in pieces where the logits are many."""
-    read = partial(model.losses, model, temperature=temperature)
-    return in_pieces(read, h, targets, model.config.vocab_size)
+    return in_pieces(partial(model.losses, model, temperature), h, targets, model.config.vocab_size)

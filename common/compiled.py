@@ -54,8 +54,9 @@ def inductor(graph, inputs):
 
     if said:
         return graph
-    try:  # a backward pass is compiled at once, too, while one can still go back
-        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+    config, at_once = torch._functorch.config, "force_non_lazy_backward_lowering"
+    try:  # the backward pass, too, while one can still go back (an older torch cannot)
+        with config.patch({at_once: True} if hasattr(config, at_once) else {}):
             return compile(graph, inputs)
     except Exception as e:
         said.append(f"{type(e).__name__}: {e}".splitlines()[0])

@@ -16,7 +16,7 @@ import sft
 from common import hub
 from common.run import lr_at
 from data import records, templates
-from model import nll
+from model import losses, nll
 from packing import by_segments
 from sampling import generate
 
@@ -217,7 +217,7 @@ def test_one_label_trains_one_position_the_one_before_it():
         def __init__(self):
             super().__init__()
             self.h, self.logits = torch.randn(2, 6, 9, requires_grad=True), torch.nn.Identity()
-            self.config = lm(vocab_size=9).config
+            self.config, self.losses = lm(vocab_size=9).config, losses
 
         def packed(self, rows):
             return self.h
