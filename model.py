@@ -335,13 +335,12 @@ def scalar_model(model: Transformer, generator: torch.Generator | None = None) -
 
 # ---------------------------------------------------------------- what is read off an answer
 def _read(model, prompts, answers, width):
-    """The packed rows' hidden states, flat (R·W,D), and where in them the answers' are (N,A+1)."""
+    """The packed rows, and where in them, flattened, the answers' states are (N,A+1); host."""
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     if longest > model.context:
         both = f"prompt + answer = {longest} tokens"
         raise ValueError(f"{both} exceed the model's context of {model.context}")
-    rows, at = pack_answers(prompts, answers, width, model.config.long_from)
-    return model.packed(rows).flatten(0, 1), at
+    return pack_answers(prompts, answers, width, model.config.long_from)
 
 
 def states(model, prompts, answers, width=None):
@@ -351,19 +350,22 @@ def states(model, prompts, answers, width=None):
     prompts, answers: N lists of ids; A is `width`, or the longest answer. ValueError for an empty
     prompt, and for prompt and answer beyond the context.
     """
-    flat, at = _read(model, prompts, answers, width)
-    return F.embedding(at.to(flat.device), flat)  # sums the gradients of a place in a fixed order
+    rows, at = _read(model, prompts, answers, width)
+    at = at.to(model.device)  # all is sent before the pass: sending waits for what runs
+    flat = model.packed(rows).flatten(0, 1)
+    return F.embedding(at, flat)  # sums the gradients of a place in a fixed order
 
 
 def logprobs(model, prompts, answers, temperature=1.0, width=None):
     """log p(answer token | all before it) (N,A), exactly 0 past an answer's end. The head runs on
     the answers' tokens alone. Arguments and errors as in states()."""
-    flat, at = _read(model, prompts, answers, width)
+    rows, at = _read(model, prompts, answers, width)
     mask = answer_mask(answers, width)
-    before = at[:, :-1][mask].to(flat.device)  # (M,) of all answers' tokens
-    target = torch.tensor([i for a in answers for i in a], dtype=torch.long).to(flat.device)
+    n, t = mask.nonzero(as_tuple=True)  # (M,) of all answers' tokens
+    target = torch.tensor([i for a in answers for i in a], dtype=torch.long)
+    before, target, n, t = (x.to(model.device) for x in (at[n, t], target, n, t))
+    flat = model.packed(rows).flatten(0, 1)
     found = -nll_of(model, F.embedding(before, flat), target, temperature)
-    n, t = (i.to(flat.device) for i in mask.nonzero(as_tuple=True))
     return found.new_zeros(mask.shape).index_put((n, t), found)
 
 
@@ -394,8 +396,9 @@ def predicted(model, tokens, labels, segments):
     stand in labels, rows and columns."""
     wanted = (labels[:, 1:] != IGNORE) & (segments[:, 1:] == segments[:, :-1])
     row, column = wanted.nonzero(as_tuple=True)  # the token at column + 1 is predicted from column
+    targets = labels[row, column + 1]
+    row, column, targets = (x.to(model.device) for x in (row, column, targets))
     h = model.packed(by_segments(tokens, segments))
-    row, column, targets = (x.to(h.device) for x in (row, column, labels[row, column + 1]))
     return h[row, column], targets, (row, column + 1)
 
 
@@ -407,5 +410,5 @@ def losses(model, temperature, h, targets):
 
 
 def nll_of(model, h, targets, temperature=1.0):
-    """The same, in pieces where the logits are many."""
+    """losses() (M,), in pieces where the logits are many."""
     return in_pieces(partial(model.losses, model, temperature), h, targets, model.config.vocab_size)

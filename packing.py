@@ -16,12 +16,13 @@ All of this is built from lists, on the host, before anything is sent to a devic
 import functools
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # the label of a token that is read but not trained on
 SHORTEST = 128  # rows are at least this wide where there is enough to fill them: fewer of them
-TOGETHER = 2**14  # tokens of a pass that learns nothing: about as many as fit where a step does
+PASS = 2**14  # tokens of a pass without gradients: about as many as fit where a step does
 GROUP = 16  # answers behind one prompt: their attention grows with the square of their number
 
 
@@ -89,8 +90,13 @@ def lay_out(examples, width: int):
             prefixes[place] = [first] * len(ids)
             starts[-1].append(at)
             at, segment = at + len(ids), segment + 1
-    columns = (torch.tensor(x).view(height, width) for x in (tokens, positions, segments, prefixes))
+    columns = (ids_of(x).view(height, width) for x in (tokens, positions, segments, prefixes))
     return Rows(*columns), starts
+
+
+def ids_of(numbers: list):
+    """A long list as a tensor: through numpy three times as fast."""
+    return torch.from_numpy(numpy.array(numbers, dtype=numpy.int64))
 
 
 def pack(examples, width: int):
@@ -98,10 +104,10 @@ def pack(examples, width: int):
     host: padding has label -100 and segment -1.
     """
     rows, starts = lay_out([[ids] for ids, _ in examples], width)
-    labels = torch.full((rows.tokens.numel(),), IGNORE)
+    labels = [IGNORE] * rows.tokens.numel()
     for (_, mine), (start,) in zip(examples, starts, strict=True):
-        labels[start : start + len(mine)] = torch.tensor(mine)
-    return rows.tokens, labels.view_as(rows.tokens), rows.segments
+        labels[start : start + len(mine)] = mine
+    return rows.tokens, ids_of(labels).view_as(rows.tokens), rows.segments
 
 
 def count_targets(examples) -> int:
@@ -171,10 +177,10 @@ def sizes(prompts, answers) -> dict:
 
 def in_turn(lengths, size: int):
     """Yields slices of rows of these lengths that are read together: `size` of them, or fewer of at
-    most TOGETHER tokens."""
+    most PASS tokens."""
     start = tokens = 0
     for i, n in enumerate(lengths):
-        if i > start and (i == start + size or tokens + n > TOGETHER):
+        if i > start and (i == start + size or tokens + n > PASS):
             yield slice(start, i)
             start, tokens = i, 0
         tokens += n

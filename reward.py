@@ -193,7 +193,7 @@ def reward(o: Options):
         run.save(step)
 
     c = model.config
-    size = min(32, 4 * o.batch)  # no more than a step has taken
+    size = min(32, 4 * o.batch)  # in parts, as a step has them
     c.reward_mean, c.reward_std = reference_scores(model, references, size)
     tuning.check_spread(o.reference, c.reward_mean, c.reward_std)
     if held:

@@ -4,7 +4,7 @@
               all, most columns would be padding. Padding stands on the left, so that all prompts
               end in the last column
     decode    one token per row and step: its keys and values join the cache, its logits give the
-              next one; on a GPU a step is recorded once and repeated (common/graph.py)
+              next one; on a GPU a step is captured once and replayed (common/graph.py)
 
 A token is drawn by inverting the cumulative distribution at a uniform number that seed, row and
 step fix: an answer does not depend on which others are sampled beside it, or on when they end.
@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 
-from common.graph import Recorded
+from common import graph
 from packing import pad, read_dtype
 
 TOGETHER = {"cpu": 16}  # prompts that are read at a time; elsewhere 64
-LOOK = {"cpu": 1}  # after so many steps one looks which answers go on; others than a CPU wait then
-RECORDED = {"cuda"}  # where a step is a graph: it reads weights for hundreds of rows, or for one
+LOOK = {"cpu": 1}  # steps between looks for answers that have ended; a GPU waits then: 8
+CAPTURED = {"cuda"}  # there rows that have ended stay: the weights are read for one or for all
 
 
 class Cache:
@@ -34,8 +34,8 @@ class Cache:
         layers = range(c.num_hidden_layers)
         self.kv = [(zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)) for _ in layers]
         self.mask = zeros(rows, room, dtype=torch.bool)
-        self.length = 0  # columns in use; where a step is recorded, a tensor (1,)
-        self.seen = room  # columns that a recorded step reads
+        self.length = 0  # columns in use; where a step is captured, a tensor (1,)
+        self.seen = room  # columns that a captured step reads
         self.past = None  # virtual tokens' keys and values, computed once
 
     def place(self, rows, part: "Cache", index):
@@ -131,8 +131,8 @@ def read_token(model, cache, ids):
 
 def reader(model, cache):
     """read_token with this cache, on a GPU as a graph."""
-    if model.device.type in RECORDED:
-        return Recorded(read_token, model, cache)
+    if model.device.type in CAPTURED and not graph.refused:
+        return graph.CapturedStep(read_token, model, cache)
     return partial(read_token, model, cache)
 
 
@@ -178,7 +178,7 @@ def decode(model, prompts, max_new_tokens: int, temperature=1.0, top_p=1.0, eos_
         left = int(going.sum()) if look else len(rows)
         if not left:
             return
-        if left < len(rows) and device.type not in RECORDED:
+        if left < len(rows) and not isinstance(read, graph.CapturedStep):
             index = torch.arange(left, device=device)
             index[~going[:left]] = left + going[left:].nonzero().squeeze(1)
             rows, ids, going = rows[index], ids[index], going[index]

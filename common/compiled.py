@@ -5,7 +5,7 @@
     a 4-bit weight   look-up, scale and rounding, within its block (quant.look_up)
 
 Answers are decoded without it: one token is a CUDA graph's work, not a compiler's. Compiled code
-rounds elsewhere, else it is the same; where a compiler is missing or fails, a line says so, and
+rounds differently, else it is the same; where a compiler is missing or fails, a line says so, and
 the code runs as it is written.
 """
 
@@ -17,6 +17,7 @@ from common import memory
 from model import Block, losses
 from quant import tables
 
+CHOICES = ("auto", "on", "off")
 LARGE = 100e6  # parameters from which "auto" compiles, on a GPU
 VARIANTS = 64  # of a block's code: with or without gradient, mask, adapter, rows of several sizes
 said = []  # why there is no compiler
@@ -28,10 +29,12 @@ def wanted(choice: str, device, config) -> bool:
     return large if choice == "auto" else choice == "on"
 
 
-def compile_model(model, backend=None):
+def compile_model(model, backend=None, dynamic=True):
     """Compiles a Transformer's blocks and its head with the loss → the model. Copies of it
-    (model.share) are compiled too. backend: torch.compile's; None: inductor, or eager."""
-    forward = torch.compile(Block.forward, backend=backend or inductor)
+    (model.share) are compiled too. backend: torch.compile's; None: inductor, or eager. dynamic:
+    at once for rows of any size; None: first for the size that comes first, which is faster."""
+    how = dict(backend=backend or inductor, dynamic=dynamic)
+    forward = torch.compile(Block.forward, **how)
     torch._dynamo.config.recompile_limit = VARIANTS
 
     def block(layer, x, *attention):
@@ -43,7 +46,7 @@ def compile_model(model, backend=None):
 
     tables(model.device)  # before the compiler looks, which would make them anew in each block
     model.block = block
-    model.losses = torch.compile(losses, backend=backend or inductor)
+    model.losses = torch.compile(losses, **how)
     return model
 
 

@@ -1,10 +1,10 @@
-"""A decoding step as a CUDA graph: a GPU is told once what to do, and one call has it done again.
+"""A decoding step as a CUDA graph: the GPU gets its launches once, and one call replays them.
 
 A step of a small model is hundreds of kernels, of a few microseconds each; the host takes longer to
-start them one by one. A graph is a recording of such starts: the same kernels on the same memory.
-So all steps read their ids from one tensor; the GPU counts the cache's columns itself; attention
-reads a fixed number of them, of which the mask has those in use. Where these are full, twice as
-many are recorded.
+launch them one by one. A graph captures the launches: the same kernels on the same memory. So all
+steps read their ids from one tensor; the GPU counts the cache's columns itself; attention reads a
+fixed number of them, of which the mask has those in use. Where these are full, a step over twice as
+many is captured.
 """
 
 import functools
@@ -12,11 +12,12 @@ import sys
 
 import torch
 
-FEWEST = 256  # columns that a recorded step reads, where the cache has so many
+FEWEST = 256  # columns that a captured step reads, where the cache has so many
+refused = []  # why nothing is captured any more in this process
 
 
-class Recorded:
-    """step(model, cache, ids (B,)) → (B,D) with one cache, recorded: called with ids alone.
+class CapturedStep:
+    """step(model, cache, ids (B,)) → (B,D) with one cache, captured: called with ids alone.
 
     What it returns holds until the next call. From now on the cache's length is on its device.
     """
@@ -32,24 +33,24 @@ class Recorded:
 
     def __call__(self, ids):
         self.ids.copy_(ids)
-        if self.used == self.seen:  # a size's first step is not recorded: kernels get ready in it
+        if self.used == self.seen:  # a size's first step warms up: it is not captured
             self.seen = self.cache.seen = min(max(FEWEST, 2 * self.used), self.cache.mask.shape[1])
             self.replay = None
-            aside(self.once)
+            on_side_stream(self.once)
         else:
-            self.replay = self.replay or record(self.once)
-            self.replay()
+            self.replay = self.replay or capture(self.once)
+            self.replay() if self.replay else on_side_stream(self.once)
         self.used += 1
         return self.found
 
 
 @functools.cache
 def side_stream():
-    """Recording needs a stream beside the default one; one for all, since each has own memory."""
+    """Capturing needs a stream beside the default one; one for all, since each has own memory."""
     return torch.cuda.Stream()
 
 
-def aside(function):
+def on_side_stream(function):
     """Calls it on the side stream, in turn with the work around it."""
     here, there = torch.cuda.current_stream(), side_stream()
     there.wait_stream(here)
@@ -58,9 +59,11 @@ def aside(function):
     here.wait_stream(there)
 
 
-def record(function):
-    """A function's kernels, not yet run → what runs them. Where they cannot be recorded, a warning
-    says so, and the function itself is called."""
+def capture(function):
+    """A function's kernels, not yet run → what runs them, or None where they cannot be captured: a
+    line says so, and nothing is captured any more."""
+    if refused:
+        return None
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, stream=side_stream()):
@@ -68,6 +71,6 @@ def record(function):
         return graph.replay
     except RuntimeError as e:
         torch.cuda.set_stream(here)
-        reason = str(e).splitlines()[0]
-        print(f"warning: no CUDA graph, decoding is slower: {reason}", file=sys.stderr)
-        return functools.partial(aside, function)
+        refused.append(str(e.__context__ or e).splitlines()[0])  # ending it fails, too
+        print(f"warning: no CUDA graph, decoding is slower: {refused[0]}", file=sys.stderr)
+        return None

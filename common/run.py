@@ -507,11 +507,12 @@ class Run:
         for name in ("out", "overwrite", "save_every"):  # they change no result
             known.pop(name, None)
         if "device" in known:
-            known["device"] = pick_device(known["device"]).type
+            device = pick_device(options.device)
+            known["device"] = device.type
         hashes = code(script) | {download.name(p): fingerprint(p) for p in inputs} | (made or {})
         hashes |= dict(filter(None, map(download.origin, inputs)))  # {owner/name: commit}
         if hasattr(options, "settled"):
-            known |= options.settled(pick_device(options.device))
+            known |= options.settled(device)
         self.identity = {"options": known, "inputs": hashes}
         self.tracked, self.extra = {}, {}
         self.beside = {}  # figures for the next line of the log

@@ -31,7 +31,7 @@ from common.run import SCHEDULES, has_bf16, load_function, opt
 from data import templates
 from data.tokenizer import Tokenizer
 from metrics import deviation, running
-from model import scalar_model, share
+from model import Block, scalar_model, share
 from quant import Linear4bit
 
 KINDS = adapters.KINDS
@@ -82,7 +82,7 @@ class Tuning:
     def settled(self, device) -> dict:
         """What --compile comes to: compiled code rounds elsewhere, so a run is known by it."""
         config = hub.read_config(Path(self.model))
-        return dict(compile=compiled.wanted(self.compile, device, config))
+        return dict(compile="on" if compiled.wanted(self.compile, device, config) else "off")
 
 
 def kind(o) -> str:
@@ -243,7 +243,7 @@ def reward_model(o, path, reference, tok):
     else:  # with --lora it stays frozen, in the dtype of the policy's base
         dtype = reference.embed_tokens.weight.dtype if o.lora else torch.float32
         model, own = hub.load(path, reference.device, dtype, quantisation(o))
-        model.block, model.losses = reference.block, reference.losses  # compiled, or not
+        model.block = reference.block  # compiled, or not
     if not model.config.num_labels:
         expected = "a reward model (reward.py) or FILE.py:function was expected"
         raise ValueError(f"--reward {path}: a language model; {expected}")
@@ -321,6 +321,7 @@ def save(o, path, model, tok):
     elif adapters.parts(model):
         peft.save_adapter(model, folder, o.model)
     if in_4_bits(model) or any(hasattr(m, "base") for m in model.modules()):
+        model.block = Block.__call__  # its layers move and are read: nothing is compiled for that
         lora.merge(model)
     hub.save(path, model, tok)
 
@@ -391,9 +392,9 @@ class Report:
         if self.shown:
             return
         self.shown = True
-        trained = [m for m in self.models if any(p.requires_grad for p in m.parameters())]
+        learning = [m for m in self.models if any(p.requires_grad for p in m.parameters())]
         shape = dict(tokens=tokens, length=length, aimed=targets)
-        passes = [shape | self.way(model) for model in trained]
+        passes = [shape | self.way(model) for model in learning]
         first = passes[0]
         size = 2 if first["autocast"] else first["dtype"].itemsize
         more = dict(again=getattr(self.o, "accumulate", 1) > 1)
@@ -401,6 +402,7 @@ class Report:
         rows = memory.fullest(memory.count(*self.models), *passes, **more)
         estimated = ("activations", "logits", "keys and values", "workspaces")
         rows = {f"{k} (estimate)" if k in estimated else k: n for k, n in rows.items()}
+        print("the fullest moment of a step; 0: not there yet, or no longer")
         print(memory.table(rows, self.models[0].config))
 
     def way(self, model) -> dict:

@@ -1,8 +1,10 @@
-"""A decoding step that is recorded and repeated says what the plain step says, token for token.
+"""A decoding step that is captured and replayed says what the plain step says, token for token.
 
 There is a recorder here for the CPU too: it keeps the operators of a call and, as a CUDA graph,
 repeats them on the same memory, without any of the Python around them.
 """
+
+import contextlib
 
 import pytest
 import tiny
@@ -22,7 +24,7 @@ PROMPTS = ragged((5, 1, 9, 3, 7, 9), 5)
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps a call's operators, and undoes what they did: recording runs nothing."""
+    """Keeps a call's operators, and undoes what they did: capturing runs nothing."""
 
     def __init__(self, function):
         super().__init__()
@@ -52,37 +54,37 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    """Every step is recorded → the sizes of which it was."""
-    sizes, real = [], graph.Recorded.__call__
+def captured(monkeypatch):
+    """Every step is captured → the sizes of which it was."""
+    sizes, real = [], graph.CapturedStep.__call__
 
     def call(self, ids):
         found, seen = real(self, ids), self.cache.seen
         sizes.extend([seen] if sizes[-1:] != [seen] else [])
         return found
 
-    monkeypatch.setattr(graph.Recorded, "__call__", call)
-    monkeypatch.setattr(graph, "aside", lambda function: function())
-    monkeypatch.setattr(graph, "record", lambda function: Recorder(function).replay)
+    monkeypatch.setattr(graph.CapturedStep, "__call__", call)
+    monkeypatch.setattr(graph, "on_side_stream", lambda function: function())
+    monkeypatch.setattr(graph, "capture", lambda function: Recorder(function).replay)
     monkeypatch.setattr(graph, "FEWEST", 12)
     return sizes
 
 
 def both(model, monkeypatch, *how, prompts=PROMPTS, **named):
-    """generate's answers, plain and recorded."""
+    """generate's answers, plain and captured."""
     found = []
     for kinds in (set(), {model.device.type}):
-        monkeypatch.setattr(S, "RECORDED", kinds)
+        monkeypatch.setattr(S, "CAPTURED", kinds)
         found.append(S.generate(model, prompts, *how, **named))
     return found
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_a_recorded_step_says_what_the_plain_one_says(name, recorded, monkeypatch):
+def test_a_captured_step_says_what_the_plain_one_says(name, captured, monkeypatch):
     """Windows, local layers, factors of long examples, one of which is only long at its end."""
     model = tiny.family(name).eval()
     plain, again = both(model, monkeypatch, 21, 0)
-    assert plain == again and recorded == [18, 30] and len(set(map(tuple, plain))) > 1
+    assert plain == again and captured == [18, 30] and len(set(map(tuple, plain))) > 1
     plain, again = both(model, monkeypatch, 13, 1.3, eos_id=[*range(0, 64, 7)], seed=3)
     assert plain == again and len(set(map(len, plain))) > 1
 
@@ -106,14 +108,14 @@ def adapted(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_adapters_and_4_bits_are_recorded_too(name, recorded, monkeypatch):
+def test_adapters_and_4_bits_are_captured_too(name, captured, monkeypatch):
     plain, again = both(adapted(name), monkeypatch, 21, 1.0, 0.9, eos_id=9, seed=1)
-    assert plain == again and recorded == [18, 30]
+    assert plain == again and captured == [18, 30]
 
 
-def test_a_size_s_second_step_is_recorded_and_all_others_are_repeated(recorded, monkeypatch):
+def test_a_size_s_second_step_is_captured_and_all_others_are_replayed(captured, monkeypatch):
     model, read = tiny.family("llama"), []
-    monkeypatch.setattr(S, "RECORDED", {"cpu"})
+    monkeypatch.setattr(S, "CAPTURED", {"cpu"})
     steps = S.decode(model, [[1, 2], [3]], 21, 0)
     next(steps)
     hidden = model.hidden
@@ -121,18 +123,18 @@ def test_a_size_s_second_step_is_recorded_and_all_others_are_repeated(recorded, 
     assert [next(steps) is not None and len(read) for _ in range(20)] == [1] + 9 * [2] + [3] + 9 * [
         4
     ]
-    assert recorded == [12, 23]
+    assert captured == [12, 23]
 
 
-def test_under_autocast_weights_are_cast_once(recorded, monkeypatch):
-    """The first step's casts are autocast's own copies, which every recording reads."""
+def test_under_autocast_weights_are_cast_once(captured, monkeypatch):
+    """The first step's casts are autocast's own copies, which every capturing reads."""
     model, recorders = tiny.family("llama3"), []
 
     def record(function):
         recorders.append(Recorder(function))
         return recorders[-1].replay
 
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "capture", record)
     with torch.autocast("cpu", torch.bfloat16):
         plain, again = both(model, monkeypatch, 21, 0)
     assert plain == again and len(recorders) == 2
@@ -172,31 +174,54 @@ def test_a_step_sends_nothing(name, monkeypatch):
     assert not sent.found
 
 
-def test_what_cannot_be_recorded_is_called(recorded, monkeypatch, capsys):
-    class Refuses:
+def test_what_cannot_be_captured_is_called(monkeypatch, capsys):
+    """The reason is said, not that ending the capturing failed too; and it is not tried again."""
+    model, capturing, stream = tiny.family("llama"), [], []
+
+    class Records:
         def __init__(self, *_, **__):
             pass
 
         def __enter__(self):
-            pass
+            capturing.append(1)
 
         def __exit__(self, *_):
-            raise RuntimeError("operation not permitted\nand more")
+            capturing.clear()
+            raise RuntimeError("the capturing failed")
 
-    monkeypatch.undo()
-    monkeypatch.setattr(graph, "aside", lambda function: function())
-    ran, stream = [], []
+    def hidden(*args, **named):
+        if capturing:
+            raise RuntimeError("a number is read\nand more")
+        return type(model).hidden(model, *args, **named)
+
     for name, value in (("CUDAGraph", None), ("current_stream", "the one before")):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "set_stream", stream.append)
+    monkeypatch.setattr(torch.cuda, "graph", Records)
+    monkeypatch.setattr(graph, "on_side_stream", lambda function: function())
     monkeypatch.setattr(graph, "side_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", Refuses)
-    again = graph.record(lambda: ran.append(1))
-    assert capsys.readouterr().err == (
-        "warning: no CUDA graph, decoding is slower: operation not permitted\n"
-    )
-    again(), again()
-    assert len(ran) == 3 and stream == ["the one before"]
+    monkeypatch.setattr(graph, "refused", [])
+    monkeypatch.setattr(model, "hidden", hidden)
+    plain, again = both(model, monkeypatch, 9, 0)
+    said = "warning: no CUDA graph, decoding is slower: a number is read\n"
+    assert plain == again and capsys.readouterr().err == said and stream == ["the one before"]
+    assert not isinstance(S.reader(model, S.Cache(model, 1, 4)), graph.CapturedStep)
+
+
+def test_both_streams_wait_for_each_other(monkeypatch):
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    said, here, there = [], Stream("main"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(graph, "side_stream", lambda: there)
+    graph.on_side_stream(lambda: said.append("work"))
+    assert said == ["side waits for main", "work", "main waits for side"]
 
 
 @gpu

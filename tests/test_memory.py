@@ -293,10 +293,12 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block(rank, targets, dtyp
     assert found < 0.35 * activations(c, 512, 64, rank, targets, dtype, autocast=autocast)
 
 
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("rank, autocast", [(0, False), (0, True), (64, False)])
+@pytest.mark.parametrize(
+    "rank, autocast, again",
+    [(0, False, False), (0, False, True), (0, True, False), (64, False, False)],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("B, T", [(1, 16), (2, 64), (8, 128)])
+@pytest.mark.parametrize("B, T", [(1, 16), (8, 128)])
 def test_a_step_s_fullest_moment(B, T, checkpointing, rank, autocast, again):
     """Few tokens, where gradients are the most, and many, where activations are; where gradients of
     a pass before are there, all at once."""

@@ -82,7 +82,7 @@ def test_sizes_are_those_of_the_rows(seed):
 
 
 def test_long_rows_are_read_fewer_together(monkeypatch):
-    monkeypatch.setattr(packing, "TOGETHER", 10)
+    monkeypatch.setattr(packing, "PASS", 10)
     lengths = [2, 2, 2, 9, 1, 1, 20, 5, 5, 1]
     assert [lengths[part] for part in packing.in_turn(lengths, 3)] == [
         [2, 2, 2], [9, 1], [1], [20], [5, 5], [1],

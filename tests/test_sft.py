@@ -218,6 +218,7 @@ def test_one_label_trains_one_position_the_one_before_it():
             super().__init__()
             self.h, self.logits = torch.randn(2, 6, 9, requires_grad=True), torch.nn.Identity()
             self.config, self.losses = lm(vocab_size=9).config, losses
+            self.device = self.h.device
 
         def packed(self, rows):
             return self.h

@@ -195,13 +195,23 @@ def compare(c, dtype, rows, device, times: int):
         yield name, *figures, apart(said, reference)
 
 
+def chosen(flag: str, given: str, known) -> list:
+    """What was named, by commas. ValueError for what is not known."""
+    names = [name.strip() for name in given.split(",")]
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"{flag}: {wrong[0]!r} is none of {', '.join(known)}")
+    return names
+
+
 def attention(o: Options):
     device, best = pick_device(o.device), []
+    sizes = chosen("--sizes", o.sizes, SIZES)
+    dtypes = chosen("--dtypes", o.dtypes, [str(d).removeprefix("torch.") for d in CLOSE])
     print("| heads of | dtype | rows | way | once, ms | a layer, ms | GB | apart |")
     print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for dtype in (getattr(torch, name) for name in o.dtypes.split(",")):
+    for dtype in (getattr(torch, name) for name in dtypes):
         for rows in ROWS:
-            for size in o.sizes.split(","):
+            for size in sizes:
                 best += [f"{size} {rows}: {table(size, dtype, rows, device, o.times)}"]
     print("seconds of masked over the fastest that says the same: " + "; ".join(best))
 

@@ -65,7 +65,8 @@ from data.tokenizer import Tokenizer
 from metrics import multiple_choice
 from model import Transformer, scalar_model, share
 from packing import SHORTEST
-from quant import Linear4bit, block_linears, quantize_nf4
+from paged import PagedAdamW
+from quant import Linear4bit, block_linears, quantize_nf4, tables
 from sampling import generate
 from sft import count_targets, pack, sft_loss
 from tools import mfu, peers
@@ -99,7 +100,9 @@ class Options:
     rounds: int = opt(10, "rounds after the first", at_least=1)
     device: str = opt("auto", "cpu, cuda or auto")
     case: str = opt("", "which case of the task this is (set by the parent)")
-    side: str = opt("", "which side this process is (set by the parent)")
+    side: str = opt(
+        "", "which side this process is (set by the parent)", choices=("", "ours", "theirs")
+    )
 
 
 # ---------------------------------------------------------------- what both sides are given
@@ -174,7 +177,7 @@ def prepare(o, ours: bool, model):
         return peers.prepare(model, o.checkpointing)
     model.checkpointing = o.checkpointing
     if compiled.wanted(o.compile, model.device, model.config):
-        compiled.compile_model(model)
+        compiled.compile_model(model, dynamic=None)
     return model
 
 
@@ -193,7 +196,7 @@ def step(o, model, loss_of, device, tokens: int, flops: float):
         optimizer.zero_grad()
         return tokens, flops
 
-    with torch.no_grad(), autocast(device):
+    with autocast(device):  # with its gradient, as in a round: else one more code is compiled
         return turn, loss_of(model).item()
 
 
@@ -265,6 +268,9 @@ def dequantise(o, ours: bool):
     weight = torch.randn(int(rows), int(columns), generator=seeded)
     weight = weight.to(device, getattr(torch, dtype)) * 0.02
     whole = quantize_nf4(weight).dequantize if ours else peers.nf4(weight)
+    if ours and device.type == "cuda":  # as in a block that is compiled
+        tables(device)
+        whole = torch.compile(whole, backend=compiled.inductor)
     times = -(-(2 ** (28 if device.type == "cpu" else 32)) // weight.numel())
     moved = weight.nbytes + sum(nf4_bytes(weight.numel()).values())
 
@@ -335,6 +341,7 @@ MATRICES = [
     "576 1536 bfloat16",
 ]
 # task: both sides, the unit of work, what its limit is counted in, the peers that it needs
+RANDOM = ("sampling", "sft", "lora", "qlora", "dpo")  # tasks that --size is for
 TASKS = {
     "sampling": (sampling, "tokens", "B", ["transformers"]),
     "sft": (partial(training, kind="weights"), "tokens", "FLOP", ["transformers"]),
@@ -368,6 +375,7 @@ def work(setup, rate=None):
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        PagedAdamW.most = 0
     say(first=first, rounding=2e-2 if has_bf16(device) else 1e-3)
     for line in sys.stdin:
         start = time.perf_counter()
@@ -523,6 +531,8 @@ def side(task: str, o):
 
 
 def bench(task: str, o: Options):
+    if o.size and task not in RANDOM:
+        raise ValueError(f"--size {o.size}: {task} has no random model; {', '.join(RANDOM)} have")
     if task in ALONE:
         ALONE[task](o)
     elif o.side:

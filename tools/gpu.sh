@@ -2,10 +2,12 @@
 # What only a GPU can say, in sections, each command with its own limit of time. A quarter of an hour
 # with the start of a machine holds any one of
 #
-#     bash tools/gpu.sh tests all sampling
+#     bash tools/gpu.sh graph startup all sampling
 #     bash tools/gpu.sh qlora dequantise mfu attention
-#     bash tools/gpu.sh sft lora dpo compiled
-#     bash tools/gpu.sh startup quick cudnn qlora65 graph
+#     bash tools/gpu.sh tests quick
+#     bash tools/gpu.sh sft lora
+#     bash tools/gpu.sh dpo compiled cudnn
+#     bash tools/gpu.sh qlora65 memory
 #     bash tools/gpu.sh real
 #
 #     PY=python3 OUT=out/gpu LIMIT= (seconds for each command, in place of its own)
@@ -34,7 +36,7 @@ row() { # row LOG SECONDS COMMAND…: runs it, and writes its last line, or KEEP
 }
 
 made() { # made FILE TARGET: what a section reads, where no earlier one has made it
-  [ -e "$OUT/all/$1" ] || row "made-$2" 60 $MAKE "$2" OUT="$OUT/all"
+  [ -e "$OUT/all/$1" ] || row "made-$2" 120 $MAKE "$2" OUT="$OUT/all"
 }
 
 startup() { # of a process with a GPU; how many `all` and `quick` start, whose seconds hold it
@@ -42,7 +44,7 @@ startup() { # of a process with a GPU; how many `all` and `quick` start, whose s
   all=$($MAKE -n all OUT="$OUT/all" | grep -c "^$PY ")
   quick=$($MAKE -n quick OUT="$OUT" | grep -c "^$PY ")
   row startup 60 "$PY" -c "import subprocess, sys, time
-one = [sys.executable, '-c', 'import sft, torch; torch.zeros(1).cuda()']
+one = [sys.executable, '-c', 'import sft, torch, torch._dynamo; torch.zeros(1).cuda()']
 for times in (1, 3):
     start = time.time()
     for _ in range(times): subprocess.run(one, check=True)
@@ -50,11 +52,12 @@ took = (time.time() - start) / 3
 print(f'{took:.1f} s a process: {took * $all:.0f} s of all, {took * $quick:.0f} s of quick')"
 }
 tests() { # the two halves side by side
-  row tests-first 300 $MAKE test-first &
-  row tests-second 300 $MAKE test-second
+  row tests-first 420 $MAKE test-first &
+  row tests-second 420 $MAKE test-second
   wait
 }
-graph() { row graph 60 "$PY" -m pytest tests/test_graph.py; }
+graph() { row graph 60 "$PY" -m pytest -q tests/test_graph.py; }
+memory() { row memory 240 "$PY" -m pytest -q -rP tests/test_memory.py -k on_a_gpu; }
 quick() { row quick 120 $MAKE quick OUT="$OUT"; }
 all() { row all 240 $MAKE all OUT="$OUT/all"; }
 real() { row real 720 $MAKE real FULL=1 OUT="$OUT"; }
@@ -75,25 +78,26 @@ sampling() {
   local KEEP=3
   made sft sft
   row sampling-embedded 60 $BENCH sampling --model "$OUT/all/sft" --data "$WORLD/heldout.jsonl"
-  row sampling-135M 120 $BENCH sampling --data "$WORLD/heldout.jsonl" --batch 256 --tokens 128
+  row sampling-135M 240 $BENCH sampling --data "$WORLD/heldout.jsonl" --batch 256 --tokens 128 \
+    --rounds 4
 }
 sft() {
   local KEEP=3
   made world world
-  row sft-135M 60 $BENCH sft --data "$WORLD/sft.jsonl" --batch 64
-  row sft-1.1B 90 $BENCH sft --size 1.1B
+  row sft-135M 120 $BENCH sft --data "$WORLD/sft.jsonl" --batch 64
+  row sft-1.1B 120 $BENCH sft --size 1.1B --rounds 4
 }
 lora() {
   local KEEP=3
   made world world
-  row lora-135M 60 $BENCH lora --data "$WORLD/sft.jsonl" --batch 64
-  row lora-1.1B 90 $BENCH lora --size 1.1B
+  row lora-135M 120 $BENCH lora --data "$WORLD/sft.jsonl" --batch 64
+  row lora-1.1B 120 $BENCH lora --size 1.1B --rounds 4
 }
 dpo() {
   local KEEP=3
   made comparisons.jsonl comparisons
-  row dpo-135M 60 $BENCH dpo --data "$OUT/all/comparisons.jsonl" --batch 32
-  row dpo-1.1B 90 $BENCH dpo --size 1.1B --batch 4
+  row dpo-135M 120 $BENCH dpo --data "$OUT/all/comparisons.jsonl" --batch 32
+  row dpo-1.1B 120 $BENCH dpo --size 1.1B --batch 4 --rounds 4
 }
 ONE="--batch 1 --length 512 --rank 64 --checkpointing" # as in QLoRA's paper
 qlora() {
@@ -107,21 +111,21 @@ dequantise() {
   row dequantise 60 $BENCH dequantise
 }
 mfu() {
-  row mfu-135M 60 "$PY" -m tools.mfu --size 135M
-  row mfu-1.1B 60 "$PY" -m tools.mfu --size 1.1B
-  row mfu-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8
+  row mfu-135M 60 "$PY" -m tools.mfu --size 135M --compile off
+  row mfu-1.1B 60 "$PY" -m tools.mfu --size 1.1B --compile off
+  row mfu-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8 --compile off
 }
 compiled() {
-  row compiled-1.1B 60 "$PY" -m tools.mfu --size 1.1B --compile
-  row compiled-1.1B-packed 60 "$PY" -m tools.mfu --size 1.1B --packed 8 --compile
+  row compiled-1.1B 120 "$PY" -m tools.mfu --size 1.1B --compile on
+  row compiled-1.1B-packed 120 "$PY" -m tools.mfu --size 1.1B --packed 8 --compile on
 }
 attention() {
-  row attention-bf16 180 "$PY" -m tools.attention --dtypes bfloat16
-  row attention-fp32 60 "$PY" -m tools.attention --dtypes float32
+  row attention-bf16 150 "$PY" -m tools.attention --sizes 1.1B,135M --dtypes bfloat16
+  row attention-fp32 90 "$PY" -m tools.attention --sizes 135M --dtypes float32
 }
 
 NAMES="startup tests quick all sampling sft lora dpo qlora qlora65 dequantise mfu compiled attention"
-NAMES="$NAMES graph cudnn real"
+NAMES="$NAMES graph memory cudnn real"
 [ $# -gt 0 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; echo "sections: $NAMES"; exit 2; }
 for name in "$@"; do
   [[ " $NAMES " == *" $name "* ]] || { echo "gpu.sh: no section $name: $NAMES"; exit 2; }

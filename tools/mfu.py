@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from common.compiled import compile_model
+from common.compiled import CHOICES, compile_model, wanted
 from common.memory import SIZES, UNIT, linears, measured
 from common.run import adamw, autocast, has_bf16, main, opt, pick_device
 from model import Transformer
@@ -34,9 +34,11 @@ class Options:
     rows: int = opt(8, "rows per step", at_least=1)
     length: int = opt(1024, "tokens of a row", at_least=2)
     packed: int = opt(1, "sequences of a row; 1: attention needs no mask", at_least=1)
-    compile: bool = opt(False, "compile blocks and head")
+    compile: str = opt("auto", "compile blocks and head, as a stage", choices=CHOICES)
     steps: int = opt(10, "timed steps, after three", at_least=1)
-    product: int = opt(0, "the measured product's rows and columns; 0: 8192", at_least=0)
+    product: int = opt(
+        0, "the measured product's rows and columns; 0: 8192, on a CPU 1024", at_least=0
+    )
     device: str = opt("auto", "cpu, cuda or auto")
 
 
@@ -118,11 +120,13 @@ def build(model, device, dtype, linears=(), four_bit=None):
 
 def mfu(o: Options):
     device, c = pick_device(o.device), SIZES[o.size]
+    if 2 * o.packed > o.length:
+        raise ValueError(f"--packed {o.packed}: a sequence has two tokens or more of --length")
     with torch.device("meta"):
         model = Transformer(c)
     build(model, device, torch.float32)
-    if o.compile:
-        compile_model(model)
+    if on := wanted(o.compile, device, c):
+        compile_model(model, dynamic=None)
     optimizer = adamw(model, 1e-5)
     tokens = torch.randint(c.vocab_size, (o.rows, o.length))
     segments = torch.arange(o.length).mul(o.packed).div(o.length, rounding_mode="floor")
@@ -140,7 +144,7 @@ def mfu(o: Options):
     lengths = [o.length // o.packed] * (o.rows * o.packed)
     used = step_flops(c, lengths, tokens.numel()) / took
     print(
-        f"{o.size}, {o.rows} x {o.length} tokens, {o.packed} a row{', compiled' * o.compile}:"
+        f"{o.size}, {o.rows} x {o.length} tokens, {o.packed} a row{', compiled' * on}:"
         f" {tokens.numel() / took:,.0f} tokens a second, {used / 1e12:.3g} TFLOP/s,"
         f" {used / rate:.0%} of {rate / 1e12:.3g} measured, {measured(device) / UNIT:.1f} GB"
     )
