@@ -61,6 +61,8 @@ def inductor(graph, inputs):
     try:  # the backward pass, too, while one can still go back (an older torch cannot)
         with config.patch({at_once: True} if hasattr(config, at_once) else {}):
             return compile(graph, inputs)
+    except torch._dynamo.exc.RestartAnalysis:  # no failure: it looks again, knowing more
+        raise
     except Exception as e:
         said.append(f"{type(e).__name__}: {e}".splitlines()[0])
         print(f"--compile: goes on without a compiler: {said[0]}", file=sys.stderr)

@@ -64,12 +64,12 @@ def test_one_code_serves_all_layers_and_sizes():
         graphs.append(graph)
         return graph
 
+    sizes, ours = [((5, 9, 3), 12), ((12, 4, 15, 3), 17), ((6, 6), 6)], qlora()
+    expected = [read(ours, *size) for size in sizes]
     TABLES.clear()
-    ours, theirs = qlora(), compiled.compile_model(qlora(), backend)
-    for lengths, width in [((5, 9, 3), 12), ((12, 4, 15, 3), 17), ((6, 6), 6)]:
-        expected = read(ours, lengths, width)
-        for a, b in zip(expected, read(theirs, lengths, width), strict=True):
-            assert torch.equal(a, b)
+    theirs = compiled.compile_model(qlora(), backend)
+    for size, found in zip(sizes, expected, strict=True):
+        assert all(map(torch.equal, found, read(theirs, *size)))
     # a block of one size, of any size, of rows that need no mask; a loss of one size, and of any
     assert len(graphs) <= 5 and any("cross_entropy" in graph.code for graph in graphs)
 
