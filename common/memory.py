@@ -155,11 +155,6 @@ def nf4_bytes(n: int) -> dict:
 
 
 # ---------------------------------------------------------------- estimated
-def activations(*shape, **how) -> int:
-    """The most bytes that a pass holds beside gradients and logits; arguments: contents()'s."""
-    return max(contents(*shape, **how).values())
-
-
 def contents(
     c: Config,
     tokens: int,

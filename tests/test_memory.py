@@ -19,7 +19,7 @@ from common import memory
 from common.memory import (
     SIZES,
     UNIT,
-    activations,
+    contents,
     count,
     fits,
     fullest,
@@ -37,6 +37,11 @@ from sft import sft_loss
 
 EMBEDDED = Config(1024, 192, 512, 5, 6, 2, 32, tie_word_embeddings=True)
 SMALL_VOCABULARY = Config(64, 192, 512, 8, 6, 2, 32, tie_word_embeddings=True)
+
+
+def activations(*shape, **how) -> int:
+    """The most that a pass holds beside gradients and logits."""
+    return max(contents(*shape, **how).values())
 
 
 def build(c, rank=0, targets="all", dtype=torch.float32, quantised=False, device="cpu"):

@@ -340,8 +340,8 @@ MATRICES = [
     "4096 4096 bfloat16",
     "576 1536 bfloat16",
 ]
-# task: both sides, the unit of work, what its limit is counted in, the peers that it needs
 RANDOM = ("sampling", "sft", "lora", "qlora", "dpo")  # tasks that --size is for
+# task: both sides, the unit of work, what its limit is counted in, the peers that it needs
 TASKS = {
     "sampling": (sampling, "tokens", "B", ["transformers"]),
     "sft": (partial(training, kind="weights"), "tokens", "FLOP", ["transformers"]),
