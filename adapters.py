@@ -17,8 +17,8 @@ positions start at P.
 import torch
 import torch.nn as nn
 
+from common.layout import Layout
 from model import wide
-from packing import Layout
 from sampling import Cache
 
 # Peak learning rates for AdamW, which moves a number by about the learning rate per step, whatever

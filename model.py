@@ -21,8 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common.layout import Layout, constant, padded
 from common.pieces import in_pieces
-from packing import IGNORE, Layout, Rows, answer_mask, by_segments, constant, pack_answers, padded
+from packing import IGNORE, Rows, answer_mask, by_segments, pack_answers
 
 
 @dataclass
@@ -273,7 +274,7 @@ class Transformer(nn.Module):
         """Hidden states (B,T,D) after the last norm.
 
         tokens (B,T); mask (B,T): False on padding, which may stand on either side; cache: the past
-        (sampling.Cache); layout: packing.Layout, in place of the mask.
+        (sampling.Cache); layout: Layout, in place of the mask.
         """
         at, past = layout or padded(tokens, mask, cache), None
         if self.virtual is not None:  # a past that all rows share; positions go on from it

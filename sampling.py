@@ -16,7 +16,8 @@ from functools import partial
 import torch
 
 from common import graph
-from packing import pad, read_dtype
+from common.layout import read_dtype
+from packing import pad
 
 TOGETHER = {"cpu": 16}  # prompts that are read at a time; elsewhere 64
 LOOK = {"cpu": 1}  # steps between looks for answers that have ended; a GPU waits then: 8

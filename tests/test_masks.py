@@ -6,7 +6,8 @@ import tiny
 import torch
 
 import packing
-from packing import Layout, by_segments, lay_out, visible
+from common.layout import Layout, visible
+from packing import by_segments, lay_out
 
 TOKENS = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
 ALONE = torch.tensor([[0] * 20, [1] * 13 + [-1] * 7])  # one sequence a row, padding behind

@@ -9,8 +9,9 @@ import torch
 from tiny import V, close, decoder, ragged
 
 import model as M
+from common.layout import padded
 from model import Config, Transformer
-from packing import by_segments, pack_answers, pad, padded
+from packing import by_segments, pack_answers, pad
 from pretrain import init_weights
 from sampling import Cache, sample
 

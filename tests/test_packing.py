@@ -8,7 +8,8 @@ from tiny import V, close, decoder, ragged
 
 import model as M
 import packing
-from packing import by_segments, distinct, first_fit, lay_out, pack_answers, pad, visible
+from common.layout import visible
+from packing import by_segments, distinct, first_fit, lay_out, pack_answers, pad
 
 
 @pytest.fixture(scope="module")

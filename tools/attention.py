@@ -2,7 +2,7 @@
 
     python -m tools.attention --dtypes bfloat16
 
-    masked      the mask that packing.Layout.bias makes, once for all layers; for each query head
+    masked      the mask that Layout.bias makes, once for all layers; for each query head
                 its own copy of keys and values ("grouped": enable_gqa in its place)
     causal      no mask: what model.py does where a row is one sequence; where a row holds several
                 its sequences see each other, and it is the limit of what can be had
