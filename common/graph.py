@@ -23,7 +23,7 @@ class CapturedStep:
     """
 
     def __init__(self, step, model, cache):
-        self.used, self.seen = cache.length, cache.length  # columns in use; that are read
+        self.used = cache.seen = cache.length  # columns in use; that a step reads
         self.ids = torch.zeros(len(cache.mask), dtype=torch.long, device=model.device)
         cache.length = torch.tensor([self.used], device=model.device)
         self.step, self.model, self.cache, self.replay = step, model, cache, None
@@ -33,8 +33,8 @@ class CapturedStep:
 
     def __call__(self, ids):
         self.ids.copy_(ids)
-        if self.used == self.seen:  # a size's first step warms up: it is not captured
-            self.seen = self.cache.seen = min(max(FEWEST, 2 * self.used), self.cache.mask.shape[1])
+        if self.used == self.cache.seen:  # a size's first step warms up: it is not captured
+            self.cache.seen = min(max(FEWEST, 2 * self.used), self.cache.mask.shape[1])
             self.replay = None
             on_side_stream(self.once)
         else:

@@ -246,7 +246,7 @@ def logits(c: Config, targets: int, rank=0) -> int:
 
 
 WORKSPACES = 2**26  # cuBLAS's on an H100: 32 MB for the forward, 32 for the backward pass
-HERE = dict(forward=(0, 2 / 3), turn=(0, 1), last=(0, 0), first=(1, 0))  # gradients, logits
+MOMENTS = dict(forward=(0, 2 / 3), turn=(0, 1), last=(0, 0), first=(1, 0))  # gradients, logits
 
 
 def fullest(rows: dict, *passes, again=False, cache=0) -> dict:
@@ -254,14 +254,14 @@ def fullest(rows: dict, *passes, again=False, cache=0) -> dict:
     activations and logits. Gradients come as activations go; `again`: those of a pass before are
     there already. cache: bytes of keys and values while answers are sampled.
 
-    passes: for each network that is trained contents()'s arguments, and `aimed`, its targets.
+    passes: for each network that is trained contents()'s arguments, and `target_tokens`.
     """
     found = []
-    for moment, (grown, share) in HERE.items():
+    for moment, (grown, share) in MOMENTS.items():
         here = dict(gradients=rows["gradients"] * bool(grown or again), activations=0, logits=0)
         for how in passes:
             how = dict(how)
-            c, size, rank = how["c"], how.pop("aimed"), how.get("rank", 0)
+            c, size, rank = how["c"], how.pop("target_tokens"), how.get("rank", 0)
             here["activations"] += contents(**how)[moment]
             here["logits"] += int(share * logits(c, size, rank))
             if moment != "forward" and not (grown or rank or c.num_labels):
@@ -339,7 +339,7 @@ def held(c: Config, paged=False, **how) -> dict:
 def step_rows(c: Config, tokens=512, paged=False, **how) -> dict:
     way = dict(how, autocast=True, checkpointing=True, gpu=True)
     return fullest(
-        held(c, paged, **how), dict(way, c=c, tokens=tokens, length=tokens, aimed=tokens)
+        held(c, paged, **how), dict(way, c=c, tokens=tokens, length=tokens, target_tokens=tokens)
     )
 
 

@@ -393,13 +393,13 @@ class Report:
             return
         self.shown = True
         learning = [m for m in self.models if any(p.requires_grad for p in m.parameters())]
-        shape = dict(tokens=tokens, length=length, aimed=targets)
+        shape = dict(tokens=tokens, length=length, target_tokens=targets)
         passes = [shape | self.way(model) for model in learning]
         first = passes[0]
         size = 2 if first["autocast"] else first["dtype"].itemsize
-        more = dict(again=getattr(self.o, "accumulate", 1) > 1)
-        more["cache"] = memory.cache(first["c"], cached, size)
-        rows = memory.fullest(memory.count(*self.models), *passes, **more)
+        again = getattr(self.o, "accumulate", 1) > 1
+        cache = memory.cache(first["c"], cached, size)
+        rows = memory.fullest(memory.count(*self.models), *passes, again=again, cache=cache)
         estimated = ("activations", "logits", "keys and values", "workspaces")
         rows = {f"{k} (estimate)" if k in estimated else k: n for k, n in rows.items()}
         print("the fullest moment of a step; 0: not there yet, or no longer")

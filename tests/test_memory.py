@@ -313,7 +313,7 @@ def test_a_step_s_fullest_moment(B, T, checkpointing, rank, autocast, again):
     for _ in range(1 + again):
         alive.most = 0
         peak = alive.run(model, B, T, autocast)
-    how = dict(c=c, tokens=B * T, length=T, aimed=B * (T - 1), rank=rank, autocast=autocast)
+    how = dict(c=c, tokens=B * T, length=T, target_tokens=B * (T - 1), rank=rank, autocast=autocast)
     exact = count(model)
     rows = fullest(exact, how | dict(checkpointing=checkpointing), again=again)
     assert {k: rows[k] for k in ("trained", "optimizer")} == {
@@ -452,7 +452,7 @@ def test_on_a_gpu_the_table_meets_the_measured_peak(
     kind = torch.bfloat16 if rank and has_bf16(device) else torch.float32
     how = dict(rank=rank, dtype=kind, quant=quantised) if rank else {}
     way = dict(how, c=c, autocast=has_bf16(device), checkpointing=checkpointing, gpu=True)
-    way |= dict(tokens=rows * length, length=length, aimed=rows * (length - 1))
+    way |= dict(tokens=rows * length, length=length, target_tokens=rows * (length - 1))
     predicted = sum(fullest(predict(c, **how), way).values())
     if 1.2 * predicted > torch.cuda.mem_get_info()[0]:
         pytest.skip(f"{predicted / UNIT:.0f} GB are not free")

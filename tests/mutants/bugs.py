@@ -2164,7 +2164,7 @@ BUGS = [
      "self.mask.index_fill_(1, self.length, True)[:, : self.seen]",
      "self.mask[:, : self.seen]"),
     (0, "graph: full columns are not found out", "common/graph.py", "graph",
-     "if self.used == self.seen:",
+     "if self.used == self.cache.seen:",
      "if self.replay is None:"),
     (0, "graph: more columns, and the old recording", "common/graph.py", "graph",
      "            self.replay = None\n            on_side_stream(",
